@@ -1,0 +1,226 @@
+"""Every setting of a run, as plain dataclasses: the schema that hydra's Compose API fills from `configs/`.
+
+Only the standard library is imported here, so that inference can read a saved configuration without hydra. The numbers
+that stand as defaults are the full-size ones of the published model; what the publication leaves open and this project
+chose is marked *ours*. Cross-field rules live in `kairos_train.config.validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+ATTENTION_KINDS = ("SWA", "DSWA", "FA", "GATED")
+WINDOW_SEMANTICS = ("frame", "token")
+CONDITIONS = ("t2v", "ti2v", "i2v", "null2v")
+NORMALIZATIONS = ("minmax", "quantile", "zscore", "none")
+
+
+@dataclass
+class VideoStreamConfig:
+    """The video DiT. Widths in channels, windows in latent frames."""
+
+    dim: int = 2560
+    ffn_dim: int = 10240
+    latent_channels: int = 16
+    patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])  # frames, height, width; the first must be 1
+    layer_cycle: list[str] = field(default_factory=lambda: ["SWA", "SWA", "DSWA", "GATED"])
+    window_frames: int = 3
+    dilation: int = 4
+    window_semantics: str = "frame"  # frame | token (the reading of the public video-only checkpoints)
+    restrict_history_query_to_history: bool = True  # on for the world-action model: exact action-only inference
+    all_attend_history: bool = False
+    gdn_key_dim: int = 256
+    gdn_value_dim: int = 512
+    gdn_conv_size: int = 4
+
+
+@dataclass
+class ActionStreamConfig:
+    """The action DiT: same depth and attention width as the video stream, its own width."""
+
+    dim: int = 1024
+    ffn_dim: int = 4096
+    action_dim: int = 14
+    state_dim: int = 14
+
+
+@dataclass
+class ModelConfig:
+    """Mixture-of-Transformers: `num_layers` layers of both streams, `num_heads` heads of `video.dim / num_heads`."""
+
+    name: str = "kairos_4b"
+    num_layers: int = 32
+    num_heads: int = 20
+    text_dim: int = 2048
+    freq_dim: int = 256
+    eps: float = 1e-6
+    video: VideoStreamConfig = field(default_factory=VideoStreamConfig)
+    action: ActionStreamConfig | None = field(default_factory=ActionStreamConfig)  # null: video stream alone
+
+
+@dataclass
+class KernelsConfig:
+    """Which implementation computes what; `auto` picks by device, and the choice is logged and saved."""
+
+    attention: str = "auto"  # auto | gathered | flex | dense (dense masks: the oracle, small sizes only)
+    gated_delta: str = "auto"  # auto | torch | fla (CUDA only)
+
+
+@dataclass
+class VideoEncoderConfig:
+    """Frames -> latents. `block_dct` is weight-free; `wan` is the real Wan2.1 VAE from local weights."""
+
+    kind: str = "wan"  # wan | block_dct
+    path: str | None = None  # wan: Diffusers folder or original .pth
+    sample_posterior: bool = False  # wan: the mode of the posterior by default (ours)
+
+
+@dataclass
+class TextEncoderConfig:
+    """Prompt (and first frame) -> context. `hashed_ngrams` is weight-free; `qwen` is the real VLM from local weights."""
+
+    kind: str = "qwen"  # qwen | hashed_ngrams
+    path: str | None = None  # qwen: model folder
+    text_dim: int = 2048
+    max_tokens: int = 1024  # longest context after encoding, in tokens
+
+
+@dataclass
+class EncodersConfig:
+    name: str = "wan_qwen"
+    video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+
+
+@dataclass
+class WindowConfig:
+    """A training window cut from an episode: `frames` video frames, every `action_video_freq_ratio`-th raw frame.
+
+    It spans (frames - 1) * ratio + 1 raw frames and as many actions less one. `stride` is the distance between the
+    first raw frames of two windows.
+    """
+
+    frames: int = 9  # video frames, 4k + 1
+    action_video_freq_ratio: int = 4
+    stride: int = 1
+    height: int = 224  # of one camera's picture, pixels
+    width: int = 224
+    cameras: list[str] = field(default_factory=list)  # empty: every camera that has files, side by side in name order
+    state_key: str = "observation.state"
+    action_key: str = "action"
+
+
+@dataclass
+class DataConfig:
+    name: str = "custom"
+    shards: str = "???"  # folder written by `kairos-train data pack`
+    validation_shards: str | None = None
+    window: WindowConfig = field(default_factory=WindowConfig)
+    prompt_template: str = "{task}"
+    normalize_action: str = "minmax"  # minmax | quantile | zscore | none
+    normalize_state: str = "minmax"
+    workers: int = 2  # loader processes per data-parallel rank; 0 loads in the training process
+    shuffle_buffer: int = 1000  # samples held back for shuffling, per worker
+    on_corrupt: str = "stop"  # stop | skip: what an unreadable shard or sample does
+
+
+@dataclass
+class StageConfig:
+    """One stage of the curriculum: which streams train, on which conditions, how the loss is weighed."""
+
+    name: str = "joint"
+    streams: str = "joint"  # video | joint
+    conditions: dict[str, float] = field(default_factory=lambda: {"ti2v": 1.0})  # probabilities, summing to 1
+    history_frames: int = 1  # K of conditions that give frames (ti2v, i2v)
+    cfg_dropout: float = 0.1  # ours
+    loss_weighting: str = "bell"  # bell | plain
+    video_loss_weight: float = 1.0  # ours
+    action_loss_weight: float = 1.0  # ours
+    action_dim_weights: list[float] | None = None  # per action dimension, summing to 1; null: uniform
+    action_shift: float = 5.0
+    train_video: bool = True  # false: the video stream is frozen
+    init_from: str | None = None  # checkpoint folder whose weights this stage starts from; null: fresh weights
+    init_weights: str = "ema"  # ema | raw: which weights of `init_from`
+    action_init: str = "interpolate"  # interpolate | random: action stream, when `init_from` has none
+    lr: float = 1e-4
+    weight_decay: float = 1e-2
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 1e-2  # not on norms, biases, A_log, dt_bias, modulations
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    warmup_steps: int = 500
+    schedule: str = "constant"  # constant | cosine, after the warm-up
+    min_lr_ratio: float = 0.0  # cosine: last learning rate / lr
+    gradient_clip: float = 1.0
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = 1
+    context: int = 1
+    sequence: bool = False
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    micro_batch: int = 16  # samples per rank and forward pass
+    accumulation: int = 1  # micro-batches per optimiser step
+    precision: str = "bf16"  # bf16 | fp32
+    zero_stage: int = 1
+    device: str = "auto"  # auto | cpu | cuda
+    ema_decay: float = 0.999  # ours
+    checkpoint_every: int = 500
+    keep_last: int = 3
+    keep_every: int = 0  # steps; 0: only the last ones
+    log_every: int = 10
+    validate_every: int = 500  # 0: never
+    validation_batches: int = 4
+    on_nonfinite: str = "stop"  # stop | skip: a non-finite loss or gradient norm
+    resume: str = "auto"  # auto: from the newest checkpoint of run_dir when there is one | never | must
+    peak_tflops: float | None = None  # of one device in this precision, for MFU; null: known devices only
+
+
+@dataclass
+class Config:
+    """One run. Saved resolved as `config.yaml` with the run, every checkpoint and every export."""
+
+    experiment: str = "custom"
+    seed: int = 0
+    run_dir: str = "runs/${experiment}/${stage.name}"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    encoders: EncodersConfig = field(default_factory=EncodersConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Build a schema dataclass (nested ones too) from a plain dictionary, as read from a saved JSON or YAML.
+
+    Raises:
+        UserError: a key that `cls` does not have.
+    """
+    import dataclasses
+    import typing
+
+    from kairos_train.errors import UserError
+
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - names):
+        raise UserError(f"{cls.__name__}: unknown key {unknown[0]!r}; it has {', '.join(sorted(names))}")
+    kwargs = {}
+    for key, value in values.items():
+        kinds = [k for k in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(k)]
+        kwargs[key] = from_dict(kinds[0], value) if kinds and isinstance(value, dict) else value
+    return cls(**kwargs)

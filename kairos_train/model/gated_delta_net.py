@@ -1,0 +1,124 @@
+"""The GATED layer: Gated DeltaNet over all video tokens in raster order (model specification, "The attention kinds").
+
+Shapes: B batch, S video tokens, D width, H heads, K key width, V value width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kairos_train.model.delta_rule import select_backend
+from kairos_train.model.precision import upcast
+from kairos_train.model.seams import Seams
+
+DT_RANGE = (1e-3, 1e-1)
+"""softplus(dt_bias) at initialisation, log-uniform."""
+
+DECAY_RATE_RANGE = (1.0, 16.0)
+"""exp(A_log) at initialisation, uniform."""
+
+
+class CausalConvolution(nn.Module):
+    """Depthwise causal convolution without bias, then SiLU. Weight (channels, 1, size) as nn.Conv1d stores it."""
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, size))
+        bound = 1 / math.sqrt(size)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        """x (B, S, channels), previous (B, size−1, channels) or None at the start; returns (B, S, channels)."""
+        size, tokens = self.weight.shape[-1], x.shape[1]
+        x = F.pad(x, (0, 0, size - 1, 0)) if previous is None else torch.cat([previous, x], dim=1)
+        taps = self.weight[:, 0]
+        # Shifted products keep the channels last; a conv1d would transpose twice.
+        y = x[:, :tokens] * taps[:, 0]
+        for i in range(1, size):
+            y = y + x[:, i : i + tokens] * taps[:, i]
+        return F.silu(y)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over one head's value width, computed in float32 or wider."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = upcast(x)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * upcast(self.weight)
+
+
+class GatedDeltaNet(nn.Module):
+    """Gated DeltaNet with short convolutions and an output gate.
+
+    Args:
+        dim: D.
+        heads: H over all ranks.
+        key_dim: K per head.
+        value_dim: V per head.
+        backend: `kernels.gated_delta`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        conv_size: int,
+        eps: float,
+        seams: Seams,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.seams, self.backend, self.conv_size = seams, backend, conv_size
+        self.heads, self.key_dim, self.value_dim = seams.local_heads(heads), key_dim, value_dim
+        self.q_proj = seams.column_linear(dim, heads * key_dim, bias=False)
+        self.k_proj = seams.column_linear(dim, heads * key_dim, bias=False)
+        self.v_proj = seams.column_linear(dim, heads * value_dim, bias=False)
+        self.a_proj = seams.column_linear(dim, heads, bias=False)
+        self.b_proj = seams.column_linear(dim, heads, bias=False)
+        self.g_proj = seams.column_linear(dim, heads * value_dim, bias=False)
+        self.q_conv1d = CausalConvolution(self.heads * key_dim, conv_size)
+        self.k_conv1d = CausalConvolution(self.heads * key_dim, conv_size)
+        self.v_conv1d = CausalConvolution(self.heads * value_dim, conv_size)
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(*DECAY_RATE_RANGE).log())
+        dt = torch.empty(self.heads).uniform_(*map(math.log, DT_RANGE)).exp()
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus⁻¹(dt)
+        self.o_norm = RMSNorm(value_dim, eps)
+        self.o_proj = seams.row_linear(heads * value_dim, dim, bias=False)
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """g = −exp(A_log)·softplus(a_proj x + dt_bias), (B, S, H), float32 or wider."""
+        return -upcast(self.A_log).exp() * F.softplus(upcast(self.a_proj(x)) + upcast(self.dt_bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, S, D) → (B, S, D), causal over S."""
+        halo = self.seams.previous_tokens(x, self.conv_size - 1)
+        q = self._unit(self._project(self.q_proj, self.q_conv1d, x, halo, self.key_dim)) * self.key_dim**-0.5
+        k = self._unit(self._project(self.k_proj, self.k_conv1d, x, halo, self.key_dim))
+        v = self._project(self.v_proj, self.v_conv1d, x, halo, self.value_dim)
+        beta = upcast(self.b_proj(x)).sigmoid()
+        backend = select_backend(self.backend, x.device, x.dtype)
+        o, _ = self.seams.gated_delta_rule(
+            q.to(v.dtype), k.to(v.dtype), v, self.log_decay(x), beta, initial_state=None, backend=backend
+        )
+        gate = F.silu(upcast(self.g_proj(x))).unflatten(-1, (self.heads, self.value_dim))
+        return self.o_proj((self.o_norm(o) * gate).to(x.dtype).flatten(2))
+
+    def _project(self, proj: nn.Module, conv: nn.Module, x: Tensor, halo: Tensor | None, width: int) -> Tensor:
+        previous = None if halo is None else proj(halo)
+        return conv(proj(x), previous).unflatten(-1, (self.heads, width))
+
+    @staticmethod
+    def _unit(x: Tensor) -> Tensor:
+        """x / |x| over a head's width, float32 or wider (eps inside the root, as the checkpoints were trained)."""
+        x = upcast(x)
+        return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)

@@ -1,0 +1,37 @@
+"""Where arithmetic leaves bfloat16: one rule, float32 or wider."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class UpcastLinear(nn.Linear):
+    """A linear layer computed in float32 or wider whatever its parameters' dtype (timestep MLPs)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(upcast(x), upcast(self.weight), upcast(self.bias) if self.bias is not None else None)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, computed in float32 or wider, returned in that precision.
+
+    Args:
+        width: size of the last dimension.
+        affine: with weight and bias, or neither.
+    """
+
+    def __init__(self, width: int, eps: float, *, affine: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = upcast(self.weight) if self.weight is not None else None
+        bias = upcast(self.bias) if self.bias is not None else None
+        return F.layer_norm(upcast(x), x.shape[-1:], weight, bias, self.eps)

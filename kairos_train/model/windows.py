@@ -1,0 +1,178 @@
+"""Who attends to whom in the video stream: one rule per attention kind, in frames (model specification, "The attention
+kinds" and "Token-window variant").
+
+Two forms of the same rule. `attends` says it for one pair of tokens: it is what a dense mask or FlexAttention evaluates,
+and the oracle. `window_plan` says it as lists of frames: which query frames read which key frames, so that windows are
+gathered and no S×S mask is built.
+
+Shapes: B batch, F latent frames, L tokens per frame.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kairos_train.config.schema import VideoStreamConfig
+
+
+@dataclass(frozen=True)
+class WindowRule:
+    """The windows of one layer.
+
+    Attributes:
+        kind: SWA, DSWA or FA.
+        window: in frames.
+        dilation: of DSWA, in frames.
+        token_window: the public video-only reading, |i − j| ≤ window·L tokens, no history rule.
+        restrict_history: a history query sees history keys only.
+        all_attend_history: every query sees all history keys as well.
+    """
+
+    kind: str
+    window: int
+    dilation: int
+    token_window: bool
+    restrict_history: bool
+    all_attend_history: bool
+
+    @classmethod
+    def of(cls, kind: str, config: VideoStreamConfig) -> "WindowRule":
+        """The rule of a layer of `kind` in a video stream."""
+        return cls(
+            kind=kind,
+            window=config.window_frames,
+            dilation=config.dilation,
+            token_window=config.window_semantics == "token",
+            restrict_history=config.restrict_history_query_to_history,
+            all_attend_history=config.all_attend_history,
+        )
+
+    def step(self, frames: int) -> int:
+        """Distance in frames between neighbouring keys of a window of `frames` frames."""
+        if self.kind != "DSWA":
+            return 1
+        # The token reading falls back to the undilated window when there is no more than one whole group.
+        return 1 if self.token_window and frames // self.dilation <= 1 else self.dilation
+
+    def padded_frames(self, frames: int) -> int:
+        """Frames after zero padding: the token reading of DSWA pads to whole groups, a full one when it divides evenly."""
+        step = self.step(frames)
+        return frames + step - frames % step if self.token_window and step > 1 else frames
+
+
+def key_frames(rule: WindowRule, frame: int, frames: int, history: int) -> tuple[int, ...]:
+    """The frames that queries of `frame` read, ascending; numbers ≥ `frames` are zero padding (token reading only).
+
+    Args:
+        frames: F.
+        history: K, the sample's history frames.
+    """
+    if rule.token_window:
+        if rule.kind == "FA":
+            return tuple(range(frames))
+        step = rule.step(frames)
+        reach = [frame + step * o for o in range(-rule.window, rule.window + 1)]
+        return tuple(g for g in reach if 0 <= g < rule.padded_frames(frames))
+    step = rule.step(frames)
+    keys = {
+        g
+        for g in range(frames)
+        if rule.kind == "FA" or ((g - frame) % step == 0 and abs(g - frame) < rule.window * step)
+    }
+    if rule.restrict_history and frame < history:
+        keys = {g for g in keys if g < history}
+    if rule.all_attend_history:
+        keys |= set(range(history))
+    return tuple(sorted(keys))
+
+
+@dataclass(frozen=True)
+class WindowGroup:
+    """n independent attention problems of equal shape: `query[i]` (a frames) reads `key[i]` (m frames).
+
+    Indices count frames of the flattened batch (B·F, then one all-zero frame for padding at index B·F).
+
+    Attributes:
+        query: int64 (n, a).
+        key: int64 (n, m).
+        offsets: token reading only: distance of each key frame to the query frame in window steps, length m; the
+            outermost frames are then seen in part (see `band_mask`).
+    """
+
+    query: Tensor
+    key: Tensor
+    offsets: tuple[int, ...] | None
+
+
+@lru_cache(maxsize=256)
+def window_plan(
+    rule: WindowRule, frames: int, history: tuple[int, ...], device: torch.device
+) -> tuple[WindowGroup, ...]:
+    """All windows of a batch as few, equally shaped groups. Every query frame stands in exactly one.
+
+    Args:
+        frames: F, of every sample.
+        history: K of each sample, length B.
+    """
+    windows: dict[tuple, list[int]] = {}  # what is read → who reads it
+    for b, known in enumerate(history):
+        for f in range(frames):
+            keys = key_frames(rule, f, frames, known)
+            offsets = None
+            if rule.token_window and rule.kind != "FA":
+                offsets = tuple((g - f) // rule.step(frames) for g in keys)
+            padding = len(history) * frames
+            ids = tuple(b * frames + g if g < frames else padding for g in keys)
+            # Frames that read the same whole frames share one problem; a band depends on the query frame.
+            windows.setdefault((ids, offsets, f if offsets else None, b), []).append(b * frames + f)
+    shapes: dict[tuple, list[tuple[list[int], tuple[int, ...]]]] = {}
+    for (ids, offsets, _, _), queries in windows.items():
+        shapes.setdefault((len(queries), len(ids), offsets), []).append((queries, ids))
+    return tuple(
+        WindowGroup(
+            query=torch.tensor([q for q, _ in members], device=device),
+            key=torch.tensor([k for _, k in members], device=device),
+            offsets=offsets,
+        )
+        for (_, _, offsets), members in shapes.items()
+    )
+
+
+def band_mask(offsets: tuple[int, ...], tokens: int, window: int, device: torch.device) -> Tensor | None:
+    """Bool (L, m·L): |i − j| ≤ window·L for a query frame and key frames at `offsets`; None when all is seen."""
+    if all(abs(o) < window for o in offsets):
+        return None
+    position = torch.arange(tokens, device=device)
+    keys = torch.tensor(offsets, device=device)[:, None] * tokens + position
+    return (keys.flatten() - position[:, None]).abs() <= window * tokens
+
+
+def attends(rule: WindowRule, frames: int, tokens: int, history: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The rule for one pair of tokens: `f(b, q, k) -> bool`, elementwise on broadcast index tensors.
+
+    k may run to `rule.padded_frames(frames) · L` (zero padding). `history` is K per sample, int64 (B,).
+    """
+    step = rule.step(frames)
+
+    def token_window(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if rule.kind == "FA":
+            return (q >= 0) & (k >= 0) & (b >= 0)
+        fq, fk = q // tokens, k // tokens
+        distance = (fq // step * tokens + q % tokens) - (fk // step * tokens + k % tokens)
+        return ((fq - fk) % step == 0) & (distance.abs() <= rule.window * tokens) & (b >= 0)
+
+    def frame_window(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        fq, fk, known = q // tokens, k // tokens, history[b]
+        seen = (fq >= 0) & (fk >= 0)
+        if rule.kind != "FA":
+            seen = ((fk - fq) % step == 0) & ((fk - fq).abs() < rule.window * step)
+        if rule.restrict_history:
+            seen = seen & ((fq >= known) | (fk < known))
+        if rule.all_attend_history:
+            seen = seen | (fk < known)
+        return seen
+
+    return token_window if rule.token_window else frame_window

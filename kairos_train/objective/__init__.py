@@ -1,0 +1,1 @@
+"""What is optimised: flow matching on both streams, its noise schedules and the loss equation."""

@@ -1,0 +1,21 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference vectors and sample datasets beside the checkout.
+
+    Users do not have it: their tests skip with the reason. On continuous integration (`CI=true`) its absence is an error.
+    """
+    if not SHARED.is_dir():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{SHARED} is missing: continuous integration needs the reference vectors and samples")
+        pytest.skip("needs the reference vectors and samples in ../shared")
+    return SHARED
