@@ -12,7 +12,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def shared() -> Path:
     """The folder of reference vectors and sample datasets beside the checkout.
 
-    Users do not have it: their tests skip with the reason. On continuous integration (`CI=true`) its absence is an error.
+    Users do not have it: their tests skip with the reason. With `CI=true` its absence is an error.
     """
     if not SHARED.is_dir():
         if os.environ.get("CI") == "true":

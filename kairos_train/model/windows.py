@@ -1,9 +1,9 @@
 """Who attends to whom in the video stream: one rule per attention kind, in frames (model specification, "The attention
 kinds" and "Token-window variant").
 
-Two forms of the same rule. `attends` says it for one pair of tokens: it is what a dense mask or FlexAttention evaluates,
-and the oracle. `window_plan` says it as lists of frames: which query frames read which key frames, so that windows are
-gathered and no S×S mask is built.
+Two forms of the same rule. `attends` says it for one pair of tokens: it is what a dense mask (the oracle) or
+FlexAttention evaluates. `window_plan` says it as lists of frames: which query frames read which key frames, so that
+windows are gathered and no S×S mask is built.
 
 Shapes: B batch, F latent frames, L tokens per frame.
 """
@@ -58,7 +58,7 @@ class WindowRule:
         return 1 if self.token_window and frames // self.dilation <= 1 else self.dilation
 
     def padded_frames(self, frames: int) -> int:
-        """Frames after zero padding: the token reading of DSWA pads to whole groups, a full one when it divides evenly."""
+        """Frames after zero padding: DSWA read in tokens pads to whole groups, a full one when it divides evenly."""
         step = self.step(frames)
         return frames + step - frames % step if self.token_window and step > 1 else frames
 

@@ -47,7 +47,7 @@ def distilled_sigmas(shift: float = DISTILLED_SHIFT) -> Tensor:
 
 
 def bell_weights(sigmas: Tensor) -> Tensor:
-    """Loss weight of each entry of a shifted table: a bell around t = 500, lowest value 0, mean 1. float64, like `sigmas`."""
+    """Loss weight of each entry of a shifted table: a bell around t = 500, lowest 0, mean 1; float64."""
     bell = torch.exp(-2 * ((sigmas * 1000 - 500) / 1000) ** 2)
     bell = bell - bell.min()
     return bell / bell.mean()
