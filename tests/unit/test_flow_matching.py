@@ -1,0 +1,136 @@
+"""The objective: targets, the loss equation, per-sample randomness, conditions."""
+
+import pytest
+import torch
+
+from kairos_train.config.schema import StageConfig
+from kairos_train.objective import schedule
+from kairos_train.objective.flow_matching import FlowMatching
+from kairos_train.objective.randomness import draw_sample
+
+SHAPE = (4, 3, 4, 4)
+
+
+def data(keys, actions=True):
+    generator = torch.Generator().manual_seed(0)
+    n = len(keys)
+    values = {
+        "keys": keys,
+        "latents": torch.randn(n, *SHAPE, generator=generator),
+        "context": torch.randn(n, 3, 5, generator=generator),
+        "context_mask": torch.tensor([[True, True, False]] * n),
+        "empty_context": torch.full((4, 5), 7.0),
+    }
+    if actions:
+        values["state"] = torch.randn(n, 1, 2, generator=generator)
+        values["actions"] = torch.randn(n, 6, 2, generator=generator)
+        values["action_mask"] = torch.arange(6).expand(n, 6) < 4
+    return values
+
+
+def objective(**stage) -> FlowMatching:
+    return FlowMatching(StageConfig(**stage), seed=3, patch=(2, 2))
+
+
+def test_what_a_sample_draws_does_not_depend_on_its_batch_or_place():
+    values = data(["a", "b", "c"])
+    together = objective().condition(step=5, **values)
+    reverse = {k: v[::-1] if isinstance(v, list) else v.flip(0) for k, v in values.items() if k != "empty_context"}
+    apart = objective().condition(step=5, **reverse, empty_context=values["empty_context"])
+    torch.testing.assert_close(together.latents, apart.latents.flip(0))
+    torch.testing.assert_close(together.action_target, apart.action_target.flip(0))
+    other_step = objective().condition(step=6, **values)
+    assert not torch.equal(together.video_sigma, other_step.video_sigma)
+
+
+def test_noisy_data_and_targets_follow_the_definition_and_history_is_clean():
+    values = data(["a", "b"])
+    batch = objective(history_frames=1).condition(step=0, **values)
+    assert batch.history == [1, 1]
+    noise = batch.video_target + values["latents"]
+    sigma = batch.video_sigma.view(-1, 1, 1, 1, 1)
+    expected = (1 - sigma) * values["latents"] + sigma * noise
+    torch.testing.assert_close(batch.latents[:, :, 1:], expected[:, :, 1:])
+    assert torch.equal(batch.latents[:, :, :1], values["latents"][:, :, :1])
+    torch.testing.assert_close(batch.model_inputs()["video_timestep"], batch.video_sigma * 1000)
+
+
+def test_sigmas_come_from_the_shifted_tables_of_each_stream():
+    values = data([str(i) for i in range(64)])
+    batch = objective().condition(step=0, **values)
+    video = schedule.shifted_sigmas(1000, schedule.video_shift(SHAPE[1], 4)).float()
+    action = schedule.shifted_sigmas(1000, 5.0).float()
+    assert torch.isin(batch.video_sigma, video).all()
+    assert torch.isin(batch.action_sigma, action).all()
+    assert batch.action_sigma.mean() > 0.7 > 0.3, "the action's shift of 5 pushes towards noise"
+
+
+def test_the_loss_counts_neither_history_nor_padding():
+    values = data(["a", "b"])
+    flow = objective(loss_weighting="plain")
+    batch = flow.condition(step=0, **values)
+    video, action = batch.video_target.clone(), batch.action_target.clone()
+    video[:, :, 0] = torch.nan
+    action[:, 4:] = torch.inf
+    sums = flow.loss_sums(batch, video, action)
+    assert sums.video.sum() == 0
+    assert sums.action.sum() == 0
+    video[:, :, 1] += 2
+    action[:, 0] += 3
+    sums = flow.loss_sums(batch, video, action)
+    torch.testing.assert_close(sums.video, torch.full((2,), 4.0 * 4 * 16))
+    torch.testing.assert_close(sums.action, torch.full((2,), 9.0), msg="the dimension weights sum to 1")
+    assert batch.video_elements() == 2 * 4 * 2 * 16
+    assert batch.action_steps() == 8
+
+
+def test_action_dimensions_are_weighed():
+    values = data(["a"])
+    flow = objective(loss_weighting="plain", action_dim_weights=[0.25, 0.75])
+    batch = flow.condition(step=0, **values)
+    action = batch.action_target.clone()
+    action[:, 0, 1] += 2
+    assert flow.loss_sums(batch, batch.video_target, action).action.item() == pytest.approx(3.0)
+
+
+def test_the_bell_weighs_each_sample_by_its_own_timestep():
+    values = data([str(i) for i in range(16)])
+    batch = objective().condition(step=0, **values)
+    table = schedule.shifted_sigmas(1000, schedule.video_shift(SHAPE[1], 4))
+    weights = schedule.bell_weights(table)
+    expected = torch.tensor([weights[(table - s).abs().argmin()] for s in batch.video_sigma.double()])
+    torch.testing.assert_close(batch.video_weight, expected.float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("condition", "history", "context"),
+    [("t2v", 0, "prompt"), ("ti2v", 1, "prompt"), ("i2v", 1, "empty"), ("null2v", 0, "zeros")],
+)
+def test_conditions_set_history_and_context(condition, history, context):
+    values = data(["a"])
+    batch = objective(conditions={condition: 1.0}, cfg_dropout=0.0).condition(step=0, **values)
+    assert batch.history == [history]
+    if context == "prompt":
+        assert torch.equal(batch.context, values["context"])
+    elif context == "empty":
+        assert torch.equal(batch.context[0], values["empty_context"])
+        assert batch.context_mask.all()
+    else:
+        assert not batch.context.any()
+        assert torch.equal(batch.context_mask, values["context_mask"]), "the mask is kept"
+
+
+def test_dropout_and_mixed_conditions_come_at_their_rates():
+    stage = StageConfig(conditions={"t2v": 0.25, "ti2v": 0.75}, cfg_dropout=0.1)
+    kwargs = {"seed": 0, "step": 0, "video_shape": (1,), "action_shape": None}
+    draws = [draw_sample(stage, key=str(i), **kwargs) for i in range(4000)]
+    assert sum(d.condition == "t2v" for d in draws) / 4000 == pytest.approx(0.25, abs=0.03)
+    assert sum(d.drop_context for d in draws) / 4000 == pytest.approx(0.1, abs=0.02)
+
+
+def test_video_only_batches_have_no_action_terms():
+    values = data(["a", "b"], actions=False)
+    flow = objective()
+    batch = flow.condition(step=0, **values)
+    assert batch.action_steps() == 0
+    assert flow.loss_sums(batch, batch.video_target, None).action is None
