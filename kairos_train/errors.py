@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with code 2. Everything else that is raised is a fault of
     this project and keeps its traceback.
     """
+
+
+class RunStopped(RuntimeError):
+    """A run that stopped itself by policy (non-finite loss and the like). Printed as one line, exit code 3."""

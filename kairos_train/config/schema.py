@@ -78,12 +78,12 @@ class VideoEncoderConfig:
 
 @dataclass
 class TextEncoderConfig:
-    """Prompt (and first frame) -> context. `hashed_ngrams` is weight-free; `qwen` is the real VLM from local weights."""
+    """Prompt (and first frame) -> context. `hashed_ngrams` is weight-free; `qwen` the real VLM from local weights."""
 
     kind: str = "qwen"  # qwen | hashed_ngrams
     path: str | None = None  # qwen: model folder
     text_dim: int = 2048
-    max_tokens: int = 1024  # longest context after encoding, in tokens
+    max_tokens: int = 1024  # longest sequence read, in tokens (qwen: the 97 that are cut off included)
 
 
 @dataclass

@@ -1,0 +1,46 @@
+# Everything runs in .venv, installed from constraints.txt. `make` alone lists the targets.
+
+PYTHON ?= python3
+ENV ?= metaworld
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## make .venv and install the project into it
+
+# The stamp is younger than what it was installed from: a second `make setup` does nothing.
+# deepspeed asks for torch while it is built, and DS_BUILD_OPS=0 keeps it from compiling kernels: hence the order.
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: $(PYTHON) is missing or older than 3.11; name one with make setup PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) setuptools wheel ninja packaging
+	$(PIP) torch
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	$(PIP) --no-build-isolation --editable '.[sim,dev]'
+	@touch $(STAMP)
+
+demo: setup ## simulate, pack, train, export and evaluate: make demo ENV=metaworld or ENV=push2d
+	$(BIN)/kairos-train demo --env $(ENV)
+
+test: lint ## lint, then all tests
+	$(BIN)/python -m pytest
+
+lint: setup ## check rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what building and testing leave; .venv and runs stay
+	rm -rf build dist *.egg-info .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

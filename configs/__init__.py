@@ -1,0 +1,1 @@
+"""The settings that are shipped, as YAML groups. A package only so that an installation carries them."""

@@ -1,0 +1,291 @@
+"""From YAML groups and command-line overrides to one validated `Config`, with hydra's Compose API.
+
+Hydra is used for composition alone: no output folders, no logging, no working directory of its own, and its global
+state is cleared by every call. Whatever goes wrong while composing leaves this module as a one-line `UserError`.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from kairos_train.config.keys import MAPPINGS, annotation_of, describe, nearest, type_of
+from kairos_train.config.schema import (
+    ActionStreamConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    StageConfig,
+    WindowConfig,
+    from_dict,
+)
+from kairos_train.config.validate import MISSING, validate, value_of
+from kairos_train.errors import UserError
+
+# --- composing and storing ---
+
+
+def load_config(
+    overrides: Sequence[str] = (),
+    *,
+    config_name: str = "config",
+    config_dirs: Sequence[str | Path] = (),
+    sections: Sequence[str] | None = None,
+) -> Config:
+    """Compose, check and resolve the settings of a run.
+
+    Args:
+        overrides: `GROUP=OPTION` and `KEY=VALUE`, as on the command line. They beat every file, experiments included.
+        config_name: the root file, without `.yaml`.
+        config_dirs: folders of the user's own, laid out as `configs/`; they add options, and shadow no shipped one.
+        sections: the dotted prefixes whose mandatory values must be given and whose paths must exist; None for all of
+            them. A command that needs no data asks for fewer.
+
+    Raises:
+        UserError: unknown key or option, wrong type, malformed override, missing value, a broken rule of `validate`.
+    """
+    shipped = Path(str(importlib.resources.files("configs")))
+    roots = [shipped, *_own_roots(config_dirs, shipped)]
+    texts = [_checked_override(text, _groups(roots)) for text in overrides]
+    searchpath = ",".join(_quoted(f"file://{root}") for root in roots[1:])
+    ConfigStore.instance().store(name="schema", node=_schema())
+    GlobalHydra.instance().clear()  # whoever initialised it before; what happens below leaves it as clean as this
+    try:
+        with initialize_config_dir(config_dir=str(shipped), job_name="kairos-train", version_base="1.3"):
+            node = compose(config_name, [*texts, f"hydra.searchpath=[{searchpath}]"])
+        config = _to_config(node)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise _one_line(error) from error
+    except AssertionError as error:
+        raise _below_null(texts, error) from error
+    used = None if sections is None else {section.partition(".")[0] for section in sections}
+    sections = [""] if sections is None else sections
+    _require(config, sections)
+    validate(config, used)
+    _check_paths(config, sections)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the schema."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration; the file appears complete or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(to_yaml(config), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_saved(path: str | Path) -> Config:
+    """Read what `save_config` wrote. Paths inside it are not checked: it may come from another machine.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key, a wrong type, a broken rule.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the config.yaml of a run or a checkpoint")
+    try:
+        config = _to_config(OmegaConf.merge(OmegaConf.structured(_schema()), OmegaConf.load(path)))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+    _require(config, [""])
+    validate(config)
+    return config
+
+
+def _schema() -> Config:
+    """What files are merged into: the defaults, less those that belong to one robot or dataset and a file must state.
+
+    The conditions are emptied because mappings are merged, not replaced: each file states all of its own.
+    """
+    missing: Any = MISSING
+    return Config(
+        model=ModelConfig(action=ActionStreamConfig(action_dim=missing, state_dim=missing)),
+        data=DataConfig(window=WindowConfig(cameras=missing)),
+        stage=StageConfig(conditions={}),
+    )
+
+
+def _to_config(node: Any) -> Config:
+    values = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else None
+    if not isinstance(values, dict):
+        raise UserError("the configuration is not a mapping; write KEY: VALUE lines")
+    return from_dict(Config, values)
+
+
+def _require(config: Config, sections: Sequence[str]) -> None:
+    for key, value in _leaves(config):
+        if value == MISSING and any(_within(key, section) for section in sections):
+            raise UserError(f"{key} has no value; give {key}=VALUE ({describe(type_of(key))})")
+
+
+def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def _within(key: str, section: str) -> bool:
+    return not section or key == section or key.startswith(section + ".")
+
+
+def _check_paths(config: Config, sections: Sequence[str]) -> None:
+    """Every weights path that is given exists."""
+    for key in ("encoders.video.path", "encoders.text.path", "stage.init_from"):
+        path = value_of(config, key)
+        if path is not None and any(_within(key, s) for s in sections) and not Path(path).exists():
+            raise UserError(f"{key}={path} does not exist; give an existing path")
+
+
+# --- folders and groups ---
+
+
+def _own_roots(config_dirs: Sequence[str | Path], shipped: Path) -> list[Path]:
+    roots = []
+    for given in config_dirs:
+        root = Path(given).expanduser().resolve()
+        if not root.is_dir():
+            raise UserError(
+                f"--config-dir {given}: no such folder; give one laid out as configs/ (model/, experiment/, ...)"
+            )
+        for file in sorted(root.rglob("*.yaml")):
+            name = file.relative_to(root)
+            if (shipped / name).exists():
+                raise UserError(f"{file}: a shipped configuration is called {name} already; rename yours")
+        roots.append(root)
+    return roots
+
+
+def _groups(roots: Sequence[Path]) -> dict[str, list[str]]:
+    """Group -> its options, over all folders."""
+    groups: dict[str, set[str]] = {}
+    for root in roots:
+        for file in root.rglob("*.yaml"):
+            group, *option = file.relative_to(root).with_suffix("").parts
+            if option:
+                groups.setdefault(group, set()).add("/".join(option))
+    return {group: sorted(options) for group, options in sorted(groups.items())}
+
+
+def _quoted(text: str) -> str:
+    """`text` as a quoted string of hydra's override grammar."""
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+# --- overrides ---
+
+
+def _checked_override(text: str, groups: dict[str, list[str]]) -> str:
+    """`text` as hydra shall see it, or a UserError that says what is legal instead."""
+    try:
+        override = OverridesParser.create().parse_overrides([text])[0]
+    except OverrideParseException as error:
+        hint = "write KEY=VALUE, and quote a VALUE that holds one of = , : [ ] { } ( ) as in KEY='\"VALUE\"'"
+        raise UserError(f"override {text!r} is malformed; {hint}") from error
+    key = override.key_or_group
+    if not key:
+        raise UserError(f"override {text!r} is malformed; write KEY=VALUE")
+    if override.is_add() or override.is_force_add() or override.is_delete() or override.package is not None:
+        raise UserError(
+            f"override {text!r}: keys are neither added, removed nor moved; write KEY=VALUE with a known KEY"
+        )
+    if override.is_sweep_override():
+        raise UserError(f"override {text!r} names several values; give one, or write a list as {key}=[A,B]")
+    if key in groups:
+        _check_option(key, override.value(), groups[key], text)
+        return text
+    kind = type_of(key)
+    if is_dataclass(kind) and not isinstance(override.value(), dict) and not _is_null_for(key, override):
+        child = fields(kind)[0].name
+        raise UserError(f"override {text!r}: {key} is a section; set its keys, for example {key}.{child}=VALUE")
+    if key in MAPPINGS and isinstance(override.value(), dict):
+        # A mapping replaces the file's: hydra would merge the two, and probabilities would not sum to 1.
+        absent = [f"{name}: 0" for name in MAPPINGS[key] if name not in override.value()]
+        given = text[: text.rindex("}")]
+        return given + (", " if override.value() else "") * bool(absent) + ", ".join(absent) + "}"
+    return text
+
+
+def _is_null_for(key: str, override: Override) -> bool:
+    return override.value() is None and types.NoneType in typing.get_args(annotation_of(key))
+
+
+def _check_option(group: str, value: Any, options: list[str], text: str) -> None:
+    if group == "experiment" and value is None:
+        return
+    if isinstance(value, dict | list):
+        raise UserError(
+            f"override {text!r}: {group} takes a name, one of {', '.join(options)}; or set {group}.KEY=VALUE"
+        )
+    if str(value) not in options:
+        raise UserError(f"{group}={value} is unknown; {nearest(str(value), options)}it is one of: {', '.join(options)}")
+
+
+# --- hydra's and OmegaConf's errors, in one line ---
+
+
+def _one_line(error: BaseException) -> UserError:
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    found = re.match(r"In '([^']+)'", str(error))
+    where = f" (in {found[1]}.yaml)" if found else ""
+    for link in chain:
+        if isinstance(link, UserError):
+            return UserError(f"{link}{where}")
+        if isinstance(link, OmegaConfBaseException) and link.full_key:
+            return UserError(f"{_value_error(link)}{where}")
+    missing = next((link for link in chain if isinstance(link, MissingConfigException)), None)
+    if missing is not None and missing.missing_cfg_file:
+        close = nearest(str(missing.missing_cfg_file), list(missing.options or ()))
+        return UserError(
+            f"configuration {missing.missing_cfg_file} does not exist{where}; {close}name an existing YAML file"
+        )
+    text = next((str(link) for link in chain if isinstance(link, yaml.YAMLError)), str(error))
+    return UserError(f"the configuration cannot be read{where}: {' '.join(text.split())}")
+
+
+def _value_error(error: OmegaConfBaseException) -> str:
+    key, message = str(error.full_key), str(error).splitlines()[0]
+    try:
+        annotation = annotation_of(key)
+    except UserError as unknown:
+        return str(unknown)
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return f"{key}: {message}; it expects {describe(annotation)}"
+    value = re.match(r"(?:Value|Invalid type assigned: |Invalid value assigned: ) ?'(.*?)'", message)
+    if value:
+        return f"{key}={value[1]} has the wrong type; it expects {describe(annotation)}"
+    return f"{key}: {message}; it expects {describe(annotation)}"
+
+
+def _below_null(texts: Sequence[str], error: AssertionError) -> BaseException:
+    """OmegaConf asserts when a key is set below a section that is null; any other assertion stays what it is."""
+    below = [text for text in texts if text.startswith("model.action.")]
+    if not below:
+        return error
+    return UserError(f"override {below[0]!r}: this model has model.action=null; choose a model with an action stream")

@@ -1,0 +1,102 @@
+"""The schema by dotted key: which keys there are, of which type, and which one a misspelt key meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from kairos_train.config.schema import CONDITIONS, Config
+from kairos_train.errors import UserError
+
+MAPPINGS = {"stage.conditions": CONDITIONS}
+"""The fields that are mappings, with the names they may hold."""
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+_PLURALS = {int: "integers", float: "numbers", str: "texts"}
+
+
+def children(kind: Any) -> dict[str, Any]:
+    """Key -> annotation of a schema dataclass, forward references resolved."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def dataclass_in(annotation: Any) -> Any:
+    """The schema dataclass an annotation means (`X` or `X | None`), else the annotation itself."""
+    return next((k for k in (annotation, *typing.get_args(annotation)) if is_dataclass(k)), annotation)
+
+
+def annotation_of(key: str) -> Any:
+    """The annotation of a dotted key.
+
+    Raises:
+        UserError: there is no such key; names the nearest and its siblings.
+    """
+    annotation: Any = Config
+    done: list[str] = []
+    for part in re.sub(r"\[\d+\]", "", key).split("."):
+        kind, prefix = dataclass_in(annotation), ".".join(done)
+        if prefix in MAPPINGS:
+            legal: dict[str, Any] = dict.fromkeys(MAPPINGS[prefix], float)
+        elif is_dataclass(kind):
+            legal = children(kind)
+        else:
+            raise UserError(
+                f"unknown key {key!r}: {prefix} is {describe(annotation)} and has no keys; set {prefix}=VALUE"
+            )
+        if part not in legal:
+            where = prefix or "the configuration"
+            raise UserError(
+                f"unknown key {key!r}; {_nearest_key(key, prefix, part, legal)}{where} has: {', '.join(legal)}"
+            )
+        annotation = legal[part]
+        done.append(part)
+    return annotation
+
+
+def type_of(key: str) -> Any:
+    return dataclass_in(annotation_of(key))
+
+
+def all_keys(kind: Any = Config, prefix: str = "") -> Iterator[str]:
+    for name, annotation in children(kind).items():
+        inner = dataclass_in(annotation)
+        if is_dataclass(inner):
+            yield from all_keys(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _nearest_key(key: str, prefix: str, part: str, legal: dict[str, Any]) -> str:
+    """The same name in another section; else a sibling that is spelt alike; else whatever whole key is nearest."""
+    known = list(all_keys())
+    for other in known:
+        if other.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]:
+            return f"did you mean {other}? "
+    if siblings := difflib.get_close_matches(part, legal, n=1):
+        rest = key[len(prefix) + bool(prefix) + len(part) :]
+        return f"did you mean {prefix + '.' if prefix else ''}{siblings[0]}{rest}? "
+    return nearest(key, known)
+
+
+def nearest(word: str, legal: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, legal, n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in words: "a list of integers or null"."""
+    arguments = typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    if origin is list:
+        return f"a list of {_PLURALS[arguments[0]]}"
+    if origin is dict:
+        return f"a mapping of names to {_PLURALS[arguments[1]]}"
+    if arguments:
+        return " or ".join(describe(argument) for argument in arguments)
+    return _KINDS.get(annotation, "a section")

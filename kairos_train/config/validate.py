@@ -1,0 +1,403 @@
+"""The rules a configuration must keep, one small function each. A rule names key, value and remedy in one line.
+
+Types and key names are checked before, while composing. Mandatory values that are still missing (`???`) pass here: the
+command that needs them asks for them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kairos_train.config.schema import (
+    ATTENTION_KINDS,
+    CONDITIONS,
+    NORMALIZATIONS,
+    WINDOW_SEMANTICS,
+    Config,
+)
+from kairos_train.errors import UserError
+
+MISSING = "???"
+"""A mandatory value that has not been given."""
+
+FRAME_CONDITIONS = ("ti2v", "i2v")
+"""The conditions that give history frames."""
+
+LATENT_CHANNELS = 16
+"""Of the Wan2.1 VAE and of the weight-free codec alike."""
+
+PIXEL_MULTIPLE = 32
+"""Recipe: both sides of a picture are multiples of this many pixels."""
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.video.window_semantics": WINDOW_SEMANTICS,
+    "kernels.attention": ("auto", "gathered", "flex", "dense"),
+    "kernels.gated_delta": ("auto", "torch", "fla"),
+    "encoders.video.kind": ("wan", "block_dct"),
+    "encoders.text.kind": ("qwen", "hashed_ngrams"),
+    "data.normalize_action": NORMALIZATIONS,
+    "data.normalize_state": NORMALIZATIONS,
+    "data.on_corrupt": ("stop", "skip"),
+    "stage.streams": ("video", "joint"),
+    "stage.loss_weighting": ("bell", "plain"),
+    "stage.init_weights": ("ema", "raw"),
+    "stage.action_init": ("interpolate", "random"),
+    "optimizer.name": ("adamw",),
+    "optimizer.schedule": ("constant", "cosine"),
+    "train.precision": ("bf16", "fp32"),
+    "train.zero_stage": (0, 1, 2, 3),
+    "train.device": ("auto", "cpu", "cuda"),
+    "train.on_nonfinite": ("stop", "skip"),
+    "train.resume": ("auto", "never", "must"),
+}
+
+POSITIVE = (
+    *(f"model.{key}" for key in ("num_layers", "num_heads", "text_dim", "freq_dim", "eps")),
+    *(f"model.video.{key}" for key in ("dim", "ffn_dim", "window_frames", "dilation")),
+    *(f"model.video.{key}" for key in ("gdn_key_dim", "gdn_value_dim", "gdn_conv_size")),
+    *(f"model.action.{key}" for key in ("dim", "ffn_dim", "action_dim", "state_dim")),
+    *(f"encoders.text.{key}" for key in ("text_dim", "max_tokens")),
+    *(f"data.window.{key}" for key in ("frames", "action_video_freq_ratio", "stride", "height", "width")),
+    *("data.shuffle_buffer", "stage.action_shift", "stage.lr"),
+    *(f"optimizer.{key}" for key in ("lr", "eps", "gradient_clip")),
+    *(f"train.{key}" for key in ("steps", "micro_batch", "accumulation", "checkpoint_every", "keep_last", "log_every")),
+    *("train.validation_batches", "train.peak_tflops"),
+)
+
+NOT_NEGATIVE = (
+    *("seed", "data.workers", "stage.history_frames", "stage.video_loss_weight", "stage.action_loss_weight"),
+    *("stage.weight_decay", "optimizer.weight_decay", "optimizer.warmup_steps"),
+    *("train.keep_every", "train.validate_every"),
+)
+
+FRACTIONS = ("stage.cfg_dropout", "optimizer.min_lr_ratio", "train.ema_decay")
+
+
+def validate(config: Config, sections: Sequence[str] | None = None) -> None:
+    """Raise UserError for the first broken rule. Looks at nothing outside `config`: files are `compose`'s to check.
+
+    Args:
+        sections: the top-level sections that are going to be used; rules that compare one of them with another one that
+            is not used do not apply. None: all are used.
+    """
+    for rule in RULES:
+        compared = COMPARED.get(rule, ())
+        if sections is None or set(compared) <= set(sections):
+            rule(config)
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key; None below a section that is null."""
+    section, _, name = key.rpartition(".")
+    owner = operator.attrgetter(section)(config) if section else config
+    return getattr(owner, name) if owner is not None else None
+
+
+def _given(config: Config, keys: Sequence[str]) -> list[tuple[str, Any]]:
+    values = [(key, value_of(config, key)) for key in keys]
+    return [(key, value) for key, value in values if value is not None and value != MISSING]
+
+
+# --- single values ---
+
+
+def known_names(config: Config) -> None:
+    for key, value in _given(config, tuple(CHOICES)):
+        if value not in CHOICES[key]:
+            raise UserError(f"{key}={value} is unknown; use one of {', '.join(map(str, CHOICES[key]))}")
+
+
+def positive_numbers(config: Config) -> None:
+    for key, value in _given(config, POSITIVE):
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{key}={value} is not a positive number; give one above 0")
+
+
+def no_negative_numbers(config: Config) -> None:
+    for key, value in _given(config, NOT_NEGATIVE):
+        if not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"{key}={value} is negative or not finite; give 0 or more")
+
+
+def fractions(config: Config) -> None:
+    for key, value in _given(config, FRACTIONS):
+        if not 0 <= value <= 1:
+            raise UserError(f"{key}={value} is outside [0, 1]; give a fraction")
+
+
+# --- model ---
+
+
+def layers_are_whole_cycles(config: Config) -> None:
+    layers, cycle = config.model.num_layers, config.model.video.layer_cycle
+    if not cycle:
+        raise UserError(f"model.video.layer_cycle=[] is empty; list kinds out of {', '.join(ATTENTION_KINDS)}")
+    if layers % len(cycle):
+        below = max(layers // len(cycle), 1) * len(cycle)
+        raise UserError(
+            f"model.num_layers={layers} is no multiple of the {len(cycle)} layers of model.video.layer_cycle; "
+            f"use {below} or {below + len(cycle)}"
+        )
+
+
+def layer_kinds_are_known(config: Config) -> None:
+    for kind in config.model.video.layer_cycle:
+        if kind not in ATTENTION_KINDS:
+            raise UserError(f"model.video.layer_cycle holds {kind!r}; use {', '.join(ATTENTION_KINDS)}")
+
+
+def heads_divide_the_width(config: Config) -> None:
+    dim, heads = config.model.video.dim, config.model.num_heads
+    if dim % heads:
+        raise UserError(
+            f"heads not divisible: model.video.dim={dim} is no multiple of model.num_heads={heads}; "
+            f"use model.video.dim={math.ceil(dim / heads) * heads} or other heads"
+        )
+
+
+def rotary_splits_the_head(config: Config) -> None:
+    """Half of a head is shared out to frames (half - 2·(half // 3)), height and width (half // 3 each)."""
+    head = config.model.video.dim // config.model.num_heads
+    if head % 2 or head // 2 // 3 < 1:
+        raise UserError(
+            f"model.video.dim={config.model.video.dim} over model.num_heads={config.model.num_heads} gives heads of "
+            f"{head} channels; the rotary embedding needs an even number of at least 6"
+        )
+
+
+def timestep_embedding_is_even(config: Config) -> None:
+    if config.model.freq_dim % 2:
+        raise UserError(f"model.freq_dim={config.model.freq_dim} is odd; half of it is cosines: use an even number")
+
+
+def latents_fit_the_encoders(config: Config) -> None:
+    channels = config.model.video.latent_channels
+    if channels != LATENT_CHANNELS:
+        raise UserError(f"model.video.latent_channels={channels}; the video encoders give {LATENT_CHANNELS}: use that")
+
+
+def patches_tile_the_latents(config: Config) -> None:
+    patch = config.model.video.patch_size
+    sides = PIXEL_MULTIPLE // 8
+    if len(patch) != 3 or patch[0] != 1 or any(p < 1 or sides % p for p in patch[1:]):
+        raise UserError(
+            f"model.video.patch_size={patch} does not tile the latents; use [1, 2, 2] (frames, height, width)"
+        )
+
+
+def token_windows_have_no_history_rule(config: Config) -> None:
+    video = config.model.video
+    for name in ("restrict_history_query_to_history", "all_attend_history"):
+        if video.window_semantics == "token" and getattr(video, name):
+            raise UserError(
+                f"model.video.{name}=true with model.video.window_semantics=token; token windows know no history: "
+                "set it to false or use window_semantics=frame"
+            )
+
+
+def text_widths_agree(config: Config) -> None:
+    model, encoder = config.model.text_dim, config.encoders.text.text_dim
+    if model != encoder:
+        raise UserError(
+            f"encoders.text.text_dim={encoder} but model.text_dim={model}; "
+            "choose encoders=... and model=... of one width (weight_free takes any)"
+        )
+
+
+# --- data ---
+
+
+def frames_are_4k_plus_1(config: Config) -> None:
+    frames = config.data.window.frames
+    if frames % 4 != 1:
+        below = (frames - 1) // 4 * 4 + 1
+        raise UserError(f"data.window.frames={frames} is not 4k+1; use {max(below, 1)} or {below + 4}")
+
+
+def pictures_are_multiples_of_32(config: Config) -> None:
+    for key in ("data.window.height", "data.window.width"):
+        pixels = value_of(config, key)
+        if pixels % PIXEL_MULTIPLE:
+            below = pixels // PIXEL_MULTIPLE * PIXEL_MULTIPLE
+            use = f"{below} or {below + PIXEL_MULTIPLE}" if below else str(PIXEL_MULTIPLE)
+            raise UserError(f"{key}={pixels} is no multiple of {PIXEL_MULTIPLE}; use {use}")
+
+
+def prompt_holds_the_task(config: Config) -> None:
+    if "{task}" not in config.data.prompt_template:
+        raise UserError(
+            f"data.prompt_template={config.data.prompt_template!r} lacks {{task}}, the place of the instruction; add it"
+        )
+
+
+# --- stage ---
+
+
+def joint_has_an_action_stream(config: Config) -> None:
+    if config.stage.streams == "joint" and config.model.action is None:
+        raise UserError(
+            f"stage.streams=joint but model.action=null (model {config.model.name}); "
+            "use a model with an action stream or stage.streams=video"
+        )
+
+
+def only_a_joint_stage_freezes_the_video(config: Config) -> None:
+    if config.stage.streams == "video" and not config.stage.train_video:
+        raise UserError(
+            "stage.train_video=false with stage.streams=video trains nothing; "
+            "use stage.streams=joint or stage.train_video=true"
+        )
+
+
+def some_loss_counts(config: Config) -> None:
+    stage = config.stage
+    video = stage.video_loss_weight if stage.train_video else 0.0
+    action = stage.action_loss_weight if stage.streams == "joint" else 0.0
+    if video + action == 0:
+        raise UserError(
+            f"stage.video_loss_weight={stage.video_loss_weight} and stage.action_loss_weight="
+            f"{stage.action_loss_weight} leave nothing to train; raise the weight of a stream that trains"
+        )
+
+
+def conditions_are_probabilities(config: Config) -> None:
+    conditions = config.stage.conditions
+    for name, share in conditions.items():
+        if name not in CONDITIONS:
+            raise UserError(f"stage.conditions holds {name!r}; use {', '.join(CONDITIONS)}")
+        if not 0 <= share <= 1:
+            raise UserError(f"stage.conditions.{name}={share} is outside [0, 1]; give a probability")
+    if abs(sum(conditions.values()) - 1) > 1e-6:
+        raise UserError(
+            f"stage.conditions={conditions} sums to {sum(conditions.values()):g}; "
+            "probabilities sum to 1 (set the ones not wanted to 0)"
+        )
+
+
+def _gives_frames(config: Config) -> bool:
+    return any(config.stage.conditions.get(name, 0) > 0 for name in FRAME_CONDITIONS)
+
+
+def history_leaves_a_frame_to_generate(config: Config) -> None:
+    history, frames = config.stage.history_frames, config.data.window.frames
+    latents = (frames - 1) // 4 + 1
+    if not _gives_frames(config):
+        return
+    if history < 1:
+        raise UserError(
+            f"stage.history_frames={history} but {' and '.join(FRAME_CONDITIONS)} of stage.conditions give frames; "
+            "use 1 or more"
+        )
+    if history >= latents:
+        raise UserError(
+            f"stage.history_frames={history} leaves nothing to generate of the {latents} latent frames of "
+            f"data.window.frames={frames}; use data.window.frames={4 * history + 1} or more, or fewer history frames"
+        )
+
+
+def joint_sees_history(config: Config) -> None:
+    if config.stage.streams != "joint":
+        return
+    if not _gives_frames(config):
+        raise UserError(
+            "stage.streams=joint but stage.conditions gives no frames, and actions would be blind; "
+            f"give {' or '.join(FRAME_CONDITIONS)} a probability"
+        )
+    if not config.model.video.restrict_history_query_to_history:
+        raise UserError(
+            "stage.streams=joint with model.video.restrict_history_query_to_history=false makes action-only inference "
+            "inexact; set it to true"
+        )
+
+
+def joint_window_has_actions(config: Config) -> None:
+    if config.stage.streams == "joint" and config.data.window.frames == 1:
+        raise UserError(
+            "data.window.frames=1 spans no action but stage.streams=joint; use data.window.frames=5 or more"
+        )
+
+
+def action_weights_fit(config: Config) -> None:
+    weights, action = config.stage.action_dim_weights, config.model.action
+    if weights is None or action is None:
+        return
+    if action.action_dim not in (MISSING, len(weights)):
+        raise UserError(
+            f"stage.action_dim_weights has {len(weights)} values but model.action.action_dim={action.action_dim}; "
+            "give one per dimension"
+        )
+    if min(weights, default=0) < 0 or abs(sum(weights) - 1) > 1e-6:
+        raise UserError(
+            f"stage.action_dim_weights={weights} sums to {sum(weights):g}; give weights of 0 or more that sum to 1"
+        )
+
+
+# --- optimizer and machine ---
+
+
+def betas_are_two_fractions(config: Config) -> None:
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"optimizer.betas={betas}; give two numbers in [0, 1), as in [0.9, 0.95]")
+
+
+def ema_forgets(config: Config) -> None:
+    if config.train.ema_decay == 1:
+        raise UserError("train.ema_decay=1 would keep the first weights for ever; give a fraction below 1, as 0.999")
+
+
+def the_model_is_not_split(config: Config) -> None:
+    parallel = config.parallel
+    for name, value in (("tensor", parallel.tensor), ("context", parallel.context)):
+        if value != 1:
+            raise UserError(
+                f"parallel.{name}={value}: sharding degrees above 1 are not available in this version; use 1"
+            )
+    if parallel.sequence:
+        raise UserError("parallel.sequence=true: sequence sharding is not available in this version; use false")
+
+
+RULES: tuple[Callable[[Config], None], ...] = (
+    known_names,
+    positive_numbers,
+    no_negative_numbers,
+    fractions,
+    layer_kinds_are_known,
+    layers_are_whole_cycles,
+    heads_divide_the_width,
+    rotary_splits_the_head,
+    timestep_embedding_is_even,
+    latents_fit_the_encoders,
+    patches_tile_the_latents,
+    token_windows_have_no_history_rule,
+    text_widths_agree,
+    frames_are_4k_plus_1,
+    pictures_are_multiples_of_32,
+    prompt_holds_the_task,
+    joint_has_an_action_stream,
+    only_a_joint_stage_freezes_the_video,
+    some_loss_counts,
+    conditions_are_probabilities,
+    history_leaves_a_frame_to_generate,
+    joint_sees_history,
+    joint_window_has_actions,
+    action_weights_fit,
+    betas_are_two_fractions,
+    ema_forgets,
+    the_model_is_not_split,
+)
+"""Every rule, in the order in which they are asked: single values first, so that later rules may divide."""
+
+COMPARED = {
+    text_widths_agree: ("encoders", "model"),
+    latents_fit_the_encoders: ("encoders", "model"),
+    joint_has_an_action_stream: ("stage", "model"),
+    history_leaves_a_frame_to_generate: ("stage", "data"),
+    joint_sees_history: ("stage", "model"),
+    joint_window_has_actions: ("stage", "data"),
+    action_weights_fit: ("stage", "model"),
+}
+"""The sections that a rule compares, where it compares several."""
