@@ -1,0 +1,1 @@
+"""Frozen encoders: video to latents, prompt to context, behind the two protocols of `interfaces`."""
