@@ -1,0 +1,253 @@
+"""Where a LeRobot dataset keeps what: `meta/info.json`, the path templates and the table of episodes of each version.
+
+v2.0 and v2.1 have one parquet and one video file per episode (and camera), named by templates in info.json; v3.0 packs
+many episodes into one file and says in `meta/episodes/` which rows and seconds of it belong to which episode.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kairos_train.errors import UserError
+
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+INFO_PATH = "meta/info.json"
+STATS_PATH = "meta/stats.json"
+TASKS_PATH = "meta/tasks.parquet"
+EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+
+FRAME_FEATURES = {  # the columns that every row has beside its own features
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+    "task_index": "int64",
+}
+EPISODE_COLUMNS = ("episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index")
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `meta/info.json` says, checked. `fps` in frames per second, `features` as they stand in the file."""
+
+    root: Path
+    version: str
+    fps: float
+    robot_type: str | None
+    features: dict[str, dict[str, Any]]
+    data_path: str
+    video_path: str | None
+    chunks_size: int
+
+
+@dataclass(frozen=True)
+class VideoPlace:
+    """Where an episode's pictures of one camera begin: file and second of the file's clock."""
+
+    path: Path
+    from_timestamp: float
+
+
+@dataclass(frozen=True)
+class EpisodeEntry:
+    """One row of the table of episodes. `extra` holds the per-episode values that LeRobot itself does not know."""
+
+    index: int
+    length: int
+    tasks: list[str]
+    data: Path
+    videos: dict[str, VideoPlace]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def read_info(root: Path) -> Info:
+    """Read and check `meta/info.json`.
+
+    Raises:
+        UserError: not a dataset folder, broken JSON, a version this reader does not know, missing or impossible fields.
+    """
+    path = root / INFO_PATH
+    if not path.is_file():
+        raise UserError(
+            f"{root}: {INFO_PATH} is missing; give the folder that holds meta/ and data/ of a LeRobot dataset"
+        )
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); restore it") from error
+    version = raw.get("codebase_version") if isinstance(raw, dict) else None
+    if version not in VERSIONS:
+        raise UserError(
+            f"{path}: codebase_version is {version!r}; it must be one of {', '.join(VERSIONS)}: convert the "
+            "dataset with the lerobot package"
+        )
+    fps, features, chunks_size = raw.get("fps"), raw.get("features"), raw.get("chunks_size", 1000)
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0:
+        raise UserError(f"{path}: fps is {fps!r}; it must be a positive number")
+    if not isinstance(features, dict) or not all(isinstance(f, dict) and "dtype" in f for f in features.values()):
+        raise UserError(f"{path}: features must map every column to its dtype and shape; restore the file")
+    if not isinstance(raw.get("data_path"), str):
+        raise UserError(f"{path}: data_path is {raw.get('data_path')!r}; it must be the template of the data files")
+    if not isinstance(chunks_size, int) or chunks_size < 1:
+        raise UserError(f"{path}: chunks_size is {chunks_size!r}; it must be a positive whole number")
+    return Info(
+        root=root,
+        version=version,
+        fps=float(fps),
+        robot_type=raw.get("robot_type"),
+        features=features,
+        data_path=raw["data_path"],
+        video_path=raw.get("video_path"),
+        chunks_size=chunks_size,
+    )
+
+
+def read_tasks(info: Info) -> dict[int, str]:
+    """Task strings by task index.
+
+    Raises:
+        UserError: the table is missing or unreadable.
+    """
+    if info.version != "v3.0":
+        rows = _read_jsonl(info.root / "meta/tasks.jsonl", ("task_index", "task"))
+        return {int(row["task_index"]): str(row["task"]) for row in rows}
+    path = info.root / TASKS_PATH
+    table = read_table(path)
+    # The writer stores a pandas frame indexed by the task; the index column has a name only in some of its versions.
+    column = next((c for c in ("task", "__index_level_0__") if c in table.column_names), None)
+    if column is None or "task_index" not in table.column_names:
+        raise UserError(
+            f"{path}: has columns {table.column_names}; it needs task_index and task (or __index_level_0__)"
+        )
+    return dict(zip(table["task_index"].to_pylist(), table[column].to_pylist()))
+
+
+def read_episodes(info: Info) -> list[EpisodeEntry]:
+    """The table of episodes in the order of their index.
+
+    Raises:
+        UserError: the table is missing or unreadable, or lacks a column.
+    """
+    video_keys = [key for key, feature in info.features.items() if feature["dtype"] == "video"]
+    entries = (_entries_v3 if info.version == "v3.0" else _entries_v2)(info, video_keys)
+    return sorted(entries, key=lambda entry: entry.index)
+
+
+def read_table(path: Path, **kwargs: Any) -> pa.Table:
+    """A whole parquet file.
+
+    Raises:
+        UserError: the file is missing or not readable.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: the file is missing; the dataset is incomplete: fetch or write it again")
+    try:
+        # The file alone: a folder like `chunk-000` beside it must not be taken for a partition column.
+        return pq.ParquetFile(path).read(**kwargs)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: is not a readable parquet file ({_one_line(error)}); restore it") from error
+
+
+def _entries_v2(info: Info, video_keys: list[str]) -> list[EpisodeEntry]:
+    path = info.root / "meta/episodes.jsonl"
+    entries = []
+    for row in _read_jsonl(path, ("episode_index", "length")):
+        index = int(row["episode_index"])
+        place = {"episode_chunk": index // info.chunks_size, "episode_index": index}
+        videos = {
+            key: VideoPlace(_fill(info, "video_path", video_key=key, **place), 0.0)
+            for key in video_keys
+            if info.video_path
+        }
+        extra = {k: v for k, v in row.items() if k not in EPISODE_COLUMNS and isinstance(v, bool | int | float | str)}
+        tasks = [str(task) for task in row.get("tasks") or []]
+        entries.append(EpisodeEntry(index, int(row["length"]), tasks, _fill(info, "data_path", **place), videos, extra))
+    return entries
+
+
+def _entries_v3(info: Info, video_keys: list[str]) -> list[EpisodeEntry]:
+    folder = info.root / "meta/episodes"
+    paths = sorted(folder.glob("*/*.parquet"))
+    if not paths:
+        raise UserError(f"{folder}: holds no parquet file; the dataset is incomplete: fetch or write it again")
+    entries = []
+    for path in paths:
+        names = pq_names(path)
+        needed = ("episode_index", "tasks", "length", "data/chunk_index", "data/file_index")
+        if missing := [name for name in needed if name not in names]:
+            raise UserError(f"{path}: lacks the column {missing[0]!r}; restore it")
+        table = read_table(path, columns=[name for name in names if not name.startswith("stats/")])
+        cameras = [key for key in video_keys if info.video_path and f"videos/{key}/from_timestamp" in names]
+        for row in table.to_pylist():
+            entries.append(_entry_v3(info, row, cameras))
+    return entries
+
+
+def _entry_v3(info: Info, row: dict[str, Any], cameras: list[str]) -> EpisodeEntry:
+    videos = {}
+    for key in cameras:
+        of_camera = {name: row.get(f"videos/{key}/{name}") for name in ("chunk_index", "file_index", "from_timestamp")}
+        if None not in of_camera.values():
+            start = float(of_camera.pop("from_timestamp"))
+            videos[key] = VideoPlace(_fill(info, "video_path", video_key=key, **of_camera), start)
+    extra = {
+        k: v
+        for k, v in row.items()
+        if "/" not in k and k not in EPISODE_COLUMNS and isinstance(v, bool | int | float | str)
+    }
+    data = _fill(info, "data_path", chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+    return EpisodeEntry(row["episode_index"], row["length"], list(row["tasks"] or []), data, videos, extra)
+
+
+def pq_names(path: Path) -> list[str]:
+    """Column names of a parquet file.
+
+    Raises:
+        UserError: the file is missing or not readable.
+    """
+    try:
+        return pq.read_schema(path).names
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: is not a readable parquet file ({_one_line(error)}); restore it") from error
+
+
+def _fill(info: Info, template: str, **values: Any) -> Path:
+    text = getattr(info, template)
+    try:
+        return info.root / text.format(**values)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"{info.root / INFO_PATH}: {template} {text!r} cannot be filled in ({error!r}); {info.version} knows "
+            f"{', '.join(values)}"
+        ) from error
+
+
+def _read_jsonl(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"{path}: the file is missing; the dataset is incomplete: fetch or write it again")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is not JSON ({error}); restore it") from error
+        if not isinstance(row, dict) or (missing := [name for name in needed if name not in row]):
+            raise UserError(
+                f"{path}: line {number} lacks {missing[0] if isinstance(row, dict) else needed[0]!r}; restore it"
+            )
+        rows.append(row)
+    return rows
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

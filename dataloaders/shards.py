@@ -1,0 +1,216 @@
+"""The shard folder: WebDataset tar files of training windows and the index that describes them.
+
+    DIR/index.json           what the shards hold and were made with, the number, size and sha256 of each
+    DIR/dataset_stats.json   statistics of states and actions (see `dataloaders.statistics`)
+    DIR/shard-000000.tar …   members KEY.mp4, KEY.action.npy, KEY.state.npy, KEY.json and, when encoded,
+                             KEY.latents.npy, KEY.context.npy
+    DIR/empty_context.npy    optional: context of the empty prompt, float16 (N, C)
+
+The same content always gives the same bytes: members are sorted, owners, modes and times are constants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kairos_train.config.schema import WindowConfig, from_dict
+from kairos_train.errors import UserError
+
+FORMAT = "kairos-shards-1"
+INDEX, STATISTICS, EMPTY_CONTEXT = "index.json", "dataset_stats.json", "empty_context.npy"
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
+_MEMBER_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_]+)+")
+
+
+class CorruptData(Exception):
+    """A shard or sample that cannot be used. `name` says which, `reason` why; the loader's policy decides the rest."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """index.json. `fps` is that of raw frames and actions; clips play `action_video_freq_ratio` times slower."""
+
+    folder: Path
+    samples: int
+    window: WindowConfig
+    prompt_template: str
+    action_dim: int
+    state_dim: int
+    fps: float
+    encoders: dict[str, Any] | None
+    tasks: list[str]
+    source: dict[str, Any]
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the data: changes when any shard's content, order or name does."""
+        return hashlib.sha256("\n".join(f"{s.name} {s.sha256}" for s in self.shards).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of index.json."""
+        values = {k: v for k, v in self.__dict__.items() if k != "folder"}
+        return values | {
+            "format": FORMAT,
+            "window": asdict(self.window),
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+
+    def statistics(self) -> dict[str, Any]:
+        """The content of dataset_stats.json. UserError when it is missing or not JSON."""
+        return _read_json(self.folder / STATISTICS)
+
+    def empty_context(self) -> np.ndarray | None:
+        """Context of the empty prompt, float32 (N, C); None when the shards were packed without one."""
+        path = self.folder / EMPTY_CONTEXT
+        if not path.exists():
+            return None
+        try:
+            return np.load(path, allow_pickle=False).astype(np.float32)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); pack again") from error
+
+
+def read_index(folder: Path | str) -> ShardIndex:
+    """Read and check DIR/index.json.
+
+    Raises:
+        UserError: no shard folder, another format, missing or wrong entries, or names that are not plain file names.
+    """
+    folder = Path(folder)
+    values = _read_json(folder / INDEX)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else None
+        raise UserError(f"{folder / INDEX}: format {found!r} is not {FORMAT!r}; pack with this version of kairos-train")
+    try:
+        shards = tuple(ShardInfo(**shard) for shard in values["shards"])
+        window = from_dict(WindowConfig, values["window"])
+        fields = {k: v for k, v in values.items() if k not in ("format", "shards", "window")}
+        index = ShardIndex(folder=folder, shards=shards, window=window, **fields)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / INDEX}: incomplete or unknown entry ({error}); pack the dataset again") from error
+    for shard in index.shards:
+        if not _SHARD_NAME.fullmatch(shard.name):  # names come from a file: they must not lead out of the folder
+            raise UserError(f"{folder / INDEX}: shard name {shard.name!r} is not a plain file name ending in .tar")
+    if not index.shards or index.samples != sum(shard.samples for shard in index.shards):
+        raise UserError(f"{folder / INDEX}: samples={index.samples} is not the sum over its shards; pack again")
+    return index
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted keys, indent 1, written beside and renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, sort_keys=True, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def sample_block(key: str, members: dict[str, bytes]) -> bytes:
+    """The tar entries of one sample, to be stringed together by `write_shard`. `members`: extension -> content."""
+    out = []
+    for extension in sorted(members):
+        name, data = f"{key}.{extension}", members[extension]
+        if not _MEMBER_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not a plain member name")
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(data), 0o644
+        out += [info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
+    return b"".join(out)
+
+
+def write_shard(path: Path, blocks: Iterable[bytes]) -> ShardInfo:
+    """Write one tar file from the blocks of its samples; returns its index entry."""
+    digest, size, samples = hashlib.sha256(), 0, 0
+    with path.open("wb") as file:
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
+            size, samples = size + len(block), samples + 1
+        end = bytes(2 * tarfile.BLOCKSIZE)  # a tar ends with two zero blocks, filled up to a whole record
+        end += bytes(-(size + len(end)) % tarfile.RECORDSIZE)
+        file.write(end)
+        digest.update(end)
+    return ShardInfo(path.name, samples, size + len(end), digest.hexdigest())
+
+
+def read_shard(folder: Path, shard: ShardInfo) -> Iterator[dict[str, Any]]:
+    """Raw samples of one shard in order: `{"__key__": …, "mp4": bytes, "action.npy": bytes, …}`, through webdataset.
+
+    A shard that is missing or has not the indexed size gives nothing; one with damage inside gives the samples before
+    the damage. Either way what is lost depends on the bytes alone, never on timing.
+
+    Raises:
+        CorruptData: naming the shard; always after the samples that could be read.
+    """
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    path, seen = folder / shard.name, 0
+    try:
+        size = path.stat().st_size
+        if size != shard.bytes:  # the cheap check: hashing every shard at every epoch would double the reading
+            raise CorruptData(shard.name, f"has {size} bytes, the index says {shard.bytes}: truncated or replaced")
+        with path.open("rb") as stream:
+            # opened here, not by webdataset, whose opener would also run commands and fetch addresses
+            source = iter([{"url": shard.name, "stream": stream}])
+            for sample in group_by_keys(tar_file_expander(source, rename_files=_plain)):
+                seen += 1
+                yield sample
+    except FileNotFoundError:
+        raise CorruptData(shard.name, "is missing") from None
+    except (OSError, ValueError, tarfile.TarError, EOFError) as error:
+        text = str(error.args[0] if error.args and isinstance(error.args[0], str) else error)
+        reason = text.split(" @ ")[0]  # webdataset appends the file object
+        raise CorruptData(shard.name, f"cannot be read after {seen} samples ({reason})") from error
+    if seen != shard.samples:
+        raise CorruptData(shard.name, f"holds {seen} samples, the index says {shard.samples}")
+
+
+def verify(folder: Path | str) -> list[tuple[str, str]]:
+    """Read every byte of every shard and compare with the index; (name, reason) of each that does not hold."""
+    index, bad = read_index(folder), []
+    for shard in index.shards:
+        path = index.folder / shard.name
+        if not path.is_file():
+            bad.append((shard.name, "is missing"))
+            continue
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.sha256:
+            bad.append((shard.name, f"sha256 is {found[:16]}…, the index says {shard.sha256[:16]}…"))
+    return bad
+
+
+def _plain(name: str) -> str:
+    if not _MEMBER_NAME.fullmatch(name):
+        raise ValueError(f"member name {name!r} is not plain")
+    return name
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist; data.shards must be a folder written by `data pack`") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); pack the dataset again") from error

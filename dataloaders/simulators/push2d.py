@@ -1,0 +1,158 @@
+"""A pushing task on a plane, numpy alone: the instruction names one of two blocks, which belongs on the green ring.
+
+The table is the square [-1, 1]², x to the right and y up. A round agent moves by its action; contacts are quasi-static:
+what is overlapped is moved out of the way along the line of centres, the agent moves blocks, blocks move blocks, walls
+stop everything. Both tasks have the same layouts, so whoever ignores the instruction pushes the wrong block half of the
+time. Lengths are in table units (the table is 2 wide).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dataloaders.simulators.base import CAMERA_KEY, TASKS, Observation
+from dataloaders.simulators.push2d_expert import expert_action
+
+AGENT_RADIUS = 0.07
+BLOCK_RADIUS = 0.12
+GOAL_RADIUS = 0.13
+STEP = 0.04  # way of the agent in one step at full action
+SUCCESS_DISTANCE = 0.06
+_SUBSTEPS = 4  # small against the radii, so that nothing is jumped over
+_RING = 0.035  # thickness of the goal's ring
+
+_TABLE = (226, 222, 214)
+_AGENT = (45, 45, 50)
+_GOAL = (40, 160, 75)
+_BLOCKS = ((212, 62, 50), (52, 92, 212))
+_NAMED = {"push-red": 0, "push-blue": 1}
+
+
+class Push2D:
+    """State: the agent's x and y. Action: its movement in units of `STEP` per step, in [-1, 1]²."""
+
+    fps = 20.0
+    robot_type = "disc"
+    camera_key = CAMERA_KEY
+    action_dim = 2
+    state_dim = 2
+    action_names = ["dx", "dy"]  # noqa: RUF012 - the interface's constant
+    state_names = ["x", "y"]  # noqa: RUF012
+    max_steps = 120
+
+    def __init__(self, task: str, size: int) -> None:
+        self.task, self.instruction = task, TASKS["push2d"][task]
+        self._named = _NAMED[task]
+        self._size = size
+        self.agent: list[float] = [0.0, 0.0]
+        self.blocks: list[list[float]] = [[-0.5, 0.0], [0.5, 0.0]]
+        self.goal: tuple[float, float] = (0.0, 0.5)
+        self._ground = self._draw_ground()
+
+    def reset(self, seed: int) -> Observation:
+        """Lay the table for this seed; the task has no part in it."""
+        rng = np.random.default_rng(seed)
+        while True:
+            agent, red, blue, goal = rng.uniform(-0.65, 0.65, (4, 2)).tolist()
+            apart = math.dist(red, blue) > 0.4 and min(math.dist(goal, red), math.dist(goal, blue)) > 0.45
+            if apart and min(math.dist(agent, red), math.dist(agent, blue)) > 0.3:
+                break
+        self.agent, self.blocks, self.goal = agent, [red, blue], tuple(goal)
+        self._ground = self._draw_ground()
+        return self._observe()
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+        """Execute (2,) in [-1, 1]."""
+        dx, dy = (min(max(float(value), -1.0), 1.0) * STEP / _SUBSTEPS for value in action)
+        for _ in range(_SUBSTEPS):
+            self.agent[0] += dx
+            self.agent[1] += dy
+            self._resolve_contacts()
+        return self._observe(), math.dist(self.blocks[self._named], self.goal) < SUCCESS_DISTANCE
+
+    def expert_action(self) -> np.ndarray:
+        """The scripted expert's movement, float32 (2,)."""
+        block, other = self.blocks[self._named], self.blocks[1 - self._named]
+        return expert_action(
+            np.array(self.agent),
+            np.array(block),
+            np.array(other),
+            np.array(self.goal),
+            reach=AGENT_RADIUS + BLOCK_RADIUS,
+            block_gap=2 * BLOCK_RADIUS,
+            step=STEP,
+            limit=1 - AGENT_RADIUS,
+        )
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _resolve_contacts(self) -> None:
+        _keep_inside(self.agent, AGENT_RADIUS)
+        first, second = sorted(self.blocks, key=lambda block: math.dist(block, self.agent))
+        for block in (first, second):
+            _push_out(block, self.agent, AGENT_RADIUS + BLOCK_RADIUS)
+            _keep_inside(block, BLOCK_RADIUS)
+        _push_out(second, first, 2 * BLOCK_RADIUS)
+        _keep_inside(second, BLOCK_RADIUS)
+        # What stands against a wall yields no further: it holds up the one that pushes it, and that one the agent.
+        _push_out(first, second, 2 * BLOCK_RADIUS)
+        _keep_inside(first, BLOCK_RADIUS)
+        for block in (first, second):
+            _push_out(self.agent, block, AGENT_RADIUS + BLOCK_RADIUS)
+        _keep_inside(self.agent, AGENT_RADIUS)
+
+    def _observe(self) -> Observation:
+        frame = self._ground.copy()
+        for block, colour in zip(self.blocks, _BLOCKS):
+            _draw(frame, block, BLOCK_RADIUS, colour)
+        _draw(frame, self.agent, AGENT_RADIUS, _AGENT)
+        return Observation(frame, np.array(self.agent, np.float32))
+
+    def _draw_ground(self) -> np.ndarray:
+        ground = np.full((self._size, self._size, 3), _TABLE, np.uint8)
+        _draw(ground, self.goal, GOAL_RADIUS, _GOAL, hole=GOAL_RADIUS - _RING)
+        return ground
+
+
+def _keep_inside(point: list[float], radius: float) -> None:
+    limit = 1.0 - radius
+    point[0] = min(max(point[0], -limit), limit)
+    point[1] = min(max(point[1], -limit), limit)
+
+
+def _push_out(moved: list[float], by: list[float], distance: float) -> None:
+    """Move one disc along the line of centres until it only touches the other."""
+    dx, dy = moved[0] - by[0], moved[1] - by[1]
+    now = math.hypot(dx, dy)
+    if now >= distance:
+        return
+    if now < 1e-9:  # the centres coincide: any direction is as good
+        dx, dy, now = 1.0, 0.0, 1.0
+    moved[0], moved[1] = by[0] + dx / now * distance, by[1] + dy / now * distance
+
+
+def _draw(
+    picture: np.ndarray,
+    centre: list[float] | tuple[float, float],
+    radius: float,
+    colour: tuple[int, int, int],
+    *,
+    hole=0.0,
+) -> None:
+    """Blend a disc, or a ring when `hole` > 0, into a uint8 (H, H, 3) picture; edges are smooth over one pixel."""
+    size = picture.shape[0]
+    scale = size / 2
+    column, row = (centre[0] + 1) * scale - 0.5, (1 - centre[1]) * scale - 0.5
+    reach = radius * scale + 1
+    top, bottom = max(math.floor(row - reach), 0), min(math.ceil(row + reach) + 1, size)
+    left, right = max(math.floor(column - reach), 0), min(math.ceil(column + reach) + 1, size)
+    rows, columns = np.arange(top, bottom)[:, None] - row, np.arange(left, right)[None] - column
+    distance = np.sqrt(rows * rows + columns * columns)
+    cover = np.clip(radius * scale - distance + 0.5, 0, 1)
+    if hole > 0:
+        cover *= np.clip(distance - hole * scale + 0.5, 0, 1)
+    patch = picture[top:bottom, left:right]
+    patch += np.rint(cover[..., None] * (np.array(colour) - patch.astype(np.float64))).astype(np.int16).astype(np.uint8)

@@ -1,0 +1,126 @@
+"""States and actions to the model's range and back, from the statistics that a checkpoint carries.
+
+Modes (model specification, State and actions): `minmax` and `quantile` map [min, max] or [q01, q99] to [-1, 1], and a
+dimension whose range is under 1e-4 to 0 with scale 1; `zscore` subtracts the mean and divides by std + 1e-8; all three
+are then clamped to ±5. `none` changes nothing.
+
+Shapes: D dimensions of a state or an action, A steps of a chunk.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kairos_train.errors import UserError
+
+MODES = ("minmax", "quantile", "zscore", "none")
+_FIELDS = {"minmax": ("min", "max"), "quantile": ("q01", "q99"), "zscore": ("mean", "std"), "none": ("mean", "std")}
+MIN_RANGE = 1e-4
+CLAMP = 5.0
+
+
+class Normalizer:
+    """Affine map of the last dimension (D), kept in float32.
+
+    Args:
+        stats: one key's statistics, `{"global_min": [...], …, "stepwise_min": [[...], …], …}`.
+        mode: one of MODES.
+        stepwise: one map per step of the chunk; tensors are then (…, A, D) with A at most the steps of the statistics.
+        name: what the statistics are called in errors.
+
+    Raises:
+        UserError: an unknown mode, statistics without the mode's fields, of shapes that do not fit, or not finite.
+    """
+
+    def __init__(self, stats: dict[str, Any], mode: str, *, stepwise: bool = False, name: str = "statistics"):
+        if mode not in MODES:
+            raise UserError(f"normalisation mode {mode!r} of {name}: must be one of {', '.join(MODES)}")
+        self.mode, self.stepwise, self.name = mode, stepwise, name
+        prefix = "stepwise_" if stepwise else "global_"
+        low, high = (_field(stats, prefix + field, 2 if stepwise else 1, name) for field in _FIELDS[mode])
+        if low.shape != high.shape:
+            fields = " and ".join(prefix + field for field in _FIELDS[mode])
+            raise UserError(f"{name}: {fields} have shapes {low.shape} and {high.shape}; they must be equal")
+        if mode in ("minmax", "quantile"):
+            if (high < low).any():
+                raise UserError(
+                    f"{name}: {prefix}{_FIELDS[mode][1]} is below {prefix}{_FIELDS[mode][0]}; recompute them"
+                )
+            flat = high - low < MIN_RANGE
+            shift, scale = np.where(flat, low, (low + high) / 2), np.where(flat, 1.0, (high - low) / 2)
+        elif mode == "zscore":
+            shift, scale = low, high + 1e-8
+        else:
+            shift, scale = np.zeros_like(low), np.ones_like(low)
+        self.shift = torch.from_numpy(shift.astype(np.float32))  # (D,) or (A, D)
+        self.scale = torch.from_numpy(scale.astype(np.float32))
+        self.dim = int(self.shift.shape[-1])
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, D) any float dtype -> float32 of the same shape, within ±5 (mode `none`: unbounded)."""
+        shift, scale = self._fitted(x)
+        out = (x.float() - shift) / scale
+        return out if self.mode == "none" else out.clamp(-CLAMP, CLAMP)
+
+    def unnormalize(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `normalize` (what was clamped stays at the bound): (…, D) -> float32 of the same shape."""
+        shift, scale = self._fitted(x)
+        return x.float() * scale + shift
+
+    def _fitted(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if x.ndim < self.shift.ndim or x.shape[-1] != self.dim:
+            raise UserError(f"{self.name}: are of {self.dim} dimensions, the tensor has shape {tuple(x.shape)}")
+        shift, scale = self.shift, self.scale
+        if self.stepwise:
+            steps = x.shape[-2]
+            if steps > len(shift):
+                raise UserError(f"{self.name}: are of {len(shift)} steps, the tensor has shape {tuple(x.shape)}")
+            shift, scale = shift[:steps], scale[:steps]
+        return shift.to(x.device), scale.to(x.device)
+
+
+def from_statistics(
+    stats: dict[str, Any] | Path | str, *, group: str, key: str, mode: str, stepwise: bool = False
+) -> Normalizer:
+    """Normalizer for one entry of a dataset's statistics (`dataset_stats.json`, its path or its content).
+
+    Args:
+        group: "action" or "state".
+        key: the dataset's name for it, e.g. "observation.state" ("default" in the published files).
+
+    Raises:
+        UserError: the file, the group or the key does not exist (the keys that do are named); see also `Normalizer`.
+    """
+    name = "dataset statistics"
+    if isinstance(stats, (str, Path)):
+        name = str(stats)
+        try:
+            stats = json.loads(Path(stats).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name}: cannot be read as JSON statistics ({type(error).__name__})") from error
+    if group not in ("action", "state"):
+        raise UserError(f"statistics group {group!r}: must be action or state")
+    entries = stats.get(group) if isinstance(stats, dict) else None
+    if not isinstance(entries, dict) or not isinstance(entries.get(key), dict):
+        there = ", ".join(sorted(entries)) if isinstance(entries, dict) and entries else "nothing"
+        raise UserError(f"{name}: no {group} statistics for key {key!r}; it has {there}")
+    return Normalizer(entries[key], mode, stepwise=stepwise, name=f"{name}: {group}/{key}")
+
+
+def _field(stats: dict[str, Any], field: str, ndim: int, name: str) -> np.ndarray:
+    if field not in stats:
+        raise UserError(f"{name}: lacks {field}; recompute the statistics")
+    try:
+        value = np.asarray(stats[field], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: {field} is not a regular list of numbers") from error
+    if value.ndim != ndim or value.size == 0:
+        raise UserError(f"{name}: {field} has shape {value.shape}; it must be a list of {ndim} levels, not empty")
+    if not np.isfinite(value).all():
+        raise UserError(f"{name}: {field} has values that are not finite; recompute the statistics")
+    return value
