@@ -1,0 +1,49 @@
+"""What a configuration means for training, before anything is loaded: model of the stage, shapes, FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from kairos_train.config.schema import Config, ModelConfig
+from kairos_train.model.flops import training_flops
+from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
+
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
+"""Dense bf16 peaks that the vendor states, by a part of the device's name."""
+
+
+def stage_model(config: Config) -> ModelConfig:
+    """The model that a stage trains: a video stage has no action stream."""
+    return replace(config.model, action=None) if config.stage.streams == "video" else config.model
+
+
+def sample_flops(config: Config, latents: torch.Size, context_tokens: int, actions: int) -> float:
+    """Model FLOPs of one sample's forward and backward (3 × forward, `kairos_train.model.flops`).
+
+    Args:
+        latents: (C, F, H, W).
+        context_tokens: N, padding included.
+        actions: A; 0 in a video stage.
+    """
+    _, patch_height, patch_width = config.model.video.patch_size
+    given = any(config.stage.conditions.get(name, 0) > 0 for name in HISTORY_CONDITIONS)
+    return training_flops(
+        config.model,
+        latents[1],
+        (latents[2] // patch_height) * (latents[3] // patch_width),
+        context_tokens,
+        actions=actions,
+        history=config.stage.history_frames if given else 0,
+    )
+
+
+def peak_flops(config: Config, device: torch.device) -> float | None:
+    """Peak FLOPs per second of one device for MFU: `train.peak_tflops`, or the table's; None when unknown."""
+    if config.train.peak_tflops is not None:
+        return config.train.peak_tflops * 1e12
+    if device.type == "cuda" and config.train.precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return None

@@ -1,0 +1,249 @@
+"""The model in DeepSpeed: processes, precision, ZeRO stage, backward and step.
+
+One loss equation for every stage and world size: a process gives `backward` the loss of its micro-batch as
+local_sum · world / N_valid_of_the_whole_step, and the engine averages gradients over processes and adds them over the
+micro-batches. DeepSpeed is used for partitioning, reduction, clipping and the update; its data loader, schedulers,
+batch arithmetic and checkpoints are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kairos_train.config.schema import Config
+from kairos_train.errors import UserError
+from kairos_train.training.master_layout import MasterLayout
+from kairos_train.training.optimizer import MasterAdamW, build_optimizer, parameter_groups, set_lr
+
+LARGEST_BUCKET = 500_000_000  # elements reduced at once
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the run's processes."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step did."""
+
+    norm: float  # 2-norm of the whole gradient before clipping; inf when it was not finite
+    stepped: bool  # False: the gradient was not finite, it was dropped and no weight or moment changed
+
+
+def start_processes(device: str) -> World:
+    """Join the run's process group: the one of torchrun, or of this process alone when there is none.
+
+    The one place that touches the environment: DeepSpeed reads the local rank and, on a machine with GPUs that trains
+    on the CPU, its accelerator from there and from nowhere else.
+
+    Args:
+        device: "auto", "cpu" or "cuda". On CUDA each process takes the GPU of its local rank.
+
+    Raises:
+        UserError: CUDA is asked for and not there, or DeepSpeed was imported for another device before.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"train.device={device!r}: must be 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda: this machine shows no CUDA device; use 'cpu' or 'auto'")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    # DeepSpeed calls collectives by their old names, several times a step.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    own = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(own)
+    if not dist.is_initialized():
+        launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **alone)
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != kind:
+        raise UserError(
+            f"train.device={device!r}: DeepSpeed already runs on {get_accelerator().device_name()!r} in this process;"
+            " start a fresh one, without DS_ACCELERATOR in its environment"
+        )
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=own)
+
+
+class TrainingEngine:
+    """The model under DeepSpeed. Built by `build_engine`.
+
+    One optimiser step:
+
+        engine.set_lr(lr)
+        for i, micro_batch in enumerate(micro_batches):
+            loss = ...engine(...)...              # the scaled loss described at the top of this file
+            engine.backward(loss, last=i == len(micro_batches) - 1)
+        result = engine.step()
+
+    Every method is collective.
+
+    Attributes:
+        model: the wrapped module. Under ZeRO stage 3 its parameters are empty outside of its forward pass.
+        optimizer: the torch AdamW underneath.
+        deepspeed: the DeepSpeed engine.
+        world: this process among the others.
+        layout: where the float32 masters of this process are.
+        frozen: float32 values of the parameters that do not train, on the CPU of rank 0, empty elsewhere.
+    """
+
+    def __init__(self, deepspeed: Any, optimizer: torch.optim.Optimizer, *, stage: int, world: World) -> None:
+        self.deepspeed = deepspeed
+        self.optimizer = optimizer
+        self.stage = stage
+        self.world = world
+        self.model: nn.Module = deepspeed.module
+        self.layout = MasterLayout(deepspeed, optimizer, stage=stage)
+        self.frozen: dict[str, Tensor] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass.
+
+        Raises:
+            TypeError: the output is something else than a tensor, tuple, named tuple, list or dictionary. DeepSpeed's
+                hooks look into nothing else: stage 1 in bf16 would add up the gradients of earlier micro-batches again.
+        """
+        output = self.deepspeed(*args, **kwargs)
+        if not isinstance(output, Tensor | tuple | list | dict):
+            raise TypeError(f"the model returned a {type(output).__name__}; under DeepSpeed it must be a (named) tuple")
+        return output
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss`; `last` marks the step's last micro-batch, after which gradients are reduced."""
+        if isinstance(self.optimizer, MasterAdamW):
+            for parameter in self.optimizer.low_precision:
+                if parameter.grad is None:  # DeepSpeed would fill in zeros of the parameter's own type
+                    parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> StepResult:
+        """Clip and update, unless the norm of the whole gradient is not finite: then nothing changes."""
+        wrapper = self.deepspeed.optimizer
+        if self.stage == 0:
+            return self._step_unpartitioned()
+        if hasattr(wrapper, "fp32_groups_has_gradients"):
+            # It counts a parameter in the norm only where this process itself had a gradient for it. Gradients are
+            # reduced by now, so all count everywhere, or ranks would clip differently.
+            wrapper.fp32_groups_has_gradients = [[True] * len(group) for group in wrapper.bf16_groups]
+        self.deepspeed.step()
+        norm = float(wrapper._global_grad_norm)
+        return StepResult(norm=norm, stepped=self.deepspeed.was_step_applied())
+
+    def _step_unpartitioned(self) -> StepResult:
+        """Stage 0: DeepSpeed clips and steps without looking, so the norm is taken first."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            self.deepspeed.step()
+            return StepResult(norm=norm, stepped=True)
+        self.deepspeed.zero_grad()
+        return StepResult(norm=math.inf, stepped=False)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next step."""
+        set_lr(self.optimizer, lr)
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers; the process group stays."""
+        self.deepspeed.destroy()
+
+
+def build_engine(model: nn.Module, config: Config, *, world: World) -> TrainingEngine:
+    """Put a model, with its float32 weights, under DeepSpeed.
+
+    Rank 0's weights and buffers are everyone's. Parameters that do not require gradients are never updated. In bf16 the
+    masters start from the float32 weights, not from their bfloat16 rounding, which costs 4 bytes per parameter of host
+    memory on every process until this returns.
+
+    Raises:
+        UserError: a ZeRO stage or precision that does not exist.
+    """
+    train = config.train
+    if train.zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"train.zero_stage={train.zero_stage}: must be 0, 1, 2 or 3")
+    if train.precision not in ("bf16", "fp32"):
+        raise UserError(f"train.precision={train.precision!r}: must be 'bf16' or 'fp32'")
+    model.to(world.device)
+    _share_rank_zero(model, world)
+    frozen = _float32_copies(model, trainable=False) if world.rank == 0 else {}
+    exact = _float32_copies(model, trainable=True) if train.precision == "bf16" else {}
+    masters = train.precision == "bf16" and train.zero_stage == 0
+    if masters:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    groups = parameter_groups(model, config.optimizer.weight_decay)
+    optimizer = build_optimizer(groups, config.optimizer, masters=masters)
+    engine = _initialize(model, optimizer, _deepspeed_config(model, config))
+    wrapped = TrainingEngine(engine, optimizer, stage=train.zero_stage, world=world)
+    wrapped.frozen = frozen
+    for name, tensor in exact.items():
+        wrapped.layout.scatter(name, tensor, wrapped.layout.masters)
+    wrapped.layout.refresh()
+    return wrapped
+
+
+def _share_rank_zero(model: nn.Module, world: World) -> None:
+    if world.size == 1:
+        return
+    for tensor in [*model.parameters(), *model.buffers()]:
+        content = tensor.detach().reshape(-1).view(torch.uint8)  # bytes: backends do not know every type
+        dist.broadcast(content, 0)
+        tensor.data.copy_(content.view(tensor.dtype).view(tensor.shape))
+
+
+def _float32_copies(model: nn.Module, *, trainable: bool) -> dict[str, Tensor]:
+    return {
+        name: p.detach().to("cpu", torch.float32, copy=True)
+        for name, p in model.named_parameters()
+        if p.requires_grad == trainable
+    }
+
+
+def _deepspeed_config(model: nn.Module, config: Config) -> dict[str, Any]:
+    """What DeepSpeed is told. No `train_batch_size`: DeepSpeed would take every process for one with own data."""
+    train = config.train
+    bucket = min(LARGEST_BUCKET, sum(p.numel() for p in model.parameters()))
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": config.optimizer.gradient_clip,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # Buckets are allocated at full size: for a small model DeepSpeed's default would be 2 GB.
+        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": bucket},
+        "timers": {"throughput": {"enabled": False}},  # it synchronises the device in every step
+    }
+    if train.precision == "bf16" and train.zero_stage > 0:
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    return settings
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """`deepspeed.initialize`, without its talk on standard output."""
+    talk = io.StringIO()
+    with contextlib.redirect_stdout(talk):
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=None)
+    return engine

@@ -1,0 +1,43 @@
+"""Training one stage, top to bottom.
+
+The same for one process and under torchrun: every rank runs this function; they differ in their share of the data and
+in who writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kairos_train.checkpoint.canonical import checkpoint_path
+from kairos_train.config.schema import Config
+from kairos_train.training import persist
+from kairos_train.training.optimizer import lr_at
+from kairos_train.training.run import open_run
+from kairos_train.training.step import train_step
+
+
+def train(config: Config) -> Path:
+    """Train one stage to `train.steps` and return its last checkpoint.
+
+    An interrupted run continues from the newest valid checkpoint of `run_dir`, by `train.resume`; on the CPU its losses
+    are bit-identical to those of a run that was not interrupted.
+
+    Raises:
+        UserError: something in the configuration, the shards or the checkpoint does not fit the rest.
+        RunStopped: a non-finite loss or gradient under `train.on_nonfinite=stop`.
+    """
+    run = open_run(config)
+    try:
+        while not run.finished:
+            batches, data_wait = run.next_batches()
+            lr = lr_at(run.step, config.optimizer, config.train.steps)
+            run.engine.set_lr(lr)
+            report = train_step(run.engine, run.feed.objective, config.stage, batches)
+            run.check_finite(report, batches)
+            if report.stepped:
+                run.ema.update()
+            run.record(report, batches, lr=lr, data_wait=data_wait)
+            run.follow_up()
+    finally:
+        run.close()
+    return checkpoint_path(persist.checkpoints(config), run.step)

@@ -1,0 +1,186 @@
+"""The parts of a run, put together once: `open_run` builds or resumes them, `Run` holds them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dataloaders.loader import ShardLoader
+from dataloaders.shards import ShardIndex, read_index
+from kairos_train.config.compose import save_config
+from kairos_train.config.schema import Config
+from kairos_train.errors import RunStopped
+from kairos_train.model.delta_rule import select_backend
+from kairos_train.objective.flow_matching import ConditionedBatch
+from kairos_train.training import persist
+from kairos_train.training.describe import peak_flops, sample_flops
+from kairos_train.training.ema import Ema
+from kairos_train.training.engine import TrainingEngine, World, build_engine, start_processes
+from kairos_train.training.feed import Feed, check_index
+from kairos_train.training.initial_weights import build_model
+from kairos_train.training.step import StepReport
+from kairos_train.training.telemetry import Telemetry
+from kairos_train.training.validation import validate
+
+
+@dataclass
+class Run:
+    """One stage being trained on this rank.
+
+    Attributes:
+        step: optimiser steps done.
+        samples: samples seen by all ranks.
+    """
+
+    config: Config
+    world: World
+    feed: Feed
+    loader: ShardLoader
+    engine: TrainingEngine
+    ema: Ema
+    telemetry: Telemetry
+    step: int
+    samples: int
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.train.steps
+
+    def next_batches(self) -> tuple[list[ConditionedBatch], float]:
+        """The micro-batches of the next step, and the seconds that were waited for data."""
+        begin = time.perf_counter()
+        raw = [next(self.loader) for _ in range(self.config.train.accumulation)]
+        waited = time.perf_counter() - begin
+        return [self.feed.condition(batch, step=self.step) for batch in raw], waited
+
+    def check_finite(self, report: StepReport, batches: list[ConditionedBatch]) -> None:
+        """Say which samples a non-finite step had, and stop if `train.on_nonfinite` says so. Collective when it is.
+
+        Raises:
+            RunStopped: under `stop`; no weight has changed in that step.
+        """
+        if report.finite:
+            return
+        keys: list[list[str]] = [[] for _ in range(self.world.size)]
+        dist.all_gather_object(keys, [key for batch in batches for key in batch.keys])
+        what = f"step {self.step}: loss {report.loss}, gradient norm {report.grad_norm}"
+        where = f"samples {', '.join(sorted(key for rank in keys for key in rank))}"
+        if self.config.train.on_nonfinite == "stop":
+            raise RunStopped(f"{what} is not finite; {where}; inspect them, or continue with train.on_nonfinite=skip")
+        self.telemetry.say(f"{what} is not finite, the update was skipped; {where}")
+
+    def record(self, report: StepReport, batches: list[ConditionedBatch], *, lr: float, data_wait: float) -> None:
+        """Count the step and tell of it."""
+        self.step, self.samples = self.step + 1, self.samples + report.samples
+        batch = batches[0]
+        actions = 0 if batch.action is None else batch.action.shape[1]
+        _, ph, pw = self.config.model.video.patch_size
+        tokens = batch.latents[0, 0].numel() // (ph * pw) + actions
+        flops = sample_flops(self.config, batch.latents.shape[1:], batch.context.shape[1], actions)
+        self.telemetry.step(
+            self.step,
+            report,
+            lr=lr,
+            flops=report.samples * flops,
+            tokens=report.samples * tokens,
+            data_wait=data_wait,
+        )
+
+    def follow_up(self) -> None:
+        """What comes after a step when its time has come: report, validation, checkpoint. The last step has all."""
+        train = self.config.train
+        if self._due(train.log_every):
+            self.telemetry.report(self.step, corrupt=sum(entry["count"] for entry in self.loader.skipped.values()))
+        begin = time.perf_counter()
+        if self.config.data.validation_shards and self._due(train.validate_every):
+            self._validate("raw")
+            with self.ema.in_model():
+                self._validate("ema")
+        if self._due(train.checkpoint_every):
+            persist.save(
+                self.engine, self.ema, self.loader, self.feed, self.config, step=self.step, samples=self.samples
+            )
+        self.telemetry.pause(time.perf_counter() - begin)
+
+    def close(self) -> None:
+        """Close files and loader processes, release the engine."""
+        self.telemetry.close()
+        self.loader.close()
+        self.engine.close()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.finished or self.step % every == 0)
+
+    def _validate(self, weights: str) -> None:
+        losses = validate(self.engine, self.feed, self.config)
+        self.telemetry.scalars(self.step, {f"validation_{weights}/{stream}": loss for stream, loss in losses.items()})
+        text = "  ".join(f"{stream} {loss:.4f}" for stream, loss in losses.items())
+        self.telemetry.say(f"step {self.step}/{self.config.train.steps}  validation with {weights} weights  {text}")
+
+
+def open_run(config: Config) -> Run:
+    """Build a stage's run, or resume it from the newest valid checkpoint of `run_dir` (`train.resume`).
+
+    Raises:
+        UserError: something in the configuration, the shards or the checkpoint does not fit the rest.
+    """
+    # First what can be known before any device is taken.
+    index = read_index(config.data.shards)
+    check_index(config, index)
+    if config.data.validation_shards:
+        check_index(config, read_index(config.data.validation_shards))
+    reader, damaged = persist.find_resumable(config)
+    changes = persist.changed_settings(config, reader) if reader else []
+
+    world = start_processes(config.train.device)
+    feed = Feed(config, index, world.device)
+    loader = ShardLoader(
+        config.data.shards,
+        batch_size=config.train.micro_batch,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.data.workers,
+        shuffle_buffer=config.data.shuffle_buffer,
+        on_corrupt=config.data.on_corrupt,
+        with_frames=feed.needs_frames,
+        pin_memory=world.device.type == "cuda",
+    )
+    engine = build_engine(build_model(config), config, world=world)
+    ema = Ema(engine, config.train.ema_decay)
+    step = reader.step if reader else 0
+    samples = persist.restore(engine, ema, loader, feed, reader) if reader else 0
+
+    run_dir = Path(config.run_dir)
+    if world.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+    telemetry = Telemetry(
+        run_dir,
+        first_step=step,
+        steps=config.train.steps,
+        peak_flops=peak_flops(config, world.device),
+        world=world.size,
+        enabled=world.rank == 0,
+    )
+    for problem in damaged:
+        telemetry.say(problem)
+    for change in changes:
+        telemetry.say(f"resumed with a changed setting: {change}")
+    telemetry.say(_headline(config, index, engine, step))
+    return Run(config, world, feed, loader, engine, ema, telemetry, step, samples)
+
+
+def _headline(config: Config, index: ShardIndex, engine: TrainingEngine, step: int) -> str:
+    parameters = sum(torch.Size(shape).numel() for shape in engine.layout.shapes.values())
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    backend = select_backend(config.kernels.gated_delta, engine.world.device, dtype)
+    return (
+        f"{config.run_dir}: stage {config.stage.name}, {parameters / 1e6:.2f} M parameters train on {index.samples} "
+        f"samples; {engine.world.size} process(es) on {engine.world.device.type}, ZeRO {config.train.zero_stage}, "
+        f"{config.train.precision}, gated_delta={backend}; " + (f"resumed at step {step}" if step else "from step 0")
+    )

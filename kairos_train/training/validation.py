@@ -1,0 +1,48 @@
+"""Validation loss on held-out windows with fixed noise: equal weights give equal numbers, whenever and wherever."""
+
+from __future__ import annotations
+
+import torch
+
+from dataloaders.loader import fixed_batches
+from kairos_train.config.schema import Config
+from kairos_train.model import ModelOutput
+from kairos_train.training.engine import TrainingEngine
+from kairos_train.training.feed import Feed
+from kairos_train.training.step import LossMeter
+
+FIXED_STEP = -1
+"""The step whose noise validation draws: no training step has it."""
+
+
+@torch.no_grad()
+def validate(engine: TrainingEngine, feed: Feed, config: Config) -> dict[str, float]:
+    """Losses by stream over the first `train.validation_batches` batches, split over processes. Collective.
+
+    Returns:
+        {"video": …, "action": …} (action in a joint stage).
+    """
+    meter, world = LossMeter(), engine.world
+    batches = list(
+        fixed_batches(
+            config.data.validation_shards,
+            batch_size=config.train.micro_batch,
+            count=config.train.validation_batches,
+            with_frames=feed.needs_frames,
+            on_corrupt=config.data.on_corrupt,
+        )
+    )
+    engine.model.eval()
+    rounds = -(-len(batches) // world.size)
+    for i in range(rounds):
+        # Every rank runs every round, because the forward pass may be collective; a surplus one is not counted.
+        mine = i * world.size + world.rank
+        batch = feed.condition(batches[min(mine, len(batches) - 1)], step=FIXED_STEP)
+        output = ModelOutput(*engine(**batch.model_inputs()))
+        if mine < len(batches):
+            meter.add(batch, feed.objective.loss_sums(batch, output.video, output.action))
+    engine.model.train()
+    meter.reduce(world.device)
+    return {
+        stream: meter.loss(stream) for stream in (["video", "action"] if config.stage.streams == "joint" else ["video"])
+    }
