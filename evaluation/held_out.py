@@ -1,0 +1,101 @@
+"""Windows of packed shards that a trained model is judged on: which ones, and as what the model sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataloaders.batch import Batch, Sample, collate, decode_sample
+from dataloaders.shards import CorruptData, ShardIndex, read_index, read_shard
+from kairos_train.conditioning.interfaces import TIME_STRIDE, identities_match
+from kairos_train.errors import UserError
+from kairos_train.inference.load import Policy
+from kairos_train.inference.predict import Predictor
+from kairos_train.inference.sampler import Conditions
+
+
+def open_shards(shards: Path, policy: Policy) -> ShardIndex:
+    """The index of a shard folder that fits a policy.
+
+    Raises:
+        UserError: no shard folder, or one with other windows, dimensions or encoders than the model was trained with.
+    """
+    index = read_index(shards)
+    trained = policy.config.data.window
+    pairs = [
+        (f"window.{name}", getattr(index.window, name), getattr(trained, name))
+        for name in ("frames", "action_video_freq_ratio", "height", "width")
+    ]
+    if policy.acts:
+        action = policy.config.model.action
+        pairs += [("action_dim", index.action_dim, action.action_dim), ("state_dim", index.state_dim, action.state_dim)]
+    for name, found, wanted in pairs:
+        if found != wanted:
+            raise UserError(f"{shards}: {name} is {found}, the model was trained with {wanted}; pack them alike")
+    if index.encoders is not None and policy.encoders is not None:
+        identities_match(index.encoders, policy.encoders)
+    return index
+
+
+def spread_batches(index: ShardIndex, *, count: int, batch_size: int, with_frames: bool) -> Iterator[Batch]:
+    """`count` windows evenly spread over all shards (all of them when there are fewer), the same at every call.
+
+    Raises:
+        UserError: `count` or `batch_size` below 1; a shard or sample is damaged.
+    """
+    for name, value in (("samples", count), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name}={value}: must be at least 1")
+    samples = _spread(index, count, with_frames)
+    while chunk := list(itertools.islice(samples, batch_size)):
+        yield collate(chunk)
+
+
+def window_seed(seed: int, key: str) -> int:
+    """Seed of a window's noise: a function of the evaluation's seed and the window's key, whatever the batching."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:6], "big")
+
+
+def observe(predictor: Predictor, batch: Batch) -> Conditions:
+    """What the model is given of a batch: its first frames, state and text; stored encodings are taken as they are."""
+    given = predictor.policy.history_frames
+    latents, frames = batch.latents, batch.frames
+    return predictor.conditions(
+        texts=batch.text,
+        state=batch.state if predictor.policy.acts else None,
+        frames=frames[:, : given_frames(given)] if given and frames is not None else None,
+        history=latents[:, :, :given] if given and latents is not None else None,
+        context=None if batch.context is None else (batch.context, batch.context_mask),
+    )
+
+
+def given_frames(history_frames: int) -> int:
+    """Video frames that K history latent frames stand for."""
+    return TIME_STRIDE * (history_frames - 1) + 1 if history_frames else 0
+
+
+def mean_of(policy: Policy, group: str) -> torch.Tensor:
+    """Dataset mean of "action" or "state" in raw units, float32 (D,)."""
+    window = policy.config.data.window
+    key = window.action_key if group == "action" else window.state_key
+    return torch.tensor(policy.statistics[group][key]["global_mean"], dtype=torch.float32)
+
+
+def _spread(index: ShardIndex, count: int, with_frames: bool) -> Iterator[Sample]:
+    wanted = set(np.linspace(0, index.samples - 1, min(count, index.samples)).round().astype(int).tolist())
+    first = 0
+    try:
+        for shard in index.shards:
+            inside = {position - first for position in wanted if first <= position < first + shard.samples}
+            if inside:
+                for position, raw in enumerate(read_shard(index.folder, shard)):
+                    if position in inside:
+                        yield decode_sample(raw, index, with_frames=with_frames)
+            first += shard.samples
+    except CorruptData as error:
+        raise UserError(f"{index.folder}: {error}; restore or repack the shards") from error

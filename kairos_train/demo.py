@@ -1,0 +1,184 @@
+"""The demo: from a simulator to a policy that is judged on episodes it never saw, by the commands a user would type.
+
+simulate → pack → train three stages (the last one killed on purpose and resumed) → export → rollout → evaluate. Every
+step that is complete is left alone, so that an interrupted demo continues; `fresh` starts over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kairos_train.errors import RunStopped, UserError
+
+UNSEEN_SEEDS = 10_000
+"""First seed of the episodes that the policy is judged on; demonstrations start at 0."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a demo, chosen to finish in six minutes on two cores.
+
+    Attributes:
+        experiment: configuration of every training command.
+        episodes, unseen: per task.
+        steps: optimiser steps of each stage.
+    """
+
+    experiment: str
+    episodes: int
+    unseen: int
+    steps: dict[str, int]
+
+
+PLANS = {
+    "metaworld": Plan("demo", episodes=12, unseen=4, steps={"physical": 40, "behaviour": 40, "joint": 240}),
+    "push2d": Plan("demo_push2d", episodes=24, unseen=8, steps={"physical": 40, "behaviour": 40, "joint": 240}),
+}
+
+
+def run(*, env: str, fresh: bool = False, root: Path | None = None) -> dict:
+    """Run the demo in `runs/<experiment>` (or `root`) of the working directory and print where everything is.
+
+    Returns:
+        The open-loop evaluation.
+
+    Raises:
+        UserError: a step refuses its input, such as a simulator that cannot render.
+        RunStopped: a step fails, or the policy is no better than its baselines.
+    """
+    plan = PLANS[env]
+    root = root or Path("runs") / plan.experiment
+    if fresh and root.exists():
+        shutil.rmtree(root)
+    started = time.monotonic()
+    _simulate(env, plan, root)
+    _pack(plan, root)
+    checkpoint = _train(plan, root)
+    _export(checkpoint, root)
+    result = _judge(root)
+    minutes = (time.monotonic() - started) / 60
+    print(_closing(root, result, minutes))
+    rows = {name: row["mse"] for name, row in result["rows"].items()}
+    if rows["model"] >= min(rows[name] for name in ("blind", "mean", "hold")):
+        raise RunStopped(f"the policy's error {rows['model']:.3f} does not beat every baseline: {rows}")
+    return result
+
+
+def _simulate(env: str, plan: Plan, root: Path) -> None:
+    for name, episodes, seed in (("dataset", plan.episodes, 0), ("dataset_unseen", plan.unseen, UNSEEN_SEEDS)):
+        if not (root / name).exists():
+            _command(
+                *("data", "simulate", "--env", env, "--episodes", episodes, "--seed-start", seed, "--processes", 2),
+                *("--out", root / name),
+            )
+
+
+def _pack(plan: Plan, root: Path) -> None:
+    for source, shards in (("dataset", "shards"), ("dataset_unseen", "shards_validation")):
+        if not (root / shards).exists():
+            _command(
+                *("data", "pack", root / source, "--out", root / shards, "--encode"),
+                f"experiment={plan.experiment}",
+            )
+
+
+def _train(plan: Plan, root: Path) -> Path:
+    """The three stages, each from the one before; the last is killed once past a checkpoint and resumed."""
+    before = None
+    for stage, steps in plan.steps.items():
+        run_dir = root / "stages" / stage
+        command = [
+            "train",
+            f"experiment={plan.experiment}",
+            f"stage={stage}",
+            f"train.steps={steps}",
+            f"run_dir={run_dir}",
+            f"data.shards={root / 'shards'}",
+            f"data.validation_shards={root / 'shards_validation'}",
+        ]
+        if before is not None:
+            command.append(f"stage.init_from={before}")
+        if stage == "joint" and not run_dir.exists():
+            _kill_once(command, run_dir)
+        _command(*command)
+        before = run_dir
+    return before
+
+
+def _kill_once(command: list[str], run_dir: Path) -> None:
+    """Start the command and kill it, with its loader processes, a few steps after its first checkpoint."""
+    print(f"\n$ kairos-train {shlex.join(command)}    # to be killed", flush=True)
+    process = subprocess.Popen(_argv(command), start_new_session=True)
+    losses = run_dir / "losses.jsonl"
+    try:
+        while process.poll() is None:
+            saved = any((run_dir / "checkpoints").glob("step-*"))
+            if saved and len(losses.read_bytes().splitlines()) % 20 >= 5:
+                break
+            time.sleep(0.2)
+        if process.poll() is not None:
+            raise RunStopped(f"training ended with exit code {process.returncode} before it could be killed")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    lines = len(losses.read_bytes().splitlines())
+    print(f"killed with SIGKILL at step {lines}, on purpose; the same command resumes it:", flush=True)
+
+
+def _export(checkpoint: Path, root: Path) -> None:
+    if not (root / "export").exists():
+        _command("export", checkpoint, "--out", root / "export", "--dtype", "fp32")
+
+
+def _judge(root: Path) -> dict:
+    unseen = root / "shards_validation"
+    for name in ("rollout", "evaluation"):
+        if (root / name).exists():
+            shutil.rmtree(root / name)
+    _command(
+        *("rollout", root / "export", "--input", unseen, "--mode", "joint", "--count", 3, "--out", root / "rollout")
+    )
+    _command(
+        *("evaluate", root / "export", "--input", unseen, "--samples", 192, "--out", root / "evaluation"), quiet=True
+    )
+    return json.loads((root / "evaluation" / "open_loop.json").read_text())
+
+
+def _closing(root: Path, result: dict, minutes: float) -> str:
+    from evaluation.open_loop import format_table
+
+    places = {
+        "demonstrations (LeRobot v3.0)": root / "dataset",
+        "unseen episodes": root / "dataset_unseen",
+        "training shards": root / "shards",
+        "runs, losses, TensorBoard": root / "stages",
+        "policy": root / "export",
+        "rollouts beside ground truth": root / "rollout",
+        "evaluation": root / "evaluation",
+    }
+    lines = [f"  {name:<32}{place}" for name, place in places.items()]
+    return "\n".join(["", format_table(result), "", f"Done in {minutes:.1f} minutes.", *lines])
+
+
+def _argv(command: list) -> list[str]:
+    return [sys.executable, "-m", "kairos_train.cli", *map(str, command)]
+
+
+def _command(*command: object, quiet: bool = False) -> None:
+    """Run `kairos-train …` and show it. Its own error message has been printed when this raises."""
+    print(f"\n$ kairos-train {shlex.join(map(str, command))}", flush=True)
+    code = subprocess.run(_argv(list(command)), stdout=subprocess.DEVNULL if quiet else None, check=False).returncode
+    if code == 2:
+        raise UserError(f"the demo stopped at `kairos-train {' '.join(map(str, command[:2]))}`, see the line above")
+    if code:
+        raise RunStopped(f"`kairos-train {' '.join(map(str, command[:2]))}` ended with exit code {code}")

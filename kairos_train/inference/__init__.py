@@ -1,0 +1,1 @@
+"""From an export folder to actions and video: needs torch, numpy and safetensors, no trainer and no process group."""

@@ -1,0 +1,280 @@
+"""Euler sampling of both streams (model specification, "Objective and schedule" and "Modes").
+
+Shapes: B batch, C latent channels (16), K history latent frames, F latent frames (history included), H W latent height
+and width, N context tokens, A actions, D action dimensions.
+
+Every stream walks down its own shifted schedule, z ← z + V·(σ_next − σ), the last σ_next being 0. The integration is
+float32 whatever the weights' precision. Noise is drawn per sample on the CPU in float32 from the sample's own seed, so
+it depends neither on the device nor on the batch that a sample happens to sit in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kairos_train.errors import UserError
+from kairos_train.objective import schedule
+
+MODES = ("video", "joint", "action")
+SCHEDULES = ("shifted", "distilled")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How a model is sampled; saved as `sampler.json` in an export.
+
+    `shifted` takes `steps` uniform steps under the shape-aware shift (video) and `action_shift` (action). `distilled`
+    takes the four fixed times of the distilled model under its constant shift on both streams; `steps` and
+    `action_shift` must then say so.
+    """
+
+    schedule: str = "shifted"  # shifted | distilled
+    steps: int = 10
+    guidance: float = 5.0  # CFG scale of the video; 1: the positive branch alone
+    action_shift: float = 5.0
+    negative_prompt: str | None = None  # null: the null form the model was trained with (context zeros, mask kept)
+
+    def check(self) -> SamplerConfig:
+        """Return self.
+
+        Raises:
+            UserError: a setting that is out of range or does not fit the schedule.
+        """
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"sampler.schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise UserError(f"sampler.steps={self.steps!r}: must be a whole number of at least 1")
+        if self.schedule == "distilled":
+            fixed = {"steps": len(schedule.DISTILLED_TIMES), "action_shift": schedule.DISTILLED_SHIFT}
+            for name, value in fixed.items():
+                if getattr(self, name) != value:
+                    raise UserError(f"sampler.{name}={getattr(self, name)}: a distilled schedule has {value}; set that")
+        if not self.action_shift > 0:
+            raise UserError(f"sampler.action_shift={self.action_shift}: must be above 0; the default is 5")
+        if not self.guidance >= 0:
+            raise UserError(f"sampler.guidance={self.guidance}: must be at least 0; 1 switches guidance off")
+        return self
+
+    def replaced(self, **changes: Any) -> SamplerConfig:
+        """A checked copy; changes that are None keep the present value."""
+        return dataclasses.replace(self, **{k: v for k, v in changes.items() if v is not None}).check()
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What one batch is sampled under. All tensors on one device.
+
+    Attributes:
+        context: (B, N, text_dim) encoded prompts, without the state token (the model appends it).
+        context_mask: (B, N) bool, true where a token is real.
+        history: (B, C, K, H, W) clean latents of the given first frames, or None for K = 0.
+        state: (B, 1, state_dim) normalised proprioception, or None: no state token.
+        negative: context and mask of an encoded negative prompt, or None: zeros under the positive prompt's mask.
+    """
+
+    context: Tensor
+    context_mask: Tensor
+    history: Tensor | None = None
+    state: Tensor | None = None
+    negative: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def history_frames(self) -> int:
+        return 0 if self.history is None else self.history.shape[2]
+
+    def negative_branch(self) -> tuple[Tensor, Tensor]:
+        """Context and mask of the unconditional branch; the state token joins it inside the model, so it stays."""
+        if self.negative is not None:
+            return self.negative
+        return torch.zeros_like(self.context), self.context_mask
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Both float32: latents (B, C, F, H, W), None in mode action; normalised actions (B, A, D), None in mode video."""
+
+    latents: Tensor | None
+    actions: Tensor | None
+
+
+def sampling_sigmas(steps: int, shift: float) -> Tensor:
+    """σ of `steps` Euler steps with the final 0: float64 (steps + 1,), descending from 1."""
+    return _with_zero(schedule.shifted_sigmas(steps, shift))
+
+
+def distilled_sigmas() -> Tensor:
+    """σ of the four distilled steps with the final 0: float64 (5,)."""
+    return _with_zero(schedule.distilled_sigmas())
+
+
+def video_sigmas(config: SamplerConfig, latent_frames: int, tokens_per_frame: int) -> Tensor:
+    """The video's σ with the final 0, float64 (steps + 1,); `latent_frames` counts the history, too."""
+    if config.schedule == "distilled":
+        return distilled_sigmas()
+    return sampling_sigmas(config.steps, schedule.video_shift(latent_frames, tokens_per_frame))
+
+
+def action_sigmas(config: SamplerConfig) -> Tensor:
+    """The action's σ with the final 0, float64 (steps + 1,)."""
+    return distilled_sigmas() if config.schedule == "distilled" else sampling_sigmas(config.steps, config.action_shift)
+
+
+def noise(shape: Sequence[int], seeds: Sequence[int], stream: str) -> Tensor:
+    """Standard normal noise, float32 on the CPU, (len(seeds), *shape).
+
+    Args:
+        shape: one sample's shape.
+        seeds: one per sample; equal seeds give equal noise in any batch.
+        stream: "video" or "action": independent noise from the same seed, so that modes joint and action agree.
+    """
+    rows = []
+    for seed in seeds:
+        digest = hashlib.sha256(f"{stream}:{int(seed)}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        rows.append(torch.randn(tuple(shape), generator=generator, dtype=torch.float32))
+    return torch.stack(rows)
+
+
+def sample(
+    model: nn.Module,
+    conditions: Conditions,
+    *,
+    mode: str,
+    config: SamplerConfig,
+    seeds: Sequence[int],
+    latent_shape: tuple[int, int, int] | None = None,
+    horizon: int | None = None,
+) -> Sample:
+    """Sample one batch.
+
+    Args:
+        model: a `WorldActionModel` in evaluation mode.
+        conditions: prompts, history, state; on the model's device.
+        mode: "video", "joint" or "action".
+        config: schedule, steps, guidance.
+        seeds: one per sample.
+        latent_shape: (F, H, W), modes video and joint; F counts the history frames.
+        horizon: A, modes joint and action.
+
+    Raises:
+        UserError: a mode that this model or these conditions cannot serve.
+    """
+    _check(model, conditions, mode=mode, seeds=seeds, latent_shape=latent_shape, horizon=horizon)
+    config.check()
+    device = conditions.context.device
+    actions = None
+    if mode != "video":
+        actions = noise((horizon, model.config.action.action_dim), seeds, "action").to(device)
+    with torch.no_grad():
+        if mode == "action":
+            return Sample(latents=None, actions=_denoise_actions(model, conditions, actions, action_sigmas(config)))
+        channels = model.config.video.latent_channels
+        latents = noise((channels, *latent_shape), seeds, "video").to(device)
+        return _denoise(model, conditions, config, latents, actions)
+
+
+def _denoise(
+    model: nn.Module, conditions: Conditions, config: SamplerConfig, latents: Tensor, actions: Tensor | None
+) -> Sample:
+    """Modes video and joint: both streams step together, each at its own σ; only the video is guided."""
+    batch, _, frames, height, width = latents.shape
+    _, patch_height, patch_width = model.config.video.patch_size
+    sigmas_v = video_sigmas(config, frames, (height // patch_height) * (width // patch_width))
+    sigmas_a = action_sigmas(config)
+    history = [conditions.history_frames] * batch
+    latents = _put_history_back(latents, conditions.history)
+    for step in range(len(sigmas_v) - 1):
+        t_video = _timestep(sigmas_v[step], batch, latents.device)
+        out = model(
+            latents,
+            conditions.context,
+            conditions.context_mask,
+            t_video,
+            history,
+            state=conditions.state,
+            action=actions,
+            action_timestep=None if actions is None else _timestep(sigmas_a[step], batch, latents.device),
+        )
+        velocity = out.video.float()
+        if config.guidance != 1:
+            # The actions come from the positive branch, and no video query sees them: the video stream alone is enough.
+            context, mask = conditions.negative_branch()
+            negative = model(latents, context, mask, t_video, history, state=conditions.state).video.float()
+            velocity = guided(velocity, negative, config.guidance)
+        latents = _put_history_back(euler(latents, velocity, sigmas_v, step), conditions.history)
+        if actions is not None:
+            actions = euler(actions, out.action.float(), sigmas_a, step)
+    return Sample(latents=latents, actions=actions)
+
+
+def _denoise_actions(model: nn.Module, conditions: Conditions, actions: Tensor, sigmas: Tensor) -> Tensor:
+    """Mode action: the video stream once on the history, then the action stream alone at every step."""
+    context, mask, state = conditions.context, conditions.context_mask, conditions.state
+    cache = model.encode_history(conditions.history, context, mask, state=state)
+    for step in range(len(sigmas) - 1):
+        t_action = _timestep(sigmas[step], actions.shape[0], actions.device)
+        velocity = model.forward_action(cache, actions, t_action, context, mask, state=state)
+        actions = euler(actions, velocity.float(), sigmas, step)
+    return actions
+
+
+def euler(z: Tensor, velocity: Tensor, sigmas: Tensor, step: int) -> Tensor:
+    """One step z + V·(σ_next − σ), float32; `sigmas` ends with 0."""
+    return z + velocity * float(sigmas[step + 1] - sigmas[step])
+
+
+def guided(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance V_neg + g·(V_pos − V_neg)."""
+    return negative + guidance * (positive - negative)
+
+
+def _put_history_back(latents: Tensor, history: Tensor | None) -> Tensor:
+    if history is None:
+        return latents
+    return torch.cat([history.to(latents.dtype), latents[:, :, history.shape[2] :]], dim=2)
+
+
+def _timestep(sigma: Tensor, batch: int, device: torch.device) -> Tensor:
+    """σ·1000 as float32 (B,): bf16 would quantise it to steps of 4 near 1000."""
+    return torch.full((batch,), float(sigma) * 1000, dtype=torch.float32, device=device)
+
+
+def _with_zero(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def _check(
+    model: nn.Module,
+    conditions: Conditions,
+    *,
+    mode: str,
+    seeds: Sequence[int],
+    latent_shape: tuple[int, int, int] | None,
+    horizon: int | None,
+) -> None:
+    if mode not in MODES:
+        raise UserError(f"mode={mode!r}: must be one of {', '.join(MODES)}")
+    if len(seeds) != conditions.context.shape[0]:
+        raise UserError(f"seeds: {len(seeds)} for a batch of {conditions.context.shape[0]}; give one per sample")
+    if mode != "video" and model.config.action is None:
+        raise UserError(f"mode={mode!r}: this model has no action stream; use mode 'video'")
+    if mode != "video" and not horizon:
+        raise UserError(f"mode={mode!r}: needs horizon, the number of actions")
+    if mode != "action":
+        if latent_shape is None:
+            raise UserError(f"mode={mode!r}: needs latent_shape (frames, height, width)")
+        if latent_shape[0] <= conditions.history_frames:
+            raise UserError(
+                f"latent_shape: {latent_shape[0]} latent frames with {conditions.history_frames} of history leave"
+                " nothing to sample; ask for more frames"
+            )
+        return
+    if conditions.history is None:
+        raise UserError("mode='action': needs the latents of at least one history frame; use mode 'joint' without")

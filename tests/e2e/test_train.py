@@ -1,0 +1,162 @@
+"""Training by the command line: stages, kills, resumes, several processes, exports. Real files, real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import environment, run, train_command, train_overrides
+
+from kairos_train.checkpoint.canonical import CheckpointReader
+from kairos_train.cli import main
+
+
+def losses(run_dir: Path) -> list[str]:
+    return (run_dir / "losses.jsonl").read_text().splitlines()
+
+
+def kill_at(arguments: list[str], run_dir: Path, line: int) -> None:
+    """Start a run and SIGKILL it, loader processes included, once it has written `line` losses."""
+    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
+    path = run_dir / "losses.jsonl"
+    while not (path.exists() and len(path.read_text().splitlines()) >= line):
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory) -> Path:
+    """A joint run of 14 steps that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run(train_command(shards, run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5"))
+    return run_dir
+
+
+def test_a_killed_run_resumes_to_the_same_losses_bit_by_bit(shards, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = train_command(shards, run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5")
+    kill_at(arguments, run_dir, 8)
+    assert not (run_dir / "checkpoints" / "step-00000010").exists(), "killed between two checkpoints"
+    result = run(arguments)
+    assert "resumed at step 5" in result.stderr
+    assert losses(run_dir) == losses(whole)
+    kept = [CheckpointReader(d / "checkpoints" / "step-00000014") for d in (run_dir, whole)]
+    for section in ("model", "ema", "exp_avg_sq", "rng"):
+        a, b = (reader.read_section(section) for reader in kept)
+        assert all((a[name] == b[name]).all() for name in b), section
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(shards, whole, tmp_path):
+    import shutil
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    newest = run_dir / "checkpoints" / "step-00000014" / "model-00001.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    result = run(train_command(shards, run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5"))
+    assert "is passed over" in result.stderr
+    assert "resumed at step 10" in result.stderr
+    assert losses(run_dir) == losses(whole)
+
+
+def test_losses_fall_and_everything_is_reported(whole):
+    lines = [json.loads(line) for line in losses(whole)]
+    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert {"loss", "video_loss", "action_loss", "grad_norm", "lr"} <= set(lines[0])
+    metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    names = {name for line in metrics for name in line}
+    assert {"speed/model_tflops_per_second", "speed/tokens_per_second", "memory/gb", "validation_ema/action"} <= names
+    assert any(name.startswith("loss_by_sigma/action") for name in names)
+    assert list((whole / "tensorboard").glob("events*"))
+    assert (whole / "config.yaml").is_file()
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (5, 10, 14)]
+
+
+def test_stages_hand_their_weights_on_and_a_checkpoint_exports(shards, whole, tmp_path):
+    video = tmp_path / "video"
+    run(train_command(shards, video, "stage=physical", "train.steps=2"))
+    assert all("action_loss" not in json.loads(line) for line in losses(video))
+    names = CheckpointReader(video / "checkpoints" / "step-00000002").names("model")
+    assert all(name.startswith("video_dit.") for name in names), "a video stage has no action stream"
+    joint = tmp_path / "joint"
+    run(train_command(shards, joint, "stage=joint", "train.steps=1", f"stage.init_from={video}"))
+    first, fresh = (json.loads(losses(d)[0]) for d in (joint, whole))
+    assert first["loss"] != fresh["loss"]
+    out = tmp_path / "export"
+    assert main(["export", str(joint / "checkpoints" / "step-00000001"), "--out", str(out)]) == 0
+    assert (out / "model.safetensors").is_file()
+
+
+def test_two_processes_train_resume_and_validate_like_one_run(shards, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = ["stage=joint", "train.zero_stage=1", "train.checkpoint_every=2", "train.micro_batch=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def launch(steps: int) -> None:
+        overrides = train_overrides(shards, run_dir, *settings, "optimizer.schedule=constant", f"train.steps={steps}")
+        run([*torchrun, "-m", "kairos_train.cli", "train", *overrides])
+
+    launch(2)
+    launch(4)
+    lines = [json.loads(line) for line in losses(run_dir)]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {line["samples"] for line in lines} == {4}
+
+
+def test_a_run_folder_of_other_settings_is_refused(shards, whole):
+    arguments = train_command(shards, whole, "stage=joint", "train.steps=20", "seed=7")
+    result = run(arguments, code=2)
+    assert result.stderr.count("\n") == 1
+    assert "seed=7" in result.stderr
+
+
+def test_other_encoders_are_refused(shards, whole, tmp_path):
+    result = run(train_command(shards, tmp_path / "run", "encoders.text.max_tokens=9"), code=2)
+    assert "encoders.text" in result.stderr
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_non_finite_loss_stops_or_skips_and_names_the_samples(shards, tmp_path, policy):
+    """A learning rate that makes the weights overflow: real infinities from the real loop."""
+    run_dir = tmp_path / policy
+    settings = [
+        "stage=joint",
+        "train.steps=6",
+        "stage.lr=1e30",
+        "optimizer.warmup_steps=0",
+        "optimizer.schedule=constant",
+    ]
+    command = train_command(shards, run_dir, *settings, f"train.on_nonfinite={policy}", "data.validation_shards=null")
+    result = run(command, code=3 if policy == "stop" else 0)
+    assert "not finite" in result.stderr
+    assert "dataset-00000" in result.stderr, "sample keys are named"
+    if policy == "skip":
+        assert len(losses(run_dir)) == 6
+    else:
+        assert result.stderr.splitlines()[-1].startswith("kairos-train: ")
+
+
+def test_a_truncated_shard_stops_or_is_skipped_and_counted(shards, tmp_path):
+    import shutil
+
+    broken = tmp_path / "shards"
+    shutil.copytree(shards / "shards", broken)
+    shard = broken / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    overrides = ["stage=joint", "train.steps=40", "data.validation_shards=null", "train.log_every=40"]
+    base = train_overrides(shards, tmp_path / "run", *overrides)
+    base = [o for o in base if not o.startswith("data.shards=")] + [f"data.shards={broken}"]
+    result = run([sys.executable, "-m", "kairos_train.cli", "train", *base], code=2)
+    assert "shard-000001.tar" in result.stderr.splitlines()[-1]
+    run([sys.executable, "-m", "kairos_train.cli", "train", *base, "data.on_corrupt=skip"])
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["data/corrupt"] >= 1
