@@ -108,10 +108,12 @@ def _chunked(
     chunk_decay = g_last[..., None].exp()
 
     outputs = []
-    for i in range(q.shape[2]):
-        v_new = u[:, :, i] - w[:, :, i] @ state
-        outputs.append(q_decayed[:, :, i] @ state + scores[:, :, i] @ v_new)
-        state = chunk_decay[:, :, i] * state + k_to_end[:, :, i].transpose(-1, -2) @ v_new
+    # unbind, not indexing: the gradient of an index is a zero tensor of the whole size, for every chunk.
+    parts = [x.unbind(2) for x in (u, w, q_decayed, scores, k_to_end.transpose(-1, -2), chunk_decay)]
+    for u_i, w_i, q_i, scores_i, k_i, decay_i in zip(*parts, strict=True):
+        v_new = u_i - w_i @ state
+        outputs.append(q_i @ state + scores_i @ v_new)
+        state = decay_i * state + k_i @ v_new
     out = torch.stack(outputs, dim=2).flatten(2, 3)[:, :, :tokens]  # B H S V
     return out.transpose(1, 2).to(out_dtype), state
 
