@@ -34,7 +34,7 @@ class Codec:
 
 
 CODECS = {
-    # x264's macroblock tree reads memory that nobody wrote when the width is no multiple of 128: no two files are alike.
+    # x264's macroblock tree reads memory that nobody wrote at most widths: no two files would be alike.
     "h264": Codec("libx264", gop=8, crf=18, options={"mbtree": "0"}),
     "av1": Codec("libsvtav1", gop=2, crf=30),
 }

@@ -114,7 +114,8 @@ def format_table(result: dict[str, Any]) -> str:
         f" steps, seed {result['seed']}",
         f"{'':8}{'MSE':>10}{'± 95 %':>10}{'MAE':>10}{'MSE raw':>12}{'MAE raw':>12}",
     ]
-    for name, row in result["rows"].items():
+    for name in ROWS:  # not the order of a JSON file
+        row = result["rows"][name]
         interval = "n/a" if row["mse_ci95"] is None else f"{row['mse_ci95']:.4f}"
         lines.append(
             f"{name:8}{row['mse']:10.4f}{interval:>10}{row['mae']:10.4f}{row['mse_raw']:12.5g}{row['mae_raw']:12.5g}"

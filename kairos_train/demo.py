@@ -40,8 +40,8 @@ class Plan:
 
 
 PLANS = {
-    "metaworld": Plan("demo", episodes=12, unseen=4, steps={"physical": 40, "behaviour": 40, "joint": 240}),
-    "push2d": Plan("demo_push2d", episodes=24, unseen=8, steps={"physical": 40, "behaviour": 40, "joint": 240}),
+    "metaworld": Plan("demo", episodes=12, unseen=4, steps={"physical": 40, "behaviour": 40, "joint": 300}),
+    "push2d": Plan("demo_push2d", episodes=24, unseen=8, steps={"physical": 40, "behaviour": 40, "joint": 300}),
 }
 
 
@@ -146,7 +146,9 @@ def _judge(root: Path) -> dict:
         if (root / name).exists():
             shutil.rmtree(root / name)
     _command(
-        *("rollout", root / "export", "--input", unseen, "--mode", "joint", "--count", 3, "--out", root / "rollout")
+        *("rollout", root / "export", "--input", unseen, "--mode", "joint", "--count", 3, "--guidance", 1),
+        *("--out", root / "rollout"),
+        quiet=True,
     )
     _command(
         *("evaluate", root / "export", "--input", unseen, "--samples", 192, "--out", root / "evaluation"), quiet=True

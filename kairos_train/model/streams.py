@@ -28,6 +28,26 @@ def text_embedding(text_dim: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(text_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
+class PatchEmbedding(nn.Conv3d):
+    """A convolution whose kernel is its stride, computed as the matrix product that it is; fast in backward too.
+
+    Args:
+        channels: C.
+        dim: D.
+        patch: (1, ph, pw).
+    """
+
+    def __init__(self, channels: int, dim: int, patch: tuple[int, int, int]) -> None:
+        super().__init__(channels, dim, patch, stride=patch)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, F, H, W) → tokens in raster order (B, F, L, D)."""
+        _, ph, pw = self.kernel_size
+        x = latents.to(self.weight.dtype).unflatten(-1, (-1, pw)).unflatten(-3, (-1, ph))  # B C F h ph w pw
+        x = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)  # B F h w (C ph pw)
+        return F.linear(x, self.weight.flatten(1), self.bias).flatten(2, 3)
+
+
 class VideoHead(nn.Module):
     """Modulated LayerNorm, then Linear D → patch volume · C. Unlike the blocks: shift first, scale second."""
 
@@ -52,7 +72,7 @@ class VideoStream(nn.Module):
         self.patch_size, self.channels = tuple(video.patch_size), video.latent_channels
         self.head_dim, self.freq_dim = video.dim // config.num_heads, config.freq_dim
         patch = self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
-        self.patch_embedding = nn.Conv3d(self.channels, video.dim, self.patch_size, stride=self.patch_size)
+        self.patch_embedding = PatchEmbedding(self.channels, video.dim, self.patch_size)
         self.text_embedding = text_embedding(config.text_dim, video.dim)
         self.time_embedding = timestep.time_embedding(config.freq_dim, video.dim)
         self.time_projection = timestep.time_projection(video.dim)
@@ -89,16 +109,11 @@ class VideoStream(nn.Module):
         Raises:
             UserError: H or W not divisible by the patch.
         """
-        _, _, ph, pw = (0, *self.patch_size)
+        _, ph, pw = self.patch_size
         height, width = latents.shape[-2:]
         if height % ph or width % pw:
             raise UserError(f"latents of {height}×{width} do not divide into patches of {ph}×{pw}; resize the video")
-        # A convolution whose kernel is its stride is a matrix product; as such it is also fast in backward.
-        x = latents.to(self.patch_embedding.weight.dtype)
-        x = x.unflatten(-1, (-1, pw)).unflatten(-3, (-1, ph))  # B C F h ph w pw
-        x = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)  # B F h w (C ph pw)
-        x = F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
-        return x.flatten(2, 3)
+        return self.patch_embedding(latents)
 
     def unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
         """(B, F, L, ph·pw·C) → (B, C, F, H, W) for a latent height and width."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from kairos_train.config.schema import Config, ModelConfig
+from kairos_train.model import attention, delta_rule
 from kairos_train.model.flops import training_flops
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
 
@@ -17,6 +18,19 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 def stage_model(config: Config) -> ModelConfig:
     """The model that a stage trains: a video stage has no action stream."""
     return replace(config.model, action=None) if config.stage.streams == "video" else config.model
+
+
+def chosen_kernels(config: Config, device: torch.device) -> dict[str, str]:
+    """What `kernels` comes to on a device: {"attention": …, "gated_delta": …}. Logged once and kept in checkpoints.
+
+    Raises:
+        UserError: a backend that is asked for, or due, cannot run there.
+    """
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return {
+        "attention": attention.select_backend(config.kernels.attention),
+        "gated_delta": delta_rule.select_backend(config.kernels.gated_delta, device, dtype),
+    }
 
 
 def sample_flops(config: Config, latents: torch.Size, context_tokens: int, actions: int) -> float:

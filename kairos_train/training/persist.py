@@ -17,6 +17,7 @@ from kairos_train.conditioning.interfaces import identities_match
 from kairos_train.config.compose import load_saved, to_yaml
 from kairos_train.config.schema import Config
 from kairos_train.errors import UserError
+from kairos_train.training.describe import chosen_kernels
 from kairos_train.training.ema import Ema
 from kairos_train.training.engine import TrainingEngine
 from kairos_train.training.engine_state import gather_full_state, load_full_state
@@ -93,7 +94,7 @@ def save(
             "optimizer": optimizer,
             "ema": ema.state_dict(),
             "encoders": feed.identity,
-            "kernels": asdict(config.kernels),
+            "kernels": chosen_kernels(config, engine.world.device),
             "ranks": [{k: v for k, v in rank.items() if k != "tensors"} for rank in ranks],
         }
         rng = {f"rank{i}.{name}": t for i, rank in enumerate(ranks) for name, t in rank["tensors"].items()}

@@ -14,10 +14,9 @@ from dataloaders.shards import ShardIndex, read_index
 from kairos_train.config.compose import save_config
 from kairos_train.config.schema import Config
 from kairos_train.errors import RunStopped
-from kairos_train.model.delta_rule import select_backend
 from kairos_train.objective.flow_matching import ConditionedBatch
 from kairos_train.training import persist
-from kairos_train.training.describe import peak_flops, sample_flops
+from kairos_train.training.describe import chosen_kernels, peak_flops, sample_flops
 from kairos_train.training.ema import Ema
 from kairos_train.training.engine import TrainingEngine, World, build_engine, start_processes
 from kairos_train.training.feed import Feed, check_index
@@ -177,10 +176,9 @@ def open_run(config: Config) -> Run:
 
 def _headline(config: Config, index: ShardIndex, engine: TrainingEngine, step: int) -> str:
     parameters = sum(torch.Size(shape).numel() for shape in engine.layout.shapes.values())
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    backend = select_backend(config.kernels.gated_delta, engine.world.device, dtype)
+    kernels = ", ".join(f"{name}={kind}" for name, kind in chosen_kernels(config, engine.world.device).items())
     return (
         f"{config.run_dir}: stage {config.stage.name}, {parameters / 1e6:.2f} M parameters train on {index.samples} "
         f"samples; {engine.world.size} process(es) on {engine.world.device.type}, ZeRO {config.train.zero_stage}, "
-        f"{config.train.precision}, gated_delta={backend}; " + (f"resumed at step {step}" if step else "from step 0")
+        f"{config.train.precision}, {kernels}; " + (f"resumed at step {step}" if step else "from step 0")
     )

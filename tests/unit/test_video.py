@@ -37,7 +37,7 @@ def test_every_codec_gives_the_pictures_back(codec, tmp_path):
     back = decode_mp4(tmp_path / "a.mp4")
     assert back.shape == frames.shape
     assert back.dtype == np.uint8
-    assert min(psnr(a, b) for a, b in zip(frames, back)) > 30
+    assert min(psnr(a, b) for a, b in zip(frames, back)) > 28
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
