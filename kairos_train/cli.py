@@ -46,9 +46,11 @@ def _fail(error: Exception, code: int) -> int:
 
 def run_train(args: argparse.Namespace) -> int:
     config = _config(args)  # before the heavy import: a typing error shows at once
+    from kairos_train.training.engine import stop_processes
     from kairos_train.training.loop import train
 
     print(f"last checkpoint: {train(config)}")
+    stop_processes()
     return 0
 
 

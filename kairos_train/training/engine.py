@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import os
+import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,18 @@ def start_processes(device: str) -> World:
             " start a fresh one, without DS_ACCELERATOR in its environment"
         )
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=own)
+
+
+def stop_processes() -> None:
+    """Leave the process group at the end of a run that went well; the interpreter may end after this.
+
+    Gloo's threads still hold the tensors of the last collective when it returns, and need the interpreter's lock to let
+    go of them. One that asks for it while the interpreter is being torn down aborts the process (exit code -6): the
+    pause, without the lock, lets them finish.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(0.1)
 
 
 class TrainingEngine:

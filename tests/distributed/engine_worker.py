@@ -28,7 +28,7 @@ from kairos_train.checkpoint.canonical import CheckpointReader, write_checkpoint
 from kairos_train.config.schema import Config
 from kairos_train.errors import UserError
 from kairos_train.training.ema import Ema
-from kairos_train.training.engine import TrainingEngine, World, build_engine, start_processes
+from kairos_train.training.engine import TrainingEngine, World, build_engine, start_processes, stop_processes
 from kairos_train.training.engine_state import gather_full_state, load_full_state
 from kairos_train.training.optimizer import lr_at
 
@@ -247,7 +247,7 @@ def main() -> None:
     while not all((folder / f"train-{size}.json").exists() for size in (1, 2)):
         time.sleep(0.05)  # the test ends this process when the other world fails
     report(folder, world, resume)
-    dist.destroy_process_group()
+    stop_processes()
 
 
 def report(folder: Path, world: World, phase: Callable[[Path, World, int, str], dict]) -> None:

@@ -1,0 +1,107 @@
+"""Write docs/numerics.md: the numbers this project claims, measured now, with machine, date and commit.
+
+    python benchmarks/numerics.py --golden REFERENCE.safetensors ... [--demo runs/demo] [--out docs/numerics.md]
+
+Runs the reference vectors and `step_time.py`; takes the demo's table from a finished `make demo`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from evaluation.open_loop import format_table
+from kairos_train.config.compose import load_config
+from kairos_train.model.golden import verify_files
+from kairos_train.model.summary import summarize
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def machine() -> str:
+    """Processor, cores, software, commit and date in one line."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
+        f"torch {torch.__version__}; commit {commit.stdout.strip() or 'unknown'}; {datetime.date.today().isoformat()}"
+    )
+
+
+def reference_vectors(files: list[Path]) -> list[str]:
+    """A table of worst relative errors."""
+    lines = ["| file | outputs | worst in | gradients | worst in |", "| --- | --- | --- | --- | --- |"]
+    for r in verify_files(files):
+        lines.append(
+            f"| {r.path.stem} | {r.outputs:.1e} | `{r.worst_output}` | {r.gradients:.1e} | `{r.worst_gradient}` |"
+        )
+    return lines
+
+
+def step_time() -> list[str]:
+    """The output of step_time.py without its JSON line."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "step_time.py")]
+    result = subprocess.run(script, capture_output=True, text=True, check=True)
+    return ["```", *result.stdout.strip().splitlines()[:-1], "```"]
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--golden", type=Path, nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "numerics.md")
+    args = parser.parse_args()
+    demo = json.loads((args.demo / "evaluation" / "open_loop.json").read_text())
+    config = load_config(["model=kairos_4b"], sections=("model",))
+    text = [
+        "# Numbers",
+        "",
+        "Written by `benchmarks/numerics.py`; run it to see yours. " + machine() + ".",
+        "",
+        "## The model against reference vectors",
+        "",
+        "`kairos-train verify golden FILE...`, float32: max |a − b| / max |b| over outputs and over gradients.",
+        "",
+        *reference_vectors(args.golden),
+        "",
+        "## The full size",
+        "",
+        "`kairos-train model summary model=kairos_4b`:",
+        "",
+        "```",
+        summarize(config),
+        "```",
+        "",
+        "## Step time against frames",
+        "",
+        "`benchmarks/step_time.py`: the video stream, beside the same model with full attention in every layer.",
+        "",
+        *step_time(),
+        "",
+        "## The demo",
+        "",
+        "`make demo`: errors of sampled action chunks on episodes of unseen seeds, normalised units. *blind* is the",
+        "same model shown a constant picture and the mean state. This is imitation error, not task success.",
+        "",
+        "```",
+        format_table(demo),
+        "```",
+    ]
+    temporary = args.out.with_name(f".{args.out.name}.tmp")
+    temporary.write_text("\n".join(text) + "\n")
+    os.replace(temporary, args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
