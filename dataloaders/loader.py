@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dataloaders.batch import Batch, Sample, collate, decode_sample
-from dataloaders.shards import CorruptData, ShardIndex, read_index, read_shard
+from dataloaders.shards import CorruptData, ShardIndex, check_size, read_index, read_shard
 from kairos_train.errors import UserError
 
 PREFETCH = 2  # batches per worker
@@ -287,10 +287,27 @@ class _Stream:
 
     def _corrupt(self, name: str, reason: str) -> None:
         if self.settings.on_corrupt == "stop":
-            raise UserError(
-                f"{self.index.folder / name}: {reason}; restore or repack it, or leave it out with data.on_corrupt=skip"
-            )
+            raise _refusal(self.index, name, reason)
         self.corrupt.append((name, reason))
+
+
+def check_shards(index: ShardIndex) -> None:
+    """Look at every shard's size, before a run with `on_corrupt=stop` takes any device.
+
+    Raises:
+        UserError: a shard is missing or has not the indexed size.
+    """
+    for shard in index.shards:
+        try:
+            check_size(index.folder, shard)
+        except CorruptData as error:
+            raise _refusal(index, error.name, error.reason) from error
+
+
+def _refusal(index: ShardIndex, name: str, reason: str) -> UserError:
+    return UserError(
+        f"{index.folder / name}: {reason}; restore or repack it, or leave it out with data.on_corrupt=skip"
+    )
 
 
 def _check(settings: _Settings, workers: int, index: ShardIndex) -> None:

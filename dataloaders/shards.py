@@ -154,6 +154,19 @@ def write_shard(path: Path, blocks: Iterable[bytes]) -> ShardInfo:
     return ShardInfo(path.name, samples, size + len(end), digest.hexdigest())
 
 
+def check_size(folder: Path, shard: ShardInfo) -> None:
+    """The cheap check of a shard: hashing all of them at every epoch would double the reading.
+
+    Raises:
+        CorruptData: it is missing or has not the indexed size.
+    """
+    path = folder / shard.name
+    if not path.is_file():
+        raise CorruptData(shard.name, "is missing")
+    if (size := path.stat().st_size) != shard.bytes:
+        raise CorruptData(shard.name, f"has {size} bytes, the index says {shard.bytes}: truncated or replaced")
+
+
 def read_shard(folder: Path, shard: ShardInfo) -> Iterator[dict[str, Any]]:
     """Raw samples of one shard in order: `{"__key__": …, "mp4": bytes, "action.npy": bytes, …}`, through webdataset.
 
@@ -167,17 +180,13 @@ def read_shard(folder: Path, shard: ShardInfo) -> Iterator[dict[str, Any]]:
 
     path, seen = folder / shard.name, 0
     try:
-        size = path.stat().st_size
-        if size != shard.bytes:  # the cheap check: hashing every shard at every epoch would double the reading
-            raise CorruptData(shard.name, f"has {size} bytes, the index says {shard.bytes}: truncated or replaced")
+        check_size(folder, shard)
         with path.open("rb") as stream:
             # opened here, not by webdataset, whose opener would also run commands and fetch addresses
             source = iter([{"url": shard.name, "stream": stream}])
             for sample in group_by_keys(tar_file_expander(source, rename_files=_plain)):
                 seen += 1
                 yield sample
-    except FileNotFoundError:
-        raise CorruptData(shard.name, "is missing") from None
     except (OSError, ValueError, tarfile.TarError, EOFError) as error:
         text = str(error.args[0] if error.args and isinstance(error.args[0], str) else error)
         reason = text.split(" @ ")[0]  # webdataset appends the file object

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dataloaders.loader import ShardLoader
+from dataloaders.loader import ShardLoader, check_shards
 from dataloaders.shards import ShardIndex, read_index
 from kairos_train.config.compose import save_config
 from kairos_train.config.schema import Config
@@ -128,10 +128,12 @@ def open_run(config: Config) -> Run:
         UserError: something in the configuration, the shards or the checkpoint does not fit the rest.
     """
     # First what can be known before any device is taken.
-    index = read_index(config.data.shards)
-    check_index(config, index)
-    if config.data.validation_shards:
-        check_index(config, read_index(config.data.validation_shards))
+    folders = [config.data.shards, *filter(None, [config.data.validation_shards])]
+    index, *_ = indices = [read_index(folder) for folder in folders]
+    for each in indices:
+        check_index(config, each)
+        if config.data.on_corrupt == "stop":
+            check_shards(each)
     reader, damaged = persist.find_resumable(config)
     changes = persist.changed_settings(config, reader) if reader else []
 
