@@ -29,19 +29,23 @@ class Plan:
 
     Attributes:
         experiment: configuration of every training command.
+        size: side of the pictures in pixels.
         episodes, unseen: per task.
         steps: optimiser steps of each stage.
     """
 
     experiment: str
+    size: int
     episodes: int
     unseen: int
     steps: dict[str, int]
 
 
 PLANS = {
-    "metaworld": Plan("demo", episodes=12, unseen=4, steps={"physical": 40, "behaviour": 40, "joint": 300}),
-    "push2d": Plan("demo_push2d", episodes=24, unseen=8, steps={"physical": 40, "behaviour": 40, "joint": 300}),
+    "metaworld": Plan("demo", size=128, episodes=12, unseen=4, steps={"physical": 40, "behaviour": 40, "joint": 300}),
+    "push2d": Plan(
+        "demo_push2d", size=64, episodes=150, unseen=12, steps={"physical": 20, "behaviour": 20, "joint": 300}
+    ),
 }
 
 
@@ -77,8 +81,8 @@ def _simulate(env: str, plan: Plan, root: Path) -> None:
     for name, episodes, seed in (("dataset", plan.episodes, 0), ("dataset_unseen", plan.unseen, UNSEEN_SEEDS)):
         if not (root / name).exists():
             _command(
-                *("data", "simulate", "--env", env, "--episodes", episodes, "--seed-start", seed, "--processes", 2),
-                *("--out", root / name),
+                *("data", "simulate", "--env", env, "--episodes", episodes, "--seed-start", seed, "--size", plan.size),
+                *("--processes", 2, "--out", root / name),
             )
 
 

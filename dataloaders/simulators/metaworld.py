@@ -19,7 +19,7 @@ from kairos_train.errors import UserError
 _CAMERA = "corner2"
 _CAMERA_POSITION = (0.75, 0.075, 0.7)  # LeRobot's: nearer than the scene file has it
 _LIBRARIES = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
-_PACKAGES = {"egl": "libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}
+_PACKAGES = {"egl": "libegl1 libgl1-mesa-dri libopengl0", "osmesa": "libosmesa6"}
 
 
 class MetaWorld:

@@ -31,15 +31,16 @@ _NAMED = {"push-red": 0, "push-blue": 1}
 
 
 class Push2D:
-    """State: the agent's x and y. Action: its movement in units of `STEP` per step, in [-1, 1]²."""
+    """State: the agent's x and y, and how it moved in the last step. Action: its movement. Movements in units of `STEP`
+    per step, in [-1, 1]². The blocks and the goal are in the picture only."""
 
     fps = 20.0
     robot_type = "disc"
     camera_key = CAMERA_KEY
     action_dim = 2
-    state_dim = 2
+    state_dim = 4
     action_names = ["dx", "dy"]  # noqa: RUF012 - the interface's constant
-    state_names = ["x", "y"]  # noqa: RUF012
+    state_names = ["x", "y", "vx", "vy"]  # noqa: RUF012
     max_steps = 120
 
     def __init__(self, task: str, size: int) -> None:
@@ -47,6 +48,7 @@ class Push2D:
         self._named = _NAMED[task]
         self._size = size
         self.agent: list[float] = [0.0, 0.0]
+        self._moved = [0.0, 0.0]
         self.blocks: list[list[float]] = [[-0.5, 0.0], [0.5, 0.0]]
         self.goal: tuple[float, float] = (0.0, 0.5)
         self._ground = self._draw_ground()
@@ -60,16 +62,19 @@ class Push2D:
             if apart and min(math.dist(agent, red), math.dist(agent, blue)) > 0.3:
                 break
         self.agent, self.blocks, self.goal = agent, [red, blue], tuple(goal)
+        self._moved = [0.0, 0.0]
         self._ground = self._draw_ground()
         return self._observe()
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
         """Execute (2,) in [-1, 1]."""
         dx, dy = (min(max(float(value), -1.0), 1.0) * STEP / _SUBSTEPS for value in action)
+        before = tuple(self.agent)
         for _ in range(_SUBSTEPS):
             self.agent[0] += dx
             self.agent[1] += dy
             self._resolve_contacts()
+        self._moved = [(now - then) / STEP for now, then in zip(self.agent, before)]
         return self._observe(), math.dist(self.blocks[self._named], self.goal) < SUCCESS_DISTANCE
 
     def expert_action(self) -> np.ndarray:
@@ -109,7 +114,7 @@ class Push2D:
         for block, colour in zip(self.blocks, _BLOCKS):
             _draw(frame, block, BLOCK_RADIUS, colour)
         _draw(frame, self.agent, AGENT_RADIUS, _AGENT)
-        return Observation(frame, np.array(self.agent, np.float32))
+        return Observation(frame, np.array([*self.agent, *self._moved], np.float32))
 
     def _draw_ground(self) -> np.ndarray:
         ground = np.full((self._size, self._size, 3), _TABLE, np.uint8)

@@ -18,6 +18,7 @@ TINY = [
     "model.num_heads=2",
     "data.window.height=32",
     "data.window.width=32",
+    "data.window.stride=1",
     "train.micro_batch=4",
     "train.log_every=5",
 ]

@@ -92,11 +92,13 @@ def test_push2d_agent_pushes_a_block_and_that_one_the_other():
     assert simulator.blocks[1] == pytest.approx([AGENT_RADIUS + 3 * BLOCK_RADIUS, 0.0])
 
 
-def test_push2d_actions_beyond_one_are_clipped_and_the_state_is_the_agent():
+def test_push2d_actions_beyond_one_are_clipped_and_the_state_is_the_agent_and_its_movement():
     simulator = make("push2d", "push-red", 16)
     before = simulator.reset(0).state
     after, solved = simulator.step(np.array([0.5, -7.0]))
-    assert after.state - before == pytest.approx([STEP / 2, -STEP], abs=1e-6)
+    assert after.state[:2] - before[:2] == pytest.approx([STEP / 2, -STEP], abs=1e-6)
+    assert before[2:].tolist() == [0, 0]
+    assert after.state[2:] == pytest.approx([0.5, -1], abs=1e-4)
     assert (after.state.dtype, solved) == (np.float32, False)
 
 
@@ -184,31 +186,28 @@ def test_noisy_demonstrations_record_what_the_expert_wanted():
     simulator = make("push2d", "push-red", 16)
     noisy = play(simulator, Job("push2d", "push-red", 16, seed=5, noise=0.2))
     clean = play(simulator, Job("push2d", "push-red", 16, seed=5, noise=0.0))
-    executed = np.diff(noisy.state, axis=0) / STEP
+    executed = np.diff(noisy.state[:, :2], axis=0) / STEP
     free = np.abs(executed).max(axis=1) < 0.99  # steps that were not clipped
     deviation = (executed - noisy.action[:-1])[free]
     assert 0.1 < deviation.std() < 0.3
     assert np.array_equal(noisy.state[0], clean.state[0])
     assert np.array_equal(noisy.action[0], clean.action[0])
-    assert np.diff(clean.state, axis=0) / STEP == pytest.approx(clean.action[:-1], abs=1e-4)
+    assert np.diff(clean.state[:, :2], axis=0) / STEP == pytest.approx(clean.action[:-1], abs=1e-4)
     # From each state that it was thrown into, the recorded action is the expert's own.
     simulator.reset(5)
     assert noisy.action[0] == pytest.approx(simulator.expert_action())
 
 
 def test_failed_episodes_are_dropped_counted_and_replaced(tmp_path, monkeypatch):
-    steps = {
-        seed: len(play(make("push2d", "push-red", 16), Job("push2d", "push-red", 16, seed, 0.0)).action)
-        for seed in range(8)
-    }
-    limit = sorted(steps.values())[4] - STEPS_AFTER_SUCCESS  # some of the first seeds take longer than this
-    monkeypatch.setattr(Push2D, "max_steps", limit)
-    summary = collect(tmp_path / "set", tasks=["push-red"], episodes_per_task=4, size=16, noise=0.0)
-    kept = [e.extra["seed"] for e in LeRobotDataset(tmp_path / "set")]
-    solved = [seed for seed, n in steps.items() if n - STEPS_AFTER_SUCCESS <= limit]
-    assert sorted(kept) == solved[:4]
-    assert summary["dropped"] == solved[3] + 1 - 4
-    assert summary["seeds"] == [0, solved[3]]
+    simulator, lengths = make("push2d", "push-red", 16), []
+    while sum(length <= 45 for length in lengths) < 3:
+        lengths.append(len(play(simulator, Job("push2d", "push-red", 16, len(lengths), 0.0)).action))
+    solved = [seed for seed, length in enumerate(lengths) if length <= 45]
+    monkeypatch.setattr(Push2D, "max_steps", 45 - STEPS_AFTER_SUCCESS)
+    summary = collect(tmp_path / "set", tasks=["push-red"], episodes_per_task=3, size=16, noise=0.0)
+    assert [e.extra["seed"] for e in LeRobotDataset(tmp_path / "set")] == solved
+    assert summary["dropped"] == summary["dropped_by_task"]["push-red"] == len(lengths) - 3 > 0
+    assert summary["seeds"] == [0, len(lengths) - 1]
 
 
 def test_an_expert_that_always_fails_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):

@@ -93,14 +93,13 @@ def test_each_clip_of_a_file_starts_at_a_key_frame(tmp_path):
 
     encoder = Mp4Encoder(tmp_path / "a.mp4", 20)
     for _ in range(2):
-        encoder.add(moving_square(13))
+        encoder.add(np.full((11, 32, 32, 3), 90, np.uint8))  # no cut: nothing but the encoder asks for a key frame
     encoder.close()
-    assert encoder.frames == 26
+    assert encoder.frames == 22
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
         keys = [round(float(p.pts * p.time_base) * 20) for p in container.demux(stream) if p.is_keyframe]
-    assert {0, 13} <= set(keys)
-    assert max(np.diff([*keys, 26])) <= CODECS["h264"].gop
+    assert keys == [0, 8, 11, 19]
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
@@ -111,13 +110,17 @@ def test_a_truncated_file_is_named(clip, tmp_path, keep):
         decode_mp4(path)
 
 
-@pytest.mark.parametrize("indices", [None, [20]])
-def test_damage_inside_is_not_painted_over(clip, tmp_path, indices):
-    data = bytearray(clip[1])
-    start = data.index(b"mdat") + 4
-    data[start + 900 : -2000] = bytes(len(data) - start - 2900)
-    with pytest.raises(UserError, match="video: "):
-        decode_mp4(bytes(data), indices=indices)
+@pytest.mark.parametrize("number", [1, 4, 16, 25])
+def test_a_damaged_picture_is_not_painted_over(clip, number):
+    import av
+
+    with av.open(io.BytesIO(clip[1])) as container:
+        packet = [(p.pos, p.size) for p in container.demux(video=0) if p.size][number]
+    damaged, half = bytearray(clip[1]), packet[1] // 2
+    start = packet[0] + half
+    damaged[start : start + half] = np.random.default_rng(0).integers(0, 256, half, np.uint8).tobytes()
+    with pytest.raises(UserError, match=r"video: .*damaged"):
+        decode_mp4(bytes(damaged))
 
 
 def test_a_missing_file_is_named(tmp_path):
