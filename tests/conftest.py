@@ -4,8 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny matrices: more threads only wait for each other, and for those of the processes that tests start."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

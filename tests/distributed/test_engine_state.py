@@ -5,15 +5,11 @@ Each world runs all of its cases in one set of processes (engine_worker.py); the
 
 import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from launch import finish, launch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,7 +17,6 @@ from kairos_train.errors import UserError
 from kairos_train.training.engine import World, build_engine, start_processes
 
 HERE = Path(__file__).resolve().parent
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 DECAYED = ("inner.weight", "conv.weight", "extra.weight", "outer.weight")
 
 spec = importlib.util.spec_from_file_location("engine_worker", HERE / "engine_worker.py")
@@ -32,43 +27,12 @@ FP32 = [case for case in CASES if "fp32" in case]
 BF16 = [case for case in CASES if "bf16" in case]
 
 
-def launch(folder: Path, size: int) -> list[subprocess.Popen]:
-    """Start the processes of one world; a world of one gets nothing of a launcher's environment."""
-    clean = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
-    clean["PYTHONPATH"] = str(HERE.parents[1])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(size)}
-    processes = []
-    for rank in range(size):
-        own = {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
-        with open(folder / f"{size}-{rank}.log", "w") as log:
-            command = [sys.executable, str(HERE / "engine_worker.py"), str(folder)]
-            processes.append(subprocess.Popen(command, env={**clean, **own}, stdout=log, stderr=subprocess.STDOUT))
-    return processes
-
-
-def finish(folder: Path, processes: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + 300
-    try:
-        while any(process.poll() is None for process in processes):
-            failed = any(process.poll() not in (None, 0) for process in processes)
-            if failed or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*.log")))
-        assert [process.poll() for process in processes] == [0] * len(processes), logs
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, dict, dict]:
     """Folder, reports of the uninterrupted runs and of the resumed ones, by case."""
     folder = tmp_path_factory.mktemp("engine")
-    finish(folder, [*launch(folder, 1), *launch(folder, 2)])
+    worlds = [launch("engine_worker.py", [folder], size=size, logs=folder) for size in (1, 2)]
+    finish([*worlds[0], *worlds[1]], logs=folder)
     reports = []
     for phase in ("train", "resume"):
         of_worlds = [json.loads((folder / f"{phase}-{size}.json").read_text()) for size in (1, 2)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_export import tiny_config, write_tiny_checkpoint, write_tiny_shards
+from tiny_export import tiny_config, write_tiny_checkpoint
 
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.export import export
@@ -20,19 +20,6 @@ from kairos_train.config.schema import TextEncoderConfig
 from kairos_train.errors import UserError
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_tiny_shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -21,27 +21,6 @@ from kairos_train.inference.normalization import from_statistics
 from kairos_train.inference.predict import Predictor
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_tiny_shards(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def exported(shards, tmp_path_factory):
-    checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("run"), shards)
-    out = tmp_path_factory.mktemp("exports") / "toy"
-    export(checkpoint, out, dtype="fp32")
-    return out
-
-
 @pytest.fixture(scope="module")
 def everything(shards):
     return next(fixed_batches(shards, batch_size=1000, count=1))

@@ -4,36 +4,14 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from tiny_export import tiny_config, write_tiny_checkpoint, write_tiny_shards
+from tiny_export import tiny_config, write_tiny_checkpoint
 
 from dataloaders.loader import fixed_batches
 from dataloaders.video import decode_mp4
 from evaluation.rollout import MAX_PSNR, psnr, rollout
 from kairos_train.checkpoint.export import export
 from kairos_train.errors import UserError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return write_tiny_shards(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def exported(shards, tmp_path_factory):
-    checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp("run"), shards)
-    out = tmp_path_factory.mktemp("exports") / "toy"
-    export(checkpoint, out, dtype="fp32")
-    return out
 
 
 def run(exported, shards, out, **changes):

@@ -15,15 +15,6 @@ from kairos_train.objective.schedule import video_shift
 FRAMES, SIZE, HORIZON = 4, (4, 6), 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny_config(**video) -> ModelConfig:
     return ModelConfig(
         num_layers=4,

@@ -1,0 +1,43 @@
+"""One loss equation: a step's numbers do not depend on how its samples are spread over processes and micro-batches."""
+
+import json
+
+import pytest
+import torch
+from launch import finish, launch
+from safetensors.torch import load_file
+
+LAYOUTS = {"whole": (1, 1), "accumulated": (1, 4), "two_processes": (2, 1), "both": (2, 2)}
+"""Processes and micro-batches per process for the same eight samples."""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("steps")
+    processes = []
+    for name, (size, micro_batches) in LAYOUTS.items():
+        processes += launch("step_worker.py", [folder / f"{name}.json", micro_batches], size=size, logs=folder)
+    finish(processes, logs=folder)
+    return {
+        name: (
+            torch.tensor(json.loads((folder / f"{name}.json").read_text())),
+            load_file(folder / f"{name}.safetensors"),
+        )
+        for name in LAYOUTS
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "whole"])
+def test_losses_norms_and_weights_equal_those_of_one_whole_batch(results, name):
+    (reports, weights), (expected, expected_weights) = results[name], results["whole"]
+    torch.testing.assert_close(reports, expected, rtol=1e-5, atol=0)
+    for key, value in expected_weights.items():
+        assert (weights[key] - value).norm() <= 1e-4 * value.norm() + 1e-6, key
+
+
+def test_the_steps_tell_the_layouts_apart_if_they_differed(results):
+    """The last step's loss depends on the first two updates, and clipping was at work."""
+    reports, _ = results["whole"]
+    assert (reports[:, 3] > 0.1).all()
+    assert reports[0, 2] != reports[1, 2]
+    assert (reports[:, 4] == 8).all()
