@@ -1,39 +1,9 @@
 """A packed dataset of the pushing task, small enough to train on in seconds, shared by all end-to-end tests."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-TINY = [
-    "experiment=demo_push2d",
-    "model.video.dim=32",
-    "model.video.ffn_dim=64",
-    "model.video.gdn_key_dim=8",
-    "model.video.gdn_value_dim=16",
-    "model.action.dim=32",
-    "model.action.ffn_dim=64",
-    "model.num_heads=2",
-    "data.window.height=32",
-    "data.window.width=32",
-    "data.window.stride=1",
-    "train.micro_batch=4",
-    "train.log_every=5",
-]
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
-
-
-def environment() -> dict[str, str]:
-    """Of a new process: one thread (bit-equal sums, and several processes on two cores), no launcher's variables."""
-    kept = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-
-
-def command(*args: object) -> list[str]:
-    """`kairos-train ARGS` by this interpreter."""
-    return [sys.executable, "-m", "kairos_train.cli", *map(str, args)]
+from commands import TINY
 
 
 @pytest.fixture(scope="session")
@@ -50,21 +20,3 @@ def shards(tmp_path_factory) -> Path:
         arguments = ["data", "pack", folder / name, "--out", folder / out, "--encode", "--shard-samples", 64]
         assert main([*map(str, arguments), *TINY]) == 0
     return folder
-
-
-def train_command(shards: Path, run_dir: Path, *overrides: str) -> list[str]:
-    """`kairos-train train` on the shared shards."""
-    return command("train", *train_overrides(shards, run_dir, *overrides))
-
-
-def train_overrides(shards: Path, run_dir: Path, *overrides: str) -> list[str]:
-    """The settings of `train_command`."""
-    data = [f"data.shards={shards / 'shards'}", f"data.validation_shards={shards / 'shards_validation'}"]
-    return [*TINY, *data, f"run_dir={run_dir}", *overrides]
-
-
-def run(arguments: list[str], *, code: int = 0) -> subprocess.CompletedProcess:
-    """Run to its end and check the exit code."""
-    result = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-    return result

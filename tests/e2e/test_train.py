@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import environment, run, train_command, train_overrides
+from commands import environment, run, train_command, train_overrides
 
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.cli import main
@@ -161,3 +161,19 @@ def test_a_truncated_shard_stops_or_is_skipped_and_counted(shards, tmp_path):
     run([sys.executable, "-m", "kairos_train.cli", "train", *base, "data.on_corrupt=skip"])
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["data/corrupt"] >= 1
+
+
+def test_a_run_exports_to_a_policy_that_is_judged_and_rolled_out(shards, whole, tmp_path):
+    """The README's last three commands, on the tiny run."""
+    policy, unseen = tmp_path / "policy", shards / "shards_validation"
+    assert main(["export", str(whole), "--out", str(policy), "--dtype", "fp32"]) == 0
+    common = [str(policy), "--input", str(unseen), "--steps", "2"]
+    assert main(["evaluate", *common, "--samples", "8", "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "open_loop.json").read_text())
+    assert set(report["rows"]) == {"model", "blind", "mean", "hold"}
+    for mode in ("video", "joint", "action"):
+        out = tmp_path / mode
+        assert main(["rollout", *common, "--mode", mode, "--count", "1", "--out", str(out)]) == 0
+        assert (out / "summary.json").is_file()
+        assert bool(list(out.glob("*.mp4"))) == (mode != "action")
+        assert bool(list(out.glob("*_actions.png"))) == (mode != "video")
