@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.resolve import resolve_checkpoint
+from kairos_train.conditioning.interfaces import identities_match
 from kairos_train.config.schema import Config
 from kairos_train.errors import UserError
 from kairos_train.model import WorldActionModel
@@ -19,19 +21,26 @@ FRESH_IN_ACTION_STREAM = ("action_encoder.", "proprio_encoder.", "head.")
 """Action tensors without a counterpart in the video stream: they keep their initial values."""
 
 
-def build_model(config: Config) -> WorldActionModel:
+def build_model(config: Config, encoders: dict[str, Any] | None = None) -> WorldActionModel:
     """The model of a stage with its initial weights, float32 on the CPU.
 
     A video stage has no action stream. Fresh weights depend on `seed` alone. With `stage.train_video=false` the video
     stream does not require gradients.
 
+    Args:
+        encoders: identity of the encoders that this run is conditioned with; a checkpoint that was trained with others
+            is refused.
+
     Raises:
-        UserError: `stage.init_from` holds no valid checkpoint, or one of another model.
+        UserError: `stage.init_from` holds no valid checkpoint, or one of another model or other encoders.
     """
     torch.manual_seed(config.seed)
     model = WorldActionModel(stage_model(config), config.kernels)
     if config.stage.init_from is not None:
         reader = CheckpointReader(resolve_checkpoint(Path(config.stage.init_from)))
+        trained_with = reader.state.get("encoders")
+        if encoders is not None and trained_with is not None:
+            identities_match(trained_with, encoders)
         load_initial(model, reader, weights=config.stage.init_weights, action_init=config.stage.action_init)
     if not config.stage.train_video:
         model.video_dit.requires_grad_(False)

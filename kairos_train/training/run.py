@@ -151,7 +151,7 @@ def open_run(config: Config) -> Run:
         with_frames=feed.needs_frames,
         pin_memory=world.device.type == "cuda",
     )
-    engine = build_engine(build_model(config), config, world=world)
+    engine = build_engine(build_model(config, feed.identity), config, world=world)
     ema = Ema(engine, config.train.ema_decay)
     step = reader.step if reader else 0
     samples = persist.restore(engine, ema, loader, feed, reader) if reader else 0

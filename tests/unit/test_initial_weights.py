@@ -17,10 +17,10 @@ def model() -> WorldActionModel:
     return WorldActionModel(tiny_config().model)
 
 
-def checkpoint(parent, model, *, action: bool = True, step: int = 3):
+def checkpoint(parent, model, *, action: bool = True, step: int = 3, encoders: dict | None = None):
     state = {k: v + 1 for k, v in model.state_dict().items() if action or k.startswith("video_dit.")}
     ema = {k: v + 1 for k, v in state.items()}
-    return write_checkpoint(parent, step, sections={"model": state, "ema": ema}, state={}, files={})
+    return write_checkpoint(parent, step, sections={"model": state, "ema": ema}, state={"encoders": encoders}, files={})
 
 
 def test_fresh_weights_depend_on_the_seed_alone():
@@ -98,3 +98,12 @@ def test_a_frozen_video_stream_does_not_require_gradients_and_a_video_stage_has_
     assert all(p.requires_grad for p in model.action_dit.parameters())
     config.stage.streams, config.stage.train_video = "video", True
     assert build_model(config).action_dit is None
+
+
+def test_weights_trained_with_other_encoders_are_refused(model, tmp_path):
+    own, other = ({"video": {"kind": kind}, "text": {"kind": "t"}} for kind in ("block_dct", "wan"))
+    config = tiny_config()
+    config.stage.init_from = str(checkpoint(tmp_path, model, encoders=other))
+    build_model(config, other)
+    with pytest.raises(UserError, match=r"encoders\.video\.kind: made with 'wan'"):
+        build_model(config, own)
