@@ -112,6 +112,20 @@ def test_two_processes_train_resume_and_validate_like_one_run(shards, tmp_path):
     assert {line["samples"] for line in lines} == {4}
 
 
+def test_validation_does_not_depend_on_the_number_of_processes(shards, tmp_path):
+    """Three batches on two processes: the fourth place is run, and not counted."""
+    settings = ["stage=joint", "train.steps=1", "train.micro_batch=2", "stage.lr=1e-12", "train.validation_batches=3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run(train_command(shards, tmp_path / "1", *settings))
+    run([*torchrun, "-m", "kairos_train.cli", "train", *train_overrides(shards, tmp_path / "2", *settings)])
+    found = []
+    for name in ("1", "2"):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found.append({k: v for line in lines for k, v in line.items() if k.startswith("validation_")})
+    assert len(found[0]) == 4
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_a_run_folder_of_other_settings_is_refused(shards, whole):
     arguments = train_command(shards, whole, "stage=joint", "train.steps=20", "seed=7")
     result = run(arguments, code=2)
