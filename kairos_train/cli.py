@@ -191,7 +191,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     from kairos_train.demo import run
 
-    run(env=args.env)
+    run(env=args.env, fresh=args.fresh)
     return 0
 
 
@@ -281,6 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = _command(commands, "demo", run_demo, "simulate, pack, train, export and evaluate, on a CPU")
     demo.add_argument("--env", choices=("metaworld", "push2d"), default="metaworld", help="the simulator")
+    demo.add_argument("--fresh", action="store_true", help="remove what an earlier demo left and start over")
     return parser
 
 

@@ -32,7 +32,7 @@ import kairos_train
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.public import to_public
 from kairos_train.checkpoint.resolve import resolve_checkpoint
-from kairos_train.config.schema import Config, ModelConfig
+from kairos_train.config.schema import Config, ModelConfig, stage_model
 from kairos_train.errors import UserError
 from kairos_train.objective import schedule
 
@@ -221,11 +221,12 @@ def _data_size(statistics: dict[str, Any] | None) -> str:
 
 
 def _read_config(reader: CheckpointReader) -> Config:
-    """The run's resolved configuration."""
+    """The run's resolved configuration, its model the one that the checkpoint holds."""
     from kairos_train.config.compose import load_saved  # needs hydra, which reading an export does not
 
     reader.text("config.yaml")  # it is recorded, and its hash was compared
-    return load_saved(reader.path / "config.yaml")
+    config = load_saved(reader.path / "config.yaml")
+    return dataclasses.replace(config, model=stage_model(config))
 
 
 def _check_files(reader: CheckpointReader, section: str) -> None:

@@ -7,7 +7,7 @@ chose is marked *ours*. Cross-field rules live in `kairos_train.config.validate`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ATTENTION_KINDS = ("SWA", "DSWA", "FA", "GATED")
@@ -202,6 +202,11 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def stage_model(config: Config) -> ModelConfig:
+    """The model that a stage trains and its checkpoints hold: a video stage has no action stream."""
+    return replace(config.model, action=None) if config.stage.streams == "video" else config.model
 
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from kairos_train.config.schema import Config, ModelConfig
+from kairos_train.config.schema import Config
 from kairos_train.model import attention, delta_rule
 from kairos_train.model.flops import training_flops
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 """Dense bf16 peaks that the vendor states, by a part of the device's name."""
-
-
-def stage_model(config: Config) -> ModelConfig:
-    """The model that a stage trains: a video stage has no action stream."""
-    return replace(config.model, action=None) if config.stage.streams == "video" else config.model
 
 
 def chosen_kernels(config: Config, device: torch.device) -> dict[str, str]:

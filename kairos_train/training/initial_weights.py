@@ -12,10 +12,9 @@ from torch import Tensor
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.resolve import resolve_checkpoint
 from kairos_train.conditioning.interfaces import identities_match
-from kairos_train.config.schema import Config
+from kairos_train.config.schema import Config, stage_model
 from kairos_train.errors import UserError
 from kairos_train.model import WorldActionModel
-from kairos_train.training.describe import stage_model
 
 FRESH_IN_ACTION_STREAM = ("action_encoder.", "proprio_encoder.", "head.")
 """Action tensors without a counterpart in the video stream: they keep their initial values."""

@@ -87,6 +87,7 @@ def test_stages_hand_their_weights_on_and_a_checkpoint_exports(shards, whole, tm
     assert all("action_loss" not in json.loads(line) for line in losses(video))
     names = CheckpointReader(video / "checkpoints" / "step-00000002").names("model")
     assert all(name.startswith("video_dit.") for name in names), "a video stage has no action stream"
+    assert main(["export", str(video), "--out", str(tmp_path / "video_export")]) == 0
     joint = tmp_path / "joint"
     run(train_command(shards, joint, "stage=joint", "train.steps=1", f"stage.init_from={video}"))
     first, fresh = (json.loads(losses(d)[0]) for d in (joint, whole))
