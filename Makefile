@@ -16,14 +16,15 @@ help: ## list the targets
 setup: $(STAMP) ## make .venv and install the project into it
 
 # The stamp is younger than what it was installed from: a second `make setup` does nothing.
-# deepspeed asks for torch while it is built, and DS_BUILD_OPS=0 keeps it from compiling kernels: hence the order.
+# deepspeed and megatron-core ask for torch while they are built, and DS_BUILD_OPS=0 keeps deepspeed from compiling
+# kernels: hence the order.
 $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "make: $(PYTHON) is missing or older than 3.11; name one with make setup PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools wheel ninja packaging
 	$(PIP) torch
-	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed megatron-core
 	$(PIP) --no-build-isolation --editable '.[sim,dev]'
 	@touch $(STAMP)
 

@@ -162,9 +162,40 @@ class OptimizerConfig:
 
 @dataclass
 class ParallelConfig:
-    tensor: int = 1
-    context: int = 1
-    sequence: bool = False
+    """How a model is split over processes; what is left of the world is data-parallel."""
+
+    tensor: int = 1  # ranks that share every layer's heads and FFN channels
+    context: int = 1  # ranks that share a sample's latent frames
+    sequence: bool = False  # with tensor > 1: between layers, tensor ranks share the tokens of each frame
+    state_exchange: str = "auto"  # auto | serial | ring | all_gather: GATED states between context ranks
+    frame_layout: str = "auto"  # auto (fewer bytes) | contiguous | residue: who computes dilated windows
+
+
+@dataclass
+class Fp8Config:
+    """FP8 in linear layers; the rest stays in `train.precision`."""
+
+    recipe: str | None = None  # null: off | current | delayed | block | mxfp8 (Transformer Engine) | emulated
+    streams: list[str] = field(default_factory=lambda: ["video"])  # video, action
+    skip_layers: list[int] = field(default_factory=list)  # layers kept out, negative from the end
+
+
+@dataclass
+class PrecisionConfig:
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+
+
+@dataclass
+class ClusterConfig:
+    """What `kairos-train plan` assumes of a machine. Bandwidths are what one GPU gets in one direction."""
+
+    name: str = "h200"
+    gpus_per_node: int = 8
+    memory_gb: float = 141.0
+    peak_tflops: float = 989.0  # dense bf16
+    mfu: float = 0.4  # share of the peak that model FLOPs reach (ours)
+    intra_node_gb_per_s: float = 450.0
+    inter_node_gb_per_s: float = 50.0
 
 
 @dataclass
@@ -185,6 +216,9 @@ class TrainConfig:
     on_nonfinite: str = "stop"  # stop | skip: a non-finite loss or gradient norm
     resume: str = "auto"  # auto: from the newest checkpoint of run_dir when there is one | never | must
     peak_tflops: float | None = None  # of one device in this precision, for MFU; null: known devices only
+    recompute: str = "none"  # none | block | selective (all but attention outputs and states): activations in backward
+    offload_activations: bool = False  # keep what is saved for backward in host memory
+    async_checkpoint: bool = True  # write checkpoints behind the training loop
 
 
 @dataclass
@@ -201,6 +235,8 @@ class Config:
     stage: StageConfig = field(default_factory=StageConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 

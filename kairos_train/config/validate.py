@@ -52,6 +52,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "train.device": ("auto", "cpu", "cuda"),
     "train.on_nonfinite": ("stop", "skip"),
     "train.resume": ("auto", "never", "must"),
+    "train.recompute": ("none", "block", "selective"),
+    "parallel.state_exchange": ("auto", "serial", "ring", "all_gather"),
+    "parallel.frame_layout": ("auto", "contiguous", "residue"),
+    "precision.fp8.recipe": ("current", "delayed", "block", "mxfp8", "emulated"),
 }
 
 POSITIVE = (
@@ -64,7 +68,9 @@ POSITIVE = (
     *("data.shuffle_buffer", "stage.action_shift", "stage.lr"),
     *(f"optimizer.{key}" for key in ("lr", "eps", "gradient_clip")),
     *(f"train.{key}" for key in ("steps", "micro_batch", "accumulation", "checkpoint_every", "keep_last", "log_every")),
-    *("train.validation_batches", "train.peak_tflops"),
+    *("train.validation_batches", "train.peak_tflops", "parallel.tensor", "parallel.context"),
+    *(f"cluster.{key}" for key in ("gpus_per_node", "memory_gb", "peak_tflops", "mfu")),
+    *(f"cluster.{key}" for key in ("intra_node_gb_per_s", "inter_node_gb_per_s")),
 )
 
 NOT_NEGATIVE = (
@@ -349,15 +355,47 @@ def ema_forgets(config: Config) -> None:
         raise UserError("train.ema_decay=1 would keep the first weights for ever; give a fraction below 1, as 0.999")
 
 
-def the_model_is_not_split(config: Config) -> None:
-    parallel = config.parallel
-    for name, value in (("tensor", parallel.tensor), ("context", parallel.context)):
-        if value != 1:
+def tensor_ranks_share_heads_and_channels(config: Config) -> None:
+    """Heads, attention width and FFN width of every stream that is there must divide."""
+    tensor, model, joint = config.parallel.tensor, config.model, config.stage.streams == "joint"
+    sizes = {"model.num_heads": model.num_heads, "model.video.ffn_dim": model.video.ffn_dim}
+    if joint and model.action is not None:
+        sizes["model.action.ffn_dim"] = model.action.ffn_dim
+    possible = [n for n in range(1, model.num_heads + 1) if not any(size % n for size in sizes.values())]
+    for key, size in sizes.items():
+        if size % tensor:
             raise UserError(
-                f"parallel.{name}={value}: sharding degrees above 1 are not available in this version; use 1"
+                f"parallel.tensor={tensor} does not divide {key}={size}; use one of {', '.join(map(str, possible))}"
             )
-    if parallel.sequence:
-        raise UserError("parallel.sequence=true: sequence sharding is not available in this version; use false")
+
+
+def sequence_needs_tensor(config: Config) -> None:
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        raise UserError(
+            "parallel.sequence=true shares tokens between tensor ranks, but parallel.tensor=1; "
+            "use parallel.tensor=2 or more, or parallel.sequence=false"
+        )
+
+
+def fp8_names_streams_and_layers(config: Config) -> None:
+    fp8, layers = config.precision.fp8, config.model.num_layers
+    for stream in fp8.streams:
+        if stream not in ("video", "action"):
+            raise UserError(f"precision.fp8.streams holds {stream!r}; use video, action")
+    for layer in fp8.skip_layers:
+        if not -layers <= layer < layers:
+            raise UserError(
+                f"precision.fp8.skip_layers holds {layer}; model.num_layers={layers}: use 0 to {layers - 1}"
+            )
+    if fp8.recipe == "emulated" and config.parallel.tensor > 1:
+        raise UserError(
+            f"precision.fp8.recipe=emulated scales whole tensors, but parallel.tensor={config.parallel.tensor} splits "
+            "them; use parallel.tensor=1"
+        )
+    if fp8.recipe not in (None, "emulated") and config.train.precision != "bf16":
+        raise UserError(
+            f"precision.fp8.recipe={fp8.recipe} with train.precision={config.train.precision}; use train.precision=bf16"
+        )
 
 
 RULES: tuple[Callable[[Config], None], ...] = (
@@ -387,7 +425,9 @@ RULES: tuple[Callable[[Config], None], ...] = (
     action_weights_fit,
     betas_are_two_fractions,
     ema_forgets,
-    the_model_is_not_split,
+    tensor_ranks_share_heads_and_channels,
+    sequence_needs_tensor,
+    fp8_names_streams_and_layers,
 )
 """Every rule, in the order in which they are asked: single values first, so that later rules may divide."""
 
@@ -399,5 +439,7 @@ COMPARED = {
     joint_sees_history: ("stage", "model"),
     joint_window_has_actions: ("stage", "data"),
     action_weights_fit: ("stage", "model"),
+    tensor_ranks_share_heads_and_channels: ("parallel", "model", "stage"),
+    fp8_names_streams_and_layers: ("precision", "model", "parallel", "train"),
 }
 """The sections that a rule compares, where it compares several."""

@@ -1,11 +1,12 @@
 """One layer of one stream: modulated self-attention (or GATED), cross-attention, modulated FFN.
 
-A layer is run in two halves around self-attention, because at joint layers the action stream reads the video stream's
-keys between them: `enter` → (self-attention) → `leave`.
+What self-attention is, the caller says: at joint layers the action stream reads the video stream's keys.
 
 Shapes: B batch, G modulation groups (latent frames of the video, 1 for actions), L tokens per group, D width,
 N context.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,14 @@ from kairos_train.model.gated_delta_net import GatedDeltaNet
 from kairos_train.model.precision import LayerNorm, upcast
 from kairos_train.model.seams import Seams
 
+Keys = tuple[Tensor, Tensor]
+"""Keys and values of the frames at hand, (B, Fk, L, H, E) each."""
+
+Attend = Callable[[Tensor], tuple[Tensor, Keys | None]]
+
 
 class Block(nn.Module):
-    """The weights of a layer and its two halves.
+    """The weights of a layer, and everything in it but the choice of keys.
 
     Args:
         dim: D.
@@ -38,7 +44,8 @@ class Block(nn.Module):
         gated: GatedDeltaNet | None = None,
     ) -> None:
         super().__init__()
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.seams = seams
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
         self.norm1 = LayerNorm(dim, eps, affine=False)
         if gated is None:
             self.self_attn = Attention(dim=dim, heads=heads, head_dim=head_dim, eps=eps, seams=seams)
@@ -49,24 +56,31 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps, affine=False)
         self.ffn = nn.Sequential(seams.column_linear(dim, ffn_dim), nn.SiLU(), seams.row_linear(ffn_dim, dim))
 
-    def factors(self, time: Tensor) -> tuple[Tensor, ...]:
-        """Time projection (B, G, 6, D) → scale, shift, gate of attention, then of the FFN, each (B, G, 1, D)."""
-        return (upcast(self.modulation)[:, None] + time).unsqueeze(3).unbind(2)
+    def forward(
+        self, x: Tensor, time: Tensor, attend: Attend, context: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Keys | None]:
+        """One layer.
 
-    def enter(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        """What self-attention sees: x (B, G, L, D) normalised and modulated, as (B, G·L, D)."""
-        return self._modulate(self.norm1(x), factors[0], factors[1], x.dtype).flatten(1, 2)
+        Args:
+            x: (B, G, L, D).
+            time: time projection (B, G, 6, D); with the modulation it gives scale, shift, gate of attention, then of
+                the FFN.
+            attend: self-attention, or what stands in its place: (B, G, L, D) → (the same after the output projection,
+                keys and values for the other stream).
+            context: (B, N, D).
+            mask: bool (B, N) or None.
 
-    def leave(
-        self, x: Tensor, attended: Tensor, factors: tuple[Tensor, ...], context: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Residual of self-attention (`attended` (B, G·L, D), after o), cross-attention, FFN; returns x's shape."""
-        _, _, gate, ffn_scale, ffn_shift, ffn_gate = factors
-        x = x + (gate * attended.view_as(x)).to(x.dtype)
-        tokens = self.cross_attn_norm(x).to(x.dtype).flatten(1, 2)
-        x = x + self.cross_attn.cross(tokens, context, mask).view_as(x)
-        hidden = self.ffn(self._modulate(self.norm2(x), ffn_scale, ffn_shift, x.dtype))
-        return x + (ffn_gate * hidden).to(x.dtype)
+        Returns:
+            x, and what `attend` gave besides.
+        """
+        factors = (upcast(self.modulation)[:, None] + time).unsqueeze(3).unbind(2)  # 6 × (B, G, 1, D)
+        scale, shift, gate, ffn_scale, ffn_shift, ffn_gate = factors
+        attended, keys = attend(self._modulate(self.norm1(x), scale, shift, x.dtype))
+        x = x + (gate * attended).to(x.dtype)
+        tokens = self.seams.enter_heads(self.cross_attn_norm(x).to(x.dtype))
+        x = x + self.cross_attn.cross(tokens, context, mask)
+        hidden = self.seams.enter_heads(self._modulate(self.norm2(x), ffn_scale, ffn_shift, x.dtype))
+        return x + (ffn_gate * self.ffn(hidden)).to(x.dtype), keys
 
     @staticmethod
     def _modulate(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:

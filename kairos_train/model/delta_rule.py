@@ -49,8 +49,8 @@ def gated_delta_rule(
     v: Tensor,
     g: Tensor,
     beta: Tensor,
-    *,
     initial_state: Tensor | None = None,
+    *,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a sequence; differentiable in every argument.

@@ -1,23 +1,17 @@
 """The GATED layer: Gated DeltaNet over all video tokens in raster order (model specification, "The attention kinds").
 
-Shapes: B batch, S video tokens, D width, H heads, K key width, V value width.
+Shapes: B batch, F frames, L tokens per frame, S = F·L video tokens, D width, H heads, K key width, V value width.
 """
 
-import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kairos_train.model.delta_rule import select_backend
+from kairos_train.model.delta_rule import gated_delta_rule, select_backend
 from kairos_train.model.precision import upcast
 from kairos_train.model.seams import Seams
-
-DT_RANGE = (1e-3, 1e-1)
-"""softplus(dt_bias) at initialisation, log-uniform."""
-
-DECAY_RATE_RANGE = (1.0, 16.0)
-"""exp(A_log) at initialisation, uniform."""
 
 
 class CausalConvolution(nn.Module):
@@ -26,8 +20,6 @@ class CausalConvolution(nn.Module):
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, size))
-        bound = 1 / math.sqrt(size)
-        nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: Tensor, previous: Tensor | None) -> Tensor:
         """x (B, S, channels), previous (B, size−1, channels) or None at the start; returns (B, S, channels)."""
@@ -47,7 +39,7 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
         x = upcast(x)
@@ -83,15 +75,14 @@ class GatedDeltaNet(nn.Module):
         self.q_proj = seams.column_linear(dim, heads * key_dim, bias=False)
         self.k_proj = seams.column_linear(dim, heads * key_dim, bias=False)
         self.v_proj = seams.column_linear(dim, heads * value_dim, bias=False)
-        self.a_proj = seams.column_linear(dim, heads, bias=False)
-        self.b_proj = seams.column_linear(dim, heads, bias=False)
+        self.a_proj = seams.column_linear(dim, heads, bias=False, exact=True)
+        self.b_proj = seams.column_linear(dim, heads, bias=False, exact=True)
         self.g_proj = seams.column_linear(dim, heads * value_dim, bias=False)
         self.q_conv1d = CausalConvolution(self.heads * key_dim, conv_size)
         self.k_conv1d = CausalConvolution(self.heads * key_dim, conv_size)
         self.v_conv1d = CausalConvolution(self.heads * value_dim, conv_size)
-        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(*DECAY_RATE_RANGE).log())
-        dt = torch.empty(self.heads).uniform_(*map(math.log, DT_RANGE)).exp()
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus⁻¹(dt)
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.o_norm = RMSNorm(value_dim, eps)
         self.o_proj = seams.row_linear(heads * value_dim, dim, bias=False)
 
@@ -99,19 +90,20 @@ class GatedDeltaNet(nn.Module):
         """g = −exp(A_log)·softplus(a_proj x + dt_bias), (B, S, H), float32 or wider."""
         return -upcast(self.A_log).exp() * F.softplus(upcast(self.a_proj(x)) + upcast(self.dt_bias))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, S, D) → (B, S, D), causal over S."""
-        halo = self.seams.previous_tokens(x, self.conv_size - 1)
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """x (B, F, L, D) → (B, F, L, D), causal over all tokens; `frames` counts those of the whole sample."""
+        grid = self.seams.enter_heads(x)
+        x = grid.flatten(1, 2)
+        halo = self.seams.previous_tokens(x, self.conv_size - 1, grid.shape[2], frames)
         q = self._unit(self._project(self.q_proj, self.q_conv1d, x, halo, self.key_dim)) * self.key_dim**-0.5
         k = self._unit(self._project(self.k_proj, self.k_conv1d, x, halo, self.key_dim))
         v = self._project(self.v_proj, self.v_conv1d, x, halo, self.value_dim)
         beta = upcast(self.b_proj(x)).sigmoid()
-        backend = select_backend(self.backend, x.device, x.dtype)
-        o, _ = self.seams.gated_delta_rule(
-            q.to(v.dtype), k.to(v.dtype), v, self.log_decay(x), beta, initial_state=None, backend=backend
-        )
+        rule = partial(gated_delta_rule, backend=select_backend(self.backend, x.device, x.dtype))
+        outputs = self.seams.start_recurrence(rule, q.to(v.dtype), k.to(v.dtype), v, self.log_decay(x), beta, None)
         gate = F.silu(upcast(self.g_proj(x))).unflatten(-1, (self.heads, self.value_dim))
-        return self.o_proj((self.o_norm(o) * gate).to(x.dtype).flatten(2))
+        o, _ = outputs()
+        return self.o_proj((self.o_norm(o) * gate).to(x.dtype).reshape(*grid.shape[:3], self.heads * self.value_dim))
 
     def _project(self, proj: nn.Module, conv: nn.Module, x: Tensor, halo: Tensor | None, width: int) -> Tensor:
         previous = None if halo is None else proj(halo)

@@ -1,27 +1,68 @@
-"""Initial weights (*ours*: the publication does not state them).
+"""Initial weights (*ours*: the publication does not state them), each a function of (seed, name, full shape) alone.
 
-Linear layers Xavier-uniform with zero biases; embeddings of text and time normal(0.02); the last layer of each stream
-zero, so that training starts from velocity 0. Norms, modulations, convolutions and GATED decays are set where they are
-defined.
+So a rank that holds a slice of a tensor starts from the same numbers as a process that holds it whole. Linear layers
+Xavier-uniform with zero biases; embeddings of text and time normal(0.02); the last layer of each stream zero, so that
+training starts from velocity 0; modulations normal / √D; convolutions uniform within 1/√size.
 """
 
+import hashlib
+import math
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+DT_RANGE = (1e-3, 1e-1)
+"""softplus(dt_bias), log-uniform."""
+
+DECAY_RATE_RANGE = (1.0, 16.0)
+"""exp(A_log), uniform."""
+
+LAST_LAYERS = ("video_dit.head.head.", "action_dit.head.")
+
+Place = Callable[[str, torch.Size], tuple[torch.Size, tuple[slice, ...]]]
+"""(name, shape here) → (full shape, which part of it is here)."""
 
 
-def initialise(model: nn.Module) -> None:
-    """Set the linear layers of a world-action model in place, in the order of `named_modules` (one RNG stream)."""
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if weight is None or weight.ndim < 2 or name.endswith("conv1d"):
-                continue
-            if "text_embedding" in name or "time_embedding" in name:
-                nn.init.normal_(weight, std=0.02)
-            else:
-                nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-        for name, module in model.named_modules():
-            if name in ("video_dit.head.head", "action_dit.head"):
-                nn.init.zeros_(module.weight)
+def whole(name: str, shape: torch.Size) -> tuple[torch.Size, tuple[slice, ...]]:
+    """Every tensor is here whole."""
+    return shape, ()
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int, place: Place = whole) -> None:
+    """Set every parameter of a world-action model in place, one whole tensor at a time."""
+    for name, parameter in model.named_parameters():
+        shape, part = place(name, parameter.shape)
+        parameter.copy_(initial_value(name, shape, seed)[part])
+
+
+def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The initial value of one whole tensor, float32 on the CPU.
+
+    Args:
+        name: the public one.
+        shape: the full one.
+        seed: of the run.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    rng = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
+    value = torch.empty(shape, device="cpu")
+    *modules, last = name.split(".")
+    if last == "modulation":
+        return value.normal_(generator=rng) / shape[-1] ** 0.5
+    if last == "A_log":
+        return value.uniform_(*DECAY_RATE_RANGE, generator=rng).log()
+    if last == "dt_bias":
+        dt = value.uniform_(*map(math.log, DT_RANGE), generator=rng).exp()
+        return dt + torch.log(-torch.expm1(-dt))  # softplus⁻¹(dt)
+    if last == "bias" or name.startswith(LAST_LAYERS):
+        return value.zero_()
+    if len(shape) == 1:
+        return value.fill_(1.0)  # norms
+    if modules[-1].endswith("conv1d"):
+        return value.uniform_(-(shape[-1] ** -0.5), shape[-1] ** -0.5, generator=rng)
+    if "text_embedding" in modules or "time_embedding" in modules:
+        return value.normal_(std=0.02, generator=rng)
+    bound = math.sqrt(6 / (shape[0] + shape[1:].numel()))
+    return value.uniform_(-bound, bound, generator=rng)

@@ -28,8 +28,8 @@ class LayerNorm(nn.Module):
     def __init__(self, width: int, eps: float, *, affine: bool) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+        self.weight = nn.Parameter(torch.empty(width)) if affine else None
+        self.bias = nn.Parameter(torch.empty(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = upcast(self.weight) if self.weight is not None else None

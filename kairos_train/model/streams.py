@@ -1,7 +1,7 @@
 """The two streams before and after their blocks (model specification, "One stream, before and after the blocks").
 
-Shapes: B batch, C latent channels, F latent frames, H×W latent height and width, h×w patches, L = h·w, A actions,
-N context tokens, D width.
+Shapes: B batch, C latent channels, F latent frames, H×W latent height and width, h×w patches, L = h·w tokens per frame,
+l of them held between layers, A actions, N context tokens, D width.
 """
 
 import torch
@@ -55,7 +55,7 @@ class VideoHead(nn.Module):
         super().__init__()
         self.norm = LayerNorm(dim, eps, affine=False)
         self.head = nn.Linear(dim, out_features)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 2, dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, F, L, D), time embedding (B, F, D) → (B, F, L, out_features)."""
@@ -68,6 +68,7 @@ class VideoStream(nn.Module):
 
     def __init__(self, config: ModelConfig, seams: Seams, gated_backend: str) -> None:
         super().__init__()
+        self.seams = seams
         video, eps = config.video, config.eps
         self.patch_size, self.channels = tuple(video.patch_size), video.latent_channels
         self.head_dim, self.freq_dim = video.dim // config.num_heads, config.freq_dim
@@ -77,8 +78,8 @@ class VideoStream(nn.Module):
         self.time_embedding = timestep.time_embedding(config.freq_dim, video.dim)
         self.time_projection = timestep.time_projection(video.dim)
         self.blocks = nn.ModuleList()
-        for kind in layer_kinds(config):
-            gated = None
+        for layer, kind in enumerate(layer_kinds(config)):
+            gated, own = None, seams.for_layer(layer)
             if kind == "GATED":
                 gated = GatedDeltaNet(
                     dim=video.dim,
@@ -87,7 +88,7 @@ class VideoStream(nn.Module):
                     value_dim=video.gdn_value_dim,
                     conv_size=video.gdn_conv_size,
                     eps=eps,
-                    seams=seams,
+                    seams=own,
                     backend=gated_backend,
                 )
             self.blocks.append(
@@ -97,14 +98,14 @@ class VideoStream(nn.Module):
                     heads=config.num_heads,
                     head_dim=self.head_dim,
                     eps=eps,
-                    seams=seams,
+                    seams=own,
                     gated=gated,
                 )
             )
         self.head = VideoHead(video.dim, patch * self.channels, eps)
 
     def patchify(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, F, H, W) → tokens (B, F, L, D).
+        """Latents (B, C, F, H, W) → tokens (B, F, l, D).
 
         Raises:
             UserError: H or W not divisible by the patch.
@@ -113,10 +114,15 @@ class VideoStream(nn.Module):
         height, width = latents.shape[-2:]
         if height % ph or width % pw:
             raise UserError(f"latents of {height}×{width} do not divide into patches of {ph}×{pw}; resize the video")
-        return self.patch_embedding(latents)
+        return self.seams.split_tokens(self.patch_embedding(latents))
+
+    def tokens(self, height: int, width: int) -> int:
+        """L for a latent height and width."""
+        return (height // self.patch_size[1]) * (width // self.patch_size[2])
 
     def unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
-        """(B, F, L, ph·pw·C) → (B, C, F, H, W) for a latent height and width."""
+        """(B, F, l, ph·pw·C) → (B, C, F, H, W) for a latent height and width."""
+        x = self.seams.join_tokens(x)
         _, ph, pw = self.patch_size
         x = x.unflatten(2, (height // ph, width // pw)).unflatten(-1, (ph, pw, self.channels))
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # B C F (h ph) (w pw)
@@ -132,12 +138,16 @@ class VideoStream(nn.Module):
         embedded = self.time_embedding(_sinusoid(times, self.freq_dim, self.time_embedding))
         return embedded, self.time_projection(embedded).unflatten(-1, (6, -1))
 
-    def rotation(self, frames: int, height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of the tokens in raster order, (F·L, 1, E/2)."""
+    def embed_context(self, context: Tensor) -> Tensor:
+        """(B, N, text_dim) → (B, N, D), as cross-attention takes it."""
+        return self.seams.enter_context(self.text_embedding(context))
+
+    def rotation(self, frames: tuple[int, ...], height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the tokens of the frames with these numbers, (F, L, 1, E/2)."""
         _, ph, pw = self.patch_size
-        numbers = torch.arange(frames, device=like.device)
+        numbers = torch.tensor(frames, device=like.device)
         angles = rotary.grid_angles(numbers, height // ph, width // pw, self.head_dim)
-        return rotary.rotation(angles.flatten(0, 1), upcast(like[:0]).dtype)
+        return rotary.rotation(angles, upcast(like[:0]).dtype)
 
 
 class ActionStream(nn.Module):
@@ -145,6 +155,7 @@ class ActionStream(nn.Module):
 
     def __init__(self, config: ModelConfig, seams: Seams) -> None:
         super().__init__()
+        self.seams = seams
         action = config.action
         if action is None:
             raise UserError("model.action is null: this model has no action stream; choose one with an action section")
@@ -163,11 +174,15 @@ class ActionStream(nn.Module):
                 heads=config.num_heads,
                 head_dim=self.head_dim,
                 eps=config.eps,
-                seams=seams,
+                seams=seams.for_layer(layer),
             )
-            for _ in range(config.num_layers)
+            for layer in range(config.num_layers)
         )
         self.head = nn.Linear(action.dim, action.action_dim)
+
+    def embed_context(self, context: Tensor) -> Tensor:
+        """(B, N, text_dim) → (B, N, D), as cross-attention takes it."""
+        return self.seams.enter_context(self.text_embedding(context))
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Timesteps (B,) → projection (B, 1, 6, D), float32 or wider."""

@@ -89,11 +89,25 @@ def key_frames(rule: WindowRule, frame: int, frames: int, history: int) -> tuple
     return tuple(sorted(keys))
 
 
+@lru_cache(maxsize=256)
+def frames_read(rule: WindowRule, frames: int, history: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """For each of F frames, the frames that its queries read in any sample of a batch; padding is not counted.
+
+    Args:
+        frames: F, of every sample.
+        history: K of each sample, length B.
+    """
+    known = sorted(set(history))
+    unions = [{g for k in known for g in key_frames(rule, f, frames, k)} for f in range(frames)]
+    return tuple(tuple(sorted(g for g in union if g < frames)) for union in unions)
+
+
 @dataclass(frozen=True)
 class WindowGroup:
     """n independent attention problems of equal shape: `query[i]` (a frames) reads `key[i]` (m frames).
 
-    Indices count frames of the flattened batch (B·F, then one all-zero frame for padding at index B·F).
+    Indices count the frames at hand of the flattened batch: B·Fq query frames; B·Fk key frames, then one all-zero frame
+    for padding.
 
     Attributes:
         query: int64 (n, a).
@@ -109,25 +123,33 @@ class WindowGroup:
 
 @lru_cache(maxsize=256)
 def window_plan(
-    rule: WindowRule, frames: int, history: tuple[int, ...], device: torch.device
+    rule: WindowRule,
+    frames: int,
+    history: tuple[int, ...],
+    query_frames: tuple[int, ...],
+    at: tuple[int, ...],
+    device: torch.device,
 ) -> tuple[WindowGroup, ...]:
     """All windows of a batch as few, equally shaped groups. Every query frame stands in exactly one.
 
     Args:
-        frames: F, of every sample.
+        frames: F, of every whole sample.
         history: K of each sample, length B.
+        query_frames: numbers of the frames whose queries are at hand (Fq).
+        at: numbers of the frames whose keys are at hand (Fk), all that the queries read.
     """
     windows: dict[tuple, list[int]] = {}  # what is read → who reads it
+    place = {g: i for i, g in enumerate(at)}
     for b, known in enumerate(history):
-        for f in range(frames):
+        for position, f in enumerate(query_frames):
             keys = key_frames(rule, f, frames, known)
             offsets = None
             if rule.token_window and rule.kind != "FA":
                 offsets = tuple((g - f) // rule.step(frames) for g in keys)
-            padding = len(history) * frames
-            ids = tuple(b * frames + g if g < frames else padding for g in keys)
+            padding = len(history) * len(at)
+            ids = tuple(b * len(at) + place[g] if g < frames else padding for g in keys)
             # Frames that read the same whole frames share one problem; a band depends on the query frame.
-            windows.setdefault((ids, offsets, f if offsets else None, b), []).append(b * frames + f)
+            windows.setdefault((ids, offsets, f if offsets else None, b), []).append(b * len(query_frames) + position)
     shapes: dict[tuple, list[tuple[list[int], tuple[int, ...]]]] = {}
     for (ids, offsets, _, _), queries in windows.items():
         shapes.setdefault((len(queries), len(ids), offsets), []).append((queries, ids))

@@ -1,7 +1,7 @@
 """The world-action model: video and action streams, joined layer by layer (model specification, "Modes").
 
-Shapes: B batch, C latent channels, F latent frames, L tokens per frame, S = F·L, A actions, N context tokens, D width,
-H heads, E head width, K history frames.
+Shapes: B batch, C latent channels, F latent frames, L tokens per frame, A actions, N context tokens, D width, H heads,
+E head width, K history frames, Fk key frames at hand.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from kairos_train.config.schema import KernelsConfig, ModelConfig
 from kairos_train.errors import UserError
 from kairos_train.model import attention
+from kairos_train.model.activations import ActivationPolicy
+from kairos_train.model.block import Keys
 from kairos_train.model.initialise import initialise
-from kairos_train.model.seams import Seams, SingleDevice
+from kairos_train.model.seams import ModelSeams, single_device
 from kairos_train.model.streams import ActionStream, VideoStream, layer_kinds
-from kairos_train.model.windows import WindowRule
+from kairos_train.model.windows import WindowRule, frames_read
 
 
 class ModelOutput(NamedTuple):
-    """Velocities: video (B, C, F, H, W); action (B, A, action_dim), None without actions."""
+    """Velocities: video (B, C, F, H, W) of the frames held here; action (B, A, action_dim), None without actions."""
 
     video: Tensor
     action: Tensor | None
@@ -43,20 +45,29 @@ class WorldActionModel(nn.Module):
         config: sizes, layer kinds and window rules.
         kernels: which implementation computes windows and recurrences.
         seams: what a parallel layout replaces; everything on one device by default.
+        activations: what is kept for the backward pass.
+
+    Weights follow from torch's seed and their names (`initialise`); on the meta device they are left out.
     """
 
     def __init__(
-        self, config: ModelConfig, kernels: KernelsConfig | None = None, *, seams: Seams | None = None
+        self,
+        config: ModelConfig,
+        kernels: KernelsConfig | None = None,
+        *,
+        seams: ModelSeams | None = None,
+        activations: ActivationPolicy | None = None,
     ) -> None:
         super().__init__()
-        kernels, seams = kernels or KernelsConfig(), seams or SingleDevice()
-        self.config = config
+        kernels, seams = kernels or KernelsConfig(), seams or single_device()
+        self.config, self.seams, self.activations = config, seams, activations or ActivationPolicy()
         self.attention_backend = attention.select_backend(kernels.attention)
         self.kinds = layer_kinds(config)
         self.rules = [None if kind == "GATED" else WindowRule.of(kind, config.video) for kind in self.kinds]
-        self.video_dit = VideoStream(config, seams, kernels.gated_delta)
-        self.action_dit = None if config.action is None else ActionStream(config, seams)
-        initialise(self)
+        self.video_dit = VideoStream(config, seams.video, kernels.gated_delta)
+        self.action_dit = None if config.action is None else ActionStream(config, seams.action)
+        if not self.video_dit.head.modulation.is_meta:
+            initialise(self, torch.initial_seed())
 
     def forward(
         self,
@@ -74,7 +85,7 @@ class WorldActionModel(nn.Module):
         """Mode `video`, or mode `joint` when `action` is given.
 
         Args:
-            latents: (B, C, F, H, W), the first K frames of each sample clean.
+            latents: whole samples (B, C, F, H, W), the first K frames of each clean.
             context: (B, N, text_dim).
             context_mask: bool (B, N), true where there is a token; None: everywhere.
             video_timestep: σ·1000 per sample (B,), float32; history frames get 0.
@@ -85,16 +96,23 @@ class WorldActionModel(nn.Module):
             action_mask: bool (B, A), false on padded actions, which are no keys; None: all valid.
         """
         history = self._check_history(latents, history_frames)
+        if self.training and self.action_dit is not None:
+            context = context + self._unused_parameters(state is None, action is None)
         context, context_mask = self._with_state(context, context_mask, state)
-        video = _VideoPass(self, latents, context, context_mask, video_timestep, history)
+        shared = 0 if action is None else max(history)
+        video = _VideoPass(self, latents, context, context_mask, video_timestep, history, shared)
         actions = None
         if action is not None:
             actions = _ActionPass(self, action, action_timestep, context, context_mask, action_mask)
-        for layer, kind in enumerate(self.kinds):
+        for layer in range(len(self.kinds)):
             keys = video.layer(layer)
             if actions is not None:
-                actions.layer(layer, None if kind == "GATED" else _history_keys(keys, history, video.tokens))
+                actions.layer(layer, None if keys is None else _history_keys(keys, history))
         return ModelOutput(video.finish(), None if actions is None else actions.finish())
+
+    def local_frames(self, frames: int) -> range:
+        """The frames of a sample of `frames` frames that this rank holds, and `forward` gives velocities of."""
+        return self.seams.video.local_frames(frames)
 
     def encode_history(
         self, latents: Tensor, context: Tensor, context_mask: Tensor | None, *, state: Tensor | None = None
@@ -112,8 +130,12 @@ class WorldActionModel(nn.Module):
             )
         history = (latents.shape[2],) * latents.shape[0]
         context, context_mask = self._with_state(context, context_mask, state)
-        video = _VideoPass(self, latents, context, context_mask, latents.new_zeros(len(history)).float(), history)
-        return HistoryCache([video.layer(layer) for layer in range(len(self.kinds))])
+        clean = latents.new_zeros(len(history)).float()
+        video = _VideoPass(self, latents, context, context_mask, clean, history, latents.shape[2])
+        layers = [video.layer(layer) for layer in range(len(self.kinds))]
+        return HistoryCache(
+            [None if keys is None else (keys[0].flatten(1, 2), keys[1].flatten(1, 2)) for keys in layers]
+        )
 
     def forward_action(
         self,
@@ -132,6 +154,26 @@ class WorldActionModel(nn.Module):
         for layer, keys in enumerate(cache.layers):
             actions.layer(layer, None if keys is None else (*keys, None))
         return actions.finish()
+
+    def _unused_parameters(self, without_state: bool, without_action: bool) -> Tensor | float:
+        """Exactly zero, but a function of what these inputs leave unused.
+
+        On a rank whose samples have no actions or states the parameters of the action stream still take part in the
+        backward pass, as they do elsewhere: ZeRO reduces gradients in the order in which they appear.
+        """
+        encoder, config = self.action_dit.action_encoder, self.config
+        zero: Tensor | float = 0.0
+        if without_state:
+            state = encoder.weight.new_zeros(1, 1, config.action.state_dim)
+            zero = zero + 0.0 * self.action_dit.proprio_encoder(state).sum()
+        if without_action:
+            dummy = encoder.weight.new_zeros(1, 1, config.action.action_dim)
+            context = encoder.weight.new_zeros(1, 1, config.text_dim)
+            actions = _ActionPass(self, dummy, dummy.new_zeros(1).float(), context, None, None)
+            for layer in range(len(self.kinds)):
+                actions.layer(layer, None)
+            zero = zero + 0.0 * actions.finish().sum()
+        return zero
 
     def _check_history(self, latents: Tensor, history_frames: Sequence[int]) -> tuple[int, ...]:
         history = tuple(int(k) for k in history_frames)
@@ -153,7 +195,11 @@ class WorldActionModel(nn.Module):
 
 
 class _VideoPass:
-    """One forward of the video stream, layer by layer."""
+    """One forward of the video stream, layer by layer.
+
+    Args:
+        shared: of the first so many frames, the keys are wanted on every rank (for actions).
+    """
 
     def __init__(
         self,
@@ -163,35 +209,58 @@ class _VideoPass:
         context_mask: Tensor | None,
         timestep: Tensor,
         history: tuple[int, ...],
+        shared: int,
     ) -> None:
-        stream = model.video_dit
+        stream, self.frames = model.video_dit, latents.shape[2]
         self.model, self.stream, self.history, self.context_mask = model, stream, history, context_mask
-        _, _, self.frames, self.height, self.width = latents.shape
-        self.x = stream.patchify(latents)
-        self.tokens = self.x.shape[2]
-        self.time, self.modulation = stream.embed_time(stream.frame_times(timestep, history, self.frames))
-        self.context = stream.text_embedding(context)
-        self.rotation = stream.rotation(self.frames, self.height, self.width, self.x)
+        self.shared = tuple(range(shared))
+        self.height, self.width = latents.shape[-2:]
+        here = model.local_frames(self.frames)
+        self.x = stream.patchify(latents[:, :, here.start : here.stop])  # (B, F, l, D)
+        times = stream.frame_times(timestep, history, self.frames)[:, here.start : here.stop]
+        self.time, self.modulation = stream.embed_time(times)
+        self.context = stream.embed_context(context)
+        self.rotations: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """Run layer `index`; returns its keys and values (B, S, H, E), None at a GATED layer."""
+    def layer(self, index: int) -> Keys | None:
+        """Run layer `index`; returns keys and values (B, Fk, L, H, E) at hand, None at a GATED layer."""
         block, rule = self.stream.blocks[index], self.model.rules[index]
-        factors = block.factors(self.modulation)
-        h, keys = block.enter(self.x, factors), None
-        if rule is None:
-            attended = block.gated_delta(h)
-        else:
-            q, k, v = block.self_attn.project(h, h, self.rotation)
-            grid = [x.unflatten(1, (self.frames, self.tokens)) for x in (q, k, v)]
-            out = attention.window_attention(
-                *grid, rule=rule, history=self.history, backend=self.model.attention_backend
-            )
-            attended, keys = block.self_attn.o(out.flatten(2)), (k, v)
-        self.x = block.leave(self.x, attended, factors, self.context, self.context_mask)
+
+        def run(x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, Keys | None]:
+            def gated(h: Tensor) -> tuple[Tensor, None]:
+                return block.gated_delta(h, self.frames), None
+
+            def windowed(h: Tensor) -> tuple[Tensor, Keys]:
+                return self._attend(block.self_attn, rule, h)
+
+            return block(x, time, gated if rule is None else windowed, context, self.context_mask)
+
+        self.x, keys = self.model.activations.run(run, self.x, self.modulation, self.context)
         return keys
 
     def finish(self) -> Tensor:
         return self.stream.unpatchify(self.stream.head(self.x, self.time), self.height, self.width)
+
+    def _attend(self, layer: attention.Attention, rule: WindowRule, h: Tensor) -> tuple[Tensor, Keys]:
+        """Windowed self-attention of h (B, F, l, D), wherever its frames are computed."""
+        exchange = layer.seams.exchange_frames(
+            self.frames,
+            frames_read(rule, self.frames, self.history),
+            self.shared,
+            period=rule.step(self.frames),
+            hidden=h.shape[2] * h.shape[3],
+            keys=2 * self.stream.tokens(self.height, self.width) * layer.heads * layer.head_dim,
+        )
+        h = layer.seams.enter_heads(exchange.move(h))
+        if exchange.query_frames not in self.rotations:
+            self.rotations[exchange.query_frames] = self.stream.rotation(
+                exchange.query_frames, self.height, self.width, h
+            )
+        q, k, v = layer.project(h, h, self.rotations[exchange.query_frames])
+        k, v = exchange.collect(k, v)
+        windows = attention.Windows(rule, self.history, self.frames, exchange.query_frames, exchange.key_frames)
+        out = attention.window_attention(q, k, v, windows=windows, backend=self.model.attention_backend)
+        return exchange.restore(layer.finish(out, h)), (k, v)
 
 
 class _ActionPass:
@@ -210,11 +279,11 @@ class _ActionPass:
             raise UserError(
                 "actions need a model with an action stream (model.action) and an action timestep per sample"
             )
-        self.stream, self.context_mask = model.action_dit, context_mask
+        self.model, self.stream, self.context_mask = model, model.action_dit, context_mask
         encoder = self.stream.action_encoder
         self.x = encoder(action.to(encoder.weight.dtype))[:, None]  # (B, 1, A, D)
         self.modulation = self.stream.embed_time(timestep)
-        self.context = self.stream.text_embedding(context)
+        self.context = self.stream.embed_context(context)
         self.rotation = self.stream.rotation(action.shape[1], self.x)
         self.mask = None
         if action_mask is not None:
@@ -224,30 +293,43 @@ class _ActionPass:
     def layer(self, index: int, history: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
         """Run layer `index`; `history` holds video keys, values (B, M, H, E) and their mask (B, M) or None."""
         block = self.stream.blocks[index]
-        factors = block.factors(self.modulation)
-        h = block.enter(self.x, factors)
-        q, k, v = block.self_attn.project(h, h, self.rotation)
+        keys, values, seen = (None, None, None) if history is None else history
+
+        def run(x: Tensor, time: Tensor, context: Tensor, keys: Tensor | None, values: Tensor | None) -> Tensor:
+            def attend(h: Tensor) -> tuple[Tensor, None]:
+                return self._attend(block.self_attn, h, keys, values, seen), None
+
+            return block(x, time, attend, context, self.context_mask)[0]
+
+        self.x = self.model.activations.run(run, self.x, self.modulation, self.context, keys, values)
+
+    def finish(self) -> Tensor:
+        return self.stream.head(self.x[:, 0])
+
+    def _attend(
+        self, layer: attention.Attention, h: Tensor, keys: Tensor | None, values: Tensor | None, seen: Tensor | None
+    ) -> Tensor:
+        """Attention of h (B, 1, A, D) on the actions and the video keys (B, M, H, E) that `seen` (B, M) shows."""
+        h = layer.seams.enter_heads(h)
+        q, k, v = (x.flatten(1, 2) for x in layer.project(h, h, self.rotation))
         mask = self.mask
-        if history is not None and history[0].shape[1]:
-            keys, values, seen = history
+        if keys is not None and keys.shape[1]:
             if mask is not None or seen is not None:
                 own = k.new_ones(k.shape[:2], dtype=torch.bool) if mask is None else mask
                 seen = keys.new_ones(keys.shape[:2], dtype=torch.bool) if seen is None else seen
                 mask = torch.cat([seen, own], dim=1)
             k, v = torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
         out = attention.scaled_dot_product(q, k, v, None if mask is None else mask[:, None, None, :])
-        self.x = block.leave(self.x, block.self_attn.o(out.flatten(2)), factors, self.context, self.context_mask)
-
-    def finish(self) -> Tensor:
-        return self.stream.head(self.x[:, 0])
+        return layer.finish(out, h)
 
 
-def _history_keys(
-    keys: tuple[Tensor, Tensor], history: tuple[int, ...], tokens: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values of the first max(K) frames, and which of them are a sample's own history (None: all)."""
-    most = max(history)
-    k, v = (x[:, : most * tokens] for x in keys)
+def _history_keys(keys: Keys, history: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values (B, M, H, E) of the first max(K) frames, and which are a sample's own history (None: all).
+
+    Keys are at hand in the order of their frames, and those of all history frames are.
+    """
+    most, tokens = max(history), keys[0].shape[2]
+    k, v = (x[:, :most].flatten(1, 2) for x in keys)
     if min(history) == most:
         return k, v, None
     known = torch.tensor(history, device=k.device)[:, None] * tokens

@@ -77,9 +77,24 @@ RULE_CASES = [
     ("action_weights_fit", {"stage.action_dim_weights": [2, -1, 0, 0]}, r"sums to 1; give weights of 0 or more"),
     ("betas_are_two_fractions", {"optimizer.betas": [0.9, 1.0]}, r"optimizer\.betas=\[0\.9, 1\.0\]; give two numbers"),
     ("ema_forgets", {"train.ema_decay": 1.0}, r"train\.ema_decay=1 would keep the first weights"),
-    ("the_model_is_not_split", {"parallel.tensor": 2}, r"=2: sharding degrees above 1 are not available"),
-    ("the_model_is_not_split", {"parallel.context": 4}, r"=4: sharding degrees above 1 are not available"),
-    ("the_model_is_not_split", {"parallel.sequence": True}, r"sequence sharding is not available"),
+    (
+        "tensor_ranks_share_heads_and_channels",
+        {"parallel.tensor": 3},
+        r"=3 does not divide model\.num_heads=4; .* 1, 2, 4$",
+    ),
+    (
+        "sequence_needs_tensor",
+        {"parallel.sequence": True},
+        r"parallel\.sequence=true .* use parallel\.tensor=2 or more",
+    ),
+    ("fp8_names_streams_and_layers", {"precision.fp8.streams": ["sound"]}, r"streams holds 'sound'; use video, action"),
+    ("fp8_names_streams_and_layers", {"precision.fp8.skip_layers": [4]}, r"skip_layers holds 4; model\.num_layers=4"),
+    (
+        "fp8_names_streams_and_layers",
+        {"precision.fp8.recipe": "emulated", "parallel.tensor": 2},
+        r"recipe=emulated scales whole tensors, but parallel\.tensor=2",
+    ),
+    ("fp8_names_streams_and_layers", {"precision.fp8.recipe": "current"}, r"recipe=current with train\.precision=fp32"),
 ]
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from model_factory import make_inputs, make_model
 
 from kairos_train.config.schema import ActionStreamConfig, Config, KernelsConfig, ModelConfig, VideoStreamConfig
 from kairos_train.errors import UserError
@@ -200,3 +201,18 @@ def test_summary_prints_counts_and_a_renamed_key_is_caught():
     keys["video_dit.blocks.0.self_attn.query.weight"] = keys.pop("video_dit.blocks.0.self_attn.q.weight")
     with pytest.raises(UserError, match=r"blocks\.0\.self_attn\.q\.weight"):
         check_keys(meta_model(ModelConfig()), keys)
+
+
+@pytest.mark.parametrize("without", [("state",), ("action", "action_timestep", "action_mask"), ()])
+def test_parameters_that_a_batch_leaves_unused_still_take_part(without):
+    """As they must on ranks without actions while other ranks have some; the video does not change by a bit."""
+    model = make_model()
+    given = {name: value for name, value in make_inputs().items() if name not in without}
+    video, action = model(**given)
+    (video.pow(2).sum() + (0.0 if action is None else action.pow(2).sum())).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    unused = {name.split(".")[1] for name, p in model.named_parameters() if not p.grad.any() and "action_dit" in name}
+    assert ("proprio_encoder" in unused) == ("state" in without)
+    assert ("action_encoder" in unused) == ("action" in without)
+    model.eval()
+    torch.testing.assert_close(model(**given).video, video, rtol=0, atol=0)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kairos_train.model.attention import window_attention
-from kairos_train.model.windows import WindowRule, key_frames, window_plan
+from kairos_train.model.attention import Windows, window_attention
+from kairos_train.model.windows import WindowRule, frames_read, key_frames, window_plan
 
 RULES = st.builds(
     WindowRule,
@@ -33,11 +33,30 @@ def test_gathered_windows_equal_the_dense_mask(rule, frames, tokens, history):
     results = []
     for backend in ("gathered", "dense"):
         qkv = random_qkv(frames, tokens)
-        out = window_attention(*qkv, rule=rule, history=history, backend=backend)
+        out = window_attention(*qkv, windows=Windows.whole(rule, history, frames), backend=backend)
         (grad,) = torch.autograd.grad(out.pow(2).sum(), qkv)
         results.append((out, grad))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-11, rtol=1e-11)
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data(), rule=RULES, frames=st.integers(1, 13), history=st.tuples(*[st.integers(0, 5)] * 2))
+def test_a_share_of_the_frames_gives_its_part_of_the_whole(data, rule, frames, history):
+    """Some query frames with only the key frames that they read, by any backend that counts frames."""
+    history = tuple(min(k, frames) for k in history)
+    queries = tuple(sorted(data.draw(st.sets(st.integers(0, frames - 1)))))
+    reads = frames_read(rule, frames, history)
+    keys = tuple(sorted({g for f in queries for g in reads[f]}))
+    q, k, v = random_qkv(frames, 3)
+    whole = window_attention(q, k, v, windows=Windows.whole(rule, history, frames), backend="dense")
+    expected = whole.unflatten(1, (frames, 3))[:, list(queries)].flatten(1, 2)
+    for backend in ("gathered", "dense"):
+        windows = Windows(rule, history, frames, queries, keys)
+        out = window_attention(
+            q[:, list(queries)], k[:, list(keys)], v[:, list(keys)], windows=windows, backend=backend
+        )
+        torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["SWA", "DSWA", "FA"])
@@ -45,7 +64,8 @@ def test_flex_attention_equals_the_dense_mask_forward(kind):
     rule = WindowRule(kind=kind, **FULL_SIZE)
     qkv = random_qkv(9, 4, dtype=torch.float32).detach()
     with torch.no_grad():
-        out = [window_attention(*qkv, rule=rule, history=(2, 0), backend=b) for b in ("flex", "dense")]
+        windows = Windows.whole(rule, (2, 0), 9)
+        out = [window_attention(*qkv, windows=windows, backend=b) for b in ("flex", "dense")]
     torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
 
 
@@ -74,7 +94,7 @@ def test_token_window_pads_a_full_group_when_it_divides_evenly():
 
 def test_a_long_video_is_few_groups_and_no_group_reads_more_than_its_window():
     rule = WindowRule(kind="SWA", **FULL_SIZE)
-    plan = window_plan(rule, 61, (1,), torch.device("cpu"))
+    plan = window_plan(rule, 61, (1,), tuple(range(61)), tuple(range(61)), torch.device("cpu"))
     assert len(plan) <= 6
     assert max(group.key.shape[1] for group in plan) == 5
     queries = torch.cat([group.query.flatten() for group in plan])
