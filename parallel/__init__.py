@@ -1,6 +1,7 @@
 """How tensors are split over processes and exchanged; knows no model.
 
-This version splits the data only: DeepSpeed's ZeRO stages 0 to 3 under `torchrun` (`kairos_train.training.engine`). The
-places where tensor, sequence and context parallelism act are the seams of `kairos_train.model.seams`; their degrees are
-part of the configuration (`parallel.*`) and anything but 1 is refused there.
+`topology` names the degrees and makes the groups. `sharding` says by name which parameters are split over tensor ranks,
+`audit` checks a model against it. Tensor and sequence parallelism: `collectives` (regions with their gradients),
+`linear` (column and row layers), `gradient_sync` (what replicated parameters see in part). `mpu` tells DeepSpeed who
+holds the same. The model meets all of it through the seams of `kairos_train.model.seams` only.
 """

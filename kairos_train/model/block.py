@@ -16,10 +16,8 @@ from kairos_train.model.gated_delta_net import GatedDeltaNet
 from kairos_train.model.precision import LayerNorm, upcast
 from kairos_train.model.seams import Seams
 
-Keys = tuple[Tensor, Tensor]
-"""Keys and values of the frames at hand, (B, Fk, L, H, E) each."""
-
-Attend = Callable[[Tensor], tuple[Tensor, Keys | None]]
+Attend = Callable[[Tensor], Tensor]
+"""Self-attention, or what stands in its place, output projection included: (B, G, L, D) → (B, G, L, D)."""
 
 
 class Block(nn.Module):
@@ -56,31 +54,26 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps, affine=False)
         self.ffn = nn.Sequential(seams.column_linear(dim, ffn_dim), nn.SiLU(), seams.row_linear(ffn_dim, dim))
 
-    def forward(
-        self, x: Tensor, time: Tensor, attend: Attend, context: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Keys | None]:
+    def forward(self, x: Tensor, time: Tensor, attend: Attend, context: Tensor, mask: Tensor | None) -> Tensor:
         """One layer.
 
         Args:
             x: (B, G, L, D).
             time: time projection (B, G, 6, D); with the modulation it gives scale, shift, gate of attention, then of
                 the FFN.
-            attend: self-attention, or what stands in its place: (B, G, L, D) → (the same after the output projection,
-                keys and values for the other stream).
+            attend: self-attention on this block's weights. What else comes of it (keys for the other stream) is the
+                caller's business: ZeRO 3 follows what modules return, which must not depend on the batch.
             context: (B, N, D).
             mask: bool (B, N) or None.
-
-        Returns:
-            x, and what `attend` gave besides.
         """
         factors = (upcast(self.modulation)[:, None] + time).unsqueeze(3).unbind(2)  # 6 × (B, G, 1, D)
         scale, shift, gate, ffn_scale, ffn_shift, ffn_gate = factors
-        attended, keys = attend(self._modulate(self.norm1(x), scale, shift, x.dtype))
+        attended = attend(self._modulate(self.norm1(x), scale, shift, x.dtype))
         x = x + (gate * attended).to(x.dtype)
         tokens = self.seams.enter_heads(self.cross_attn_norm(x).to(x.dtype))
         x = x + self.cross_attn.cross(tokens, context, mask)
         hidden = self.seams.enter_heads(self._modulate(self.norm2(x), ffn_scale, ffn_shift, x.dtype))
-        return x + (ffn_gate * self.ffn(hidden)).to(x.dtype), keys
+        return x + (ffn_gate * self.ffn(hidden)).to(x.dtype)
 
     @staticmethod
     def _modulate(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:

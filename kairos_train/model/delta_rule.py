@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kairos_train.errors import UserError
+from kairos_train.model import fla_hopper
 from kairos_train.model.precision import upcast
 
 CHUNK = 64
@@ -71,6 +72,7 @@ def gated_delta_rule(
     if backend == "fla":
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
+        fla_hopper.replace_miscompiled_kernel()
         return chunk_gated_delta_rule(
             q, k, v, g=g, beta=beta, scale=1.0, initial_state=initial_state, output_final_state=True
         )
@@ -89,37 +91,38 @@ def _chunked(
     if tokens == 0:
         return v, state
     chunk = min(CHUNK, tokens)
-    # (B, S, H, ·) → (B, H, chunks, C, ·); padding is neutral: g = 0, β = 0.
+    # (B, S, H, ·) → (B·H, chunks, C, ·); padding is neutral: g = 0, β = 0.
     q, k, v, g, beta = (_to_chunks(upcast(x), chunk) for x in (q, k, v, g[..., None], beta[..., None]))
 
-    g = g.squeeze(-1).cumsum(-1)  # B H n C
+    g = g.squeeze(-1).cumsum(-1)  # B·H n C
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
     # Masked before the exponential: above the diagonal G_i − G_j is positive and may overflow.
     decay = (g[..., :, None] - g[..., None, :]).masked_fill(~lower, -torch.inf).exp()
-    k_beta = k * beta
-    unit_lower = (k_beta @ k.transpose(-1, -2)) * decay  # solve_triangular reads below the diagonal, takes 1 on it
-    rhs = torch.cat([v * beta, k_beta * g[..., None].exp()], dim=-1)
-    solved = torch.linalg.solve_triangular(unit_lower, rhs, upper=False, unitriangular=True)
-    u, w = solved.split([value_dim, key_dim], dim=-1)
-    scores = (q @ k.transpose(-1, -2)) * decay
-    q_decayed = q * g[..., None].exp()
+    unit_lower = (k @ k.mT) * (beta * decay)  # solve_triangular reads below the diagonal, takes 1 on it
+    identity = torch.eye(chunk, dtype=k.dtype, device=k.device).expand_as(decay)
+    # T itself is C×C; solving for the columns of U and W instead costs several times their products with T.
+    weights = torch.linalg.solve_triangular(unit_lower, identity, upper=False, unitriangular=True) * beta.mT
+    u = weights @ v
+    minus_w = (-weights * g.exp()[..., None, :]) @ k
+    scores = (q @ k.mT) * decay
+    q_decayed = q * g.exp()[..., None]
     g_last = g[..., -1:]
     k_to_end = k * (g_last - g)[..., None].exp()
     chunk_decay = g_last[..., None].exp()
 
-    outputs = []
+    outputs, state = [], state.flatten(0, 1)
     # unbind, not indexing: the gradient of an index is a zero tensor of the whole size, for every chunk.
-    parts = [x.unbind(2) for x in (u, w, q_decayed, scores, k_to_end.transpose(-1, -2), chunk_decay)]
-    for u_i, w_i, q_i, scores_i, k_i, decay_i in zip(*parts, strict=True):
-        v_new = u_i - w_i @ state
-        outputs.append(q_i @ state + scores_i @ v_new)
-        state = decay_i * state + k_i @ v_new
-    out = torch.stack(outputs, dim=2).flatten(2, 3)[:, :, :tokens]  # B H S V
-    return out.transpose(1, 2).to(out_dtype), state
+    parts = [x.unbind(1) for x in (u, minus_w, q_decayed, scores, k_to_end.mT, chunk_decay)]
+    for u_i, minus_w_i, q_i, scores_i, k_i, decay_i in zip(*parts, strict=True):
+        v_new = torch.baddbmm(u_i, minus_w_i, state)
+        outputs.append(torch.baddbmm(q_i @ state, scores_i, v_new))
+        state = torch.baddbmm(decay_i * state, k_i, v_new)
+    out = torch.stack(outputs, dim=1).flatten(1, 2)[:, :tokens].unflatten(0, (batch, heads))  # B H S V
+    return out.transpose(1, 2).to(out_dtype), state.unflatten(0, (batch, heads))
 
 
 def _to_chunks(x: Tensor, chunk: int) -> Tensor:
-    """(B, S, H, ·) → (B, H, ⌈S/C⌉, C, ·), zero-padded at the end."""
-    padding = -x.shape[1] % chunk
-    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding))
-    return x.transpose(1, 2).unflatten(2, (-1, chunk))
+    """(B, S, H, ·) → (B·H, ⌈S/C⌉, C, ·), zero-padded at the end and contiguous."""
+    x = x.transpose(1, 2).flatten(0, 1)
+    x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % chunk)) if x.shape[1] % chunk else x.contiguous()
+    return x.unflatten(1, (-1, chunk))

@@ -83,12 +83,12 @@ def _cross_and_ffn_flops(dim: int, attention: int, ffn: int, tokens: int, contex
 def _gated_flops(config: ModelConfig) -> int:
     """Per token: projections, convolutions, and the chunked rule of `delta_rule` with chunk C = 64.
 
-    Of the rule: K·Kᵀ and Q·Kᵀ (2·2·C·K), the triangular solve on V + K columns (C·(V + K)), W·S, Q·S and the state
-    update (3·2·K·V), scores times values (2·C·V).
+    Of the rule: K·Kᵀ and Q·Kᵀ (2·2·C·K), T times V + K columns (2·C·(V + K)), W·S, Q·S and the state update
+    (3·2·K·V), scores times values (2·C·V). Triangular matrices count as full ones: that is what is multiplied.
     """
     video, heads = config.video, config.num_heads
     key, value = video.gdn_key_dim, video.gdn_value_dim
     projections = 2 * video.dim * heads * (2 * key + 3 * value + 2)
     convolutions = 2 * video.gdn_conv_size * heads * (2 * key + value)
-    rule = heads * (4 * CHUNK * key + CHUNK * (value + key) + 6 * key * value + 2 * CHUNK * value)
+    rule = heads * (4 * CHUNK * key + 2 * CHUNK * (value + key) + 6 * key * value + 2 * CHUNK * value)
     return projections + convolutions + rule

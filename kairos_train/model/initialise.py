@@ -45,8 +45,7 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
         shape: the full one.
         seed: of the run.
     """
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    rng = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
+    rng = generator(name, seed)
     value = torch.empty(shape, device="cpu")
     *modules, last = name.split(".")
     if last == "modulation":
@@ -66,3 +65,9 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
         return value.normal_(std=0.02, generator=rng)
     bound = math.sqrt(6 / (shape[0] + shape[1:].numel()))
     return value.uniform_(-bound, bound, generator=rng)
+
+
+def generator(name: str, seed: int) -> torch.Generator:
+    """A stream of numbers on the CPU that depends on the name and the seed alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))

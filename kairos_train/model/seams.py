@@ -9,6 +9,7 @@ l of them held between layers, D width, W attention width, M key frames.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,10 +122,15 @@ class Seams(Protocol):
 
 @dataclass(frozen=True)
 class ModelSeams:
-    """The seams of both streams."""
+    """The seams of both streams.
+
+    Attributes:
+        region: what a forward pass runs within.
+    """
 
     video: Seams
     action: Seams
+    region: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,21 @@ from kairos_train.config.schema import KernelsConfig, ModelConfig
 from kairos_train.errors import UserError
 from kairos_train.model import attention
 from kairos_train.model.activations import ActivationPolicy
-from kairos_train.model.block import Keys
 from kairos_train.model.initialise import initialise
 from kairos_train.model.seams import ModelSeams, single_device
 from kairos_train.model.streams import ActionStream, VideoStream, layer_kinds
 from kairos_train.model.windows import WindowRule, frames_read
 
+Keys = tuple[Tensor, Tensor]
+"""Keys and values of the frames at hand, (B, Fk, L, H, E) each."""
+
 
 class ModelOutput(NamedTuple):
-    """Velocities: video (B, C, F, H, W) of the frames held here; action (B, A, action_dim), None without actions."""
+    """Velocities of the frames held here (B, C, F, H, W) and of the actions (B, A, action_dim).
+
+    Without actions `action` is None; but a joint model in training gives one of a dummy (1, 1, action_dim), which
+    belongs into the loss as 0.0 · sum.
+    """
 
     video: Tensor
     action: Tensor | None
@@ -96,18 +102,23 @@ class WorldActionModel(nn.Module):
             action_mask: bool (B, A), false on padded actions, which are no keys; None: all valid.
         """
         history = self._check_history(latents, history_frames)
-        if self.training and self.action_dit is not None:
-            context = context + self._unused_parameters(state is None, action is None)
+        everything = self.training and self.action_dit is not None  # parameters that this batch leaves unused as well
         context, context_mask = self._with_state(context, context_mask, state)
+        if everything and state is None:
+            context = context + self._dummy_state()
         shared = 0 if action is None else max(history)
         video = _VideoPass(self, latents, context, context_mask, video_timestep, history, shared)
         actions = None
         if action is not None:
             actions = _ActionPass(self, action, action_timestep, context, context_mask, action_mask)
-        for layer in range(len(self.kinds)):
-            keys = video.layer(layer)
-            if actions is not None:
-                actions.layer(layer, None if keys is None else _history_keys(keys, history))
+        elif everything:
+            actions = self._dummy_actions(context)
+        with self.seams.region():
+            for layer in range(len(self.kinds)):
+                keys = video.layer(layer)
+                if actions is not None:
+                    joined = None if keys is None or action is None else _history_keys(keys, history)
+                    actions.layer(layer, joined)
         return ModelOutput(video.finish(), None if actions is None else actions.finish())
 
     def local_frames(self, frames: int) -> range:
@@ -155,25 +166,22 @@ class WorldActionModel(nn.Module):
             actions.layer(layer, None if keys is None else (*keys, None))
         return actions.finish()
 
-    def _unused_parameters(self, without_state: bool, without_action: bool) -> Tensor | float:
-        """Exactly zero, but a function of what these inputs leave unused.
+    def _dummy_actions(self, context: Tensor) -> "_ActionPass":
+        """One token of zeros through the action stream.
 
-        On a rank whose samples have no actions or states the parameters of the action stream still take part in the
-        backward pass, as they do elsewhere: ZeRO reduces gradients in the order in which they appear.
+        On a rank whose samples have no actions the action stream's parameters still take part in the backward pass, at
+        the same places as elsewhere: ZeRO reduces gradients in the order in which they come, and ZeRO 3 gathers weights
+        in the order in which modules ran, the outermost one's outputs included, and frees them where gradients went
+        through: so the context is a real one, of which gradients are wanted.
         """
-        encoder, config = self.action_dit.action_encoder, self.config
-        zero: Tensor | float = 0.0
-        if without_state:
-            state = encoder.weight.new_zeros(1, 1, config.action.state_dim)
-            zero = zero + 0.0 * self.action_dit.proprio_encoder(state).sum()
-        if without_action:
-            dummy = encoder.weight.new_zeros(1, 1, config.action.action_dim)
-            context = encoder.weight.new_zeros(1, 1, config.text_dim)
-            actions = _ActionPass(self, dummy, dummy.new_zeros(1).float(), context, None, None)
-            for layer in range(len(self.kinds)):
-                actions.layer(layer, None)
-            zero = zero + 0.0 * actions.finish().sum()
-        return zero
+        like, config = self.action_dit.action_encoder.weight, self.config
+        token = like.new_zeros(1, 1, config.action.action_dim)
+        return _ActionPass(self, token, token.new_zeros(1).float(), context[:1], None, None)
+
+    def _dummy_state(self) -> Tensor:
+        """Exactly zero, but a function of the state encoder; see `_dummy_actions`."""
+        state = self.action_dit.action_encoder.weight.new_zeros(1, 1, self.config.action.state_dim)
+        return 0.0 * self.action_dit.proprio_encoder(state).sum()
 
     def _check_history(self, latents: Tensor, history_frames: Sequence[int]) -> tuple[int, ...]:
         history = tuple(int(k) for k in history_frames)
@@ -227,13 +235,18 @@ class _VideoPass:
         block, rule = self.stream.blocks[index], self.model.rules[index]
 
         def run(x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, Keys | None]:
-            def gated(h: Tensor) -> tuple[Tensor, None]:
-                return block.gated_delta(h, self.frames), None
+            keys: list[Keys] = []
 
-            def windowed(h: Tensor) -> tuple[Tensor, Keys]:
-                return self._attend(block.self_attn, rule, h)
+            def gated(h: Tensor) -> Tensor:
+                return block.gated_delta(h, self.frames)
 
-            return block(x, time, gated if rule is None else windowed, context, self.context_mask)
+            def windowed(h: Tensor) -> Tensor:
+                attended, at_hand = self._attend(block.self_attn, rule, h)
+                keys.append(at_hand)
+                return attended
+
+            x = block(x, time, gated if rule is None else windowed, context, self.context_mask)
+            return x, keys[0] if keys else None
 
         self.x, keys = self.model.activations.run(run, self.x, self.modulation, self.context)
         return keys
@@ -296,10 +309,10 @@ class _ActionPass:
         keys, values, seen = (None, None, None) if history is None else history
 
         def run(x: Tensor, time: Tensor, context: Tensor, keys: Tensor | None, values: Tensor | None) -> Tensor:
-            def attend(h: Tensor) -> tuple[Tensor, None]:
-                return self._attend(block.self_attn, h, keys, values, seen), None
+            def attend(h: Tensor) -> Tensor:
+                return self._attend(block.self_attn, h, keys, values, seen)
 
-            return block(x, time, attend, context, self.context_mask)[0]
+            return block(x, time, attend, context, self.context_mask)
 
         self.x = self.model.activations.run(run, self.x, self.modulation, self.context, keys, values)
 

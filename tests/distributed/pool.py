@@ -1,17 +1,19 @@
 """One set of gloo processes per world size, started once and used by many tests: start-up is the cost.
 
-    results = Pool(4).run(function, *arguments)     # a module-level function, run on every rank; results by rank
+results = Pool(4).run(function, *arguments)     # a module-level function, run on every rank; results by rank
 """
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +40,32 @@ class Pool:
             self._start()
         for _, pipe in self._ranks:
             pipe.send((function, args, kwargs))
-        answers = []
-        for rank, (process, pipe) in enumerate(self._ranks):
-            try:
-                arrived = pipe.poll(timeout)
-                answers.append(pipe.recv() if arrived else (False, f"no answer in {timeout} s"))
-            except EOFError:
-                process.join(5)
-                answers.append((False, f"died with exit code {process.exitcode}"))
-            if not answers[-1][0]:
-                # The others may wait for this rank for ever: their stories are worth a moment only.
-                timeout = 2
-        failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        answers = self._collect(timeout)
+        failures = [f"rank {rank}: {text}" for rank, (ok, text) in answers.items() if not ok]
         if failures:
             self.close(kill=True)
             raise AssertionError("\n".join(failures))
-        return [result for _, result in answers]
+        return [answers[rank][1] for rank in range(self.size)]
+
+    def _collect(self, timeout: float) -> dict[int, tuple[bool, Any]]:
+        """Every rank's answer. Once one has failed, the others may wait for it for ever and get a moment only."""
+        waiting = {pipe: (rank, process) for rank, (process, pipe) in enumerate(self._ranks)}
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return answers | {rank: (False, f"no answer in {timeout} s") for rank, _ in waiting.values()}
+            for pipe in ready:
+                rank, process = waiting.pop(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    process.join(5)
+                    answers[rank] = (False, f"died with exit code {process.exitcode}")
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + 2)
+        return answers
 
     def close(self, *, kill: bool = False) -> None:
         """End the processes."""
@@ -87,6 +99,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()  # an abort inside of a collective tells where
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while (call := pipe.recv()) is not None:

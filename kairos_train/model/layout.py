@@ -1,0 +1,56 @@
+"""The model in a layout: seams for a topology, and this rank's part of it on the meta device."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from kairos_train.config.schema import Config, stage_model
+from kairos_train.model.activations import ActivationPolicy
+from kairos_train.model.seams import ModelSeams, single_device
+from kairos_train.model.sharding_rules import sharding_table
+from kairos_train.model.world_action import WorldActionModel
+from parallel.fp8 import Fp8Policy, forward_region
+from parallel.sharding import ShardingTable
+from parallel.topology import Topology
+from parallel.traffic import Traffic
+
+
+def model_seams(config: Config, topology: Topology, traffic: Traffic | None = None) -> ModelSeams:
+    """The seams of `config` on this rank: plain torch where nothing is split and no layer is in FP8."""
+    split = topology.degrees.tensor > 1 or topology.degrees.context > 1
+    if not split and config.precision.fp8.recipe is None:
+        return single_device()
+    from parallel.seams import action_seams, video_seams
+
+    fp8 = Fp8Policy(config.precision.fp8, config.model.num_layers)
+    return ModelSeams(
+        video=video_seams(topology, config.parallel, fp8, traffic),
+        action=action_seams(topology, config.parallel, fp8),
+        region=partial(forward_region, fp8, topology.tensor_group),
+    )
+
+
+def empty_model(config: Config, topology: Topology, traffic: Traffic | None = None) -> WorldActionModel:
+    """This rank's part of the model that a stage trains, without storage (meta device)."""
+    with torch.device("meta"):
+        return WorldActionModel(
+            stage_model(config),
+            config.kernels,
+            seams=model_seams(config, topology, traffic),
+            activations=ActivationPolicy(config.train.recompute, config.train.offload_activations),
+        )
+
+
+def model_table(config: Config, model: WorldActionModel) -> ShardingTable:
+    """How tensor ranks hold the parameters of `config`'s model."""
+    names = [name for name, _ in model.named_parameters()]
+    return sharding_table(tensor=config.parallel.tensor, sequence=config.parallel.sequence, names=names)
+
+
+def full_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape in the unsharded model that a stage trains."""
+    with torch.device("meta"):
+        model = WorldActionModel(stage_model(config), config.kernels)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,0 +1,80 @@
+"""Gradients of copies that see a part of the data: summed over tensor ranks as they arrive.
+
+A `replicated_partial` parameter (see `parallel.sharding`) is whole on every tensor rank and applied there to some heads
+or tokens only, so that its gradient is a sum over ranks,
+
+    gradient = Σ_r gradient_r,
+
+which nobody else takes: DeepSpeed averages over the gradient group alone.
+
+A hook on the parameter takes it. The other way, passing the weight through `copy_to` where it is used, would put the
+layout into the model's math at every norm, bias and modulation, and would sum once per use instead of once per
+backward pass. The hook sees what one backward pass adds to the gradient, all uses together, before it is added:
+
+- with gradient accumulation each micro-batch's part is summed, not the sum so far again;
+- DeepSpeed reads gradients after they were added, at every ZeRO stage, so it finds complete ones; hooks belong to the
+  parameter itself and outlive the partitioning and regathering of its values in stage 3;
+- recomputation runs the forward pass again, not the hook; where it makes several backward passes out of one, their
+  parts are summed one by one.
+
+The sum is taken in float32 or wider and handed on in the gradient's dtype (bfloat16 for bfloat16 parameters unless
+their `grad_dtype` says float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from parallel.sharding import ShardingTable
+from parallel.topology import Topology
+
+
+def sum_partial_gradients(model: nn.Module, table: ShardingTable, topology: Topology) -> list[RemovableHandle]:
+    """Hook every trainable `replicated_partial` parameter of the model. Once per model, at any time before backward.
+
+    Tensor ranks must run the same layers in the same order, as their sums are collective.
+
+    Returns:
+        Handles whose `remove()` takes the hooks off; none where there is one tensor rank.
+    """
+    group = topology.tensor_group
+    if group is None:
+        return []
+    return [
+        parameter.register_hook(_summed(group))
+        for name, parameter in model.named_parameters()
+        if table[name].kind == "replicated_partial" and parameter.requires_grad
+    ]
+
+
+def _summed(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
+    def hook(gradient: Tensor) -> Tensor:
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.to(wide, copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.to(gradient.dtype)
+
+    return hook
+
+
+def gradient_norm(model: nn.Module, topology: Topology) -> Tensor:
+    """2-norm of the gradient of the whole model, a float32 scalar or wider, equal on every rank. Collective.
+
+    For gradients that are reduced and complete on every rank (no ZeRO partitions): each parameter counts once, split
+    ones by their parts. Parameters carry the attributes of `parallel.sharding.set_attributes`.
+    """
+    counted = [
+        p.grad.detach()
+        for p in model.parameters()
+        if p.grad is not None and (p.tensor_model_parallel or topology.tensor_rank == 0)
+    ]
+    squares = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) ** 2 for g in counted]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), device=topology.device)
+    if topology.tensor_group is not None:
+        dist.all_reduce(total, group=topology.tensor_group)
+    return total.sqrt()

@@ -1,0 +1,121 @@
+"""Megatron-core's column and row parallel linear layers as plain modules: tensor in, tensor out, `weight` and `bias`.
+
+    column   y_r = x W_rᵀ + b_r          rows W_r of the weight and b_r of the bias are here; nothing is sent
+    row      y   = Σ_r x_r W_rᵀ + b      columns W_r of the weight are here, the bias is whole
+
+What differs from Megatron-core 0.16.1:
+- Nothing here reads its global state: the group is given, and there is no gradient accumulation fusion, which would
+  write to `main_grad`, where DeepSpeed does not look.
+- Parameters are not initialised, and are made on whatever device is current (the meta device too).
+- No `_extra_state` beside the parameters in state dicts.
+- The sums of the row layer go through `parallel.collectives`. Megatron's own reduce-scatter works on the first
+  dimension and allocates on `torch.cuda.current_device()`, which a machine without CUDA has not.
+
+Shapes: B batch, F frames, L tokens per frame, l = L/ranks of them, D width, W full hidden width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+
+from parallel.collectives import reduce_from, scatter_sums
+
+
+def _config(group: dist.ProcessGroup) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=group.size(),
+        use_cpu_initialization=True,  # allocates without naming a device
+        perform_initialization=False,
+        params_dtype=torch.get_default_dtype(),
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _unset(weight: Tensor) -> None:
+    """The `init_method` that Megatron asks for and never calls here."""
+    raise AssertionError("parameters are initialised by the model")
+
+
+class _NoExtraState(nn.Module):
+    """Takes back the empty `_extra_state` entry that Megatron adds to state dicts."""
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+    def _forget_extra_state(self) -> None:
+        self._load_state_dict_pre_hooks.clear()  # Megatron's only one puts the entry into what is loaded
+
+
+class ColumnLinear(_NoExtraState, ColumnParallelLinear):
+    """A share of the output features. The way in (`copy_to`, `gather_tokens`) is the caller's."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, group: dist.ProcessGroup) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            bias=bias,
+            config=_config(group),
+            init_method=_unset,
+            gather_output=False,
+            disable_grad_reduce=True,
+            tp_group=group,
+        )
+        self._forget_extra_state()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, D), whole on every rank → (…, W/ranks)."""
+        return _product(self, x, self.bias)
+
+
+class RowLinear(_NoExtraState, RowParallelLinear):
+    """A share of the input features; the outputs are summed over the group, then the bias is added once.
+
+    Args:
+        tokens_dim: dimension of the tokens that are shared out between ranks with the sum (sequence parallelism);
+            None: every rank gets all of them.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, group: dist.ProcessGroup, tokens_dim: int | None
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            bias=bias,
+            config=_config(group),
+            init_method=_unset,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=group,
+        )
+        self.tokens_dim = tokens_dim
+        self._forget_extra_state()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, F, L, W/ranks) → (B, F, l, D), or (…, W/ranks) → (…, D) without `tokens_dim`."""
+        partial = _product(self, x, None)
+        if self.tokens_dim is None:
+            out = reduce_from(partial, self.tp_group)
+        else:
+            out = scatter_sums(partial, self.tokens_dim, self.tp_group)
+        return out if self.bias is None else out + self.bias
+
+
+def _product(layer: ColumnLinear | RowLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b by Megatron's autograd function, which flattens three dimensions and no others."""
+    out = layer._forward_impl(
+        input=x.reshape(1, -1, x.shape[-1]),
+        weight=layer.weight,
+        bias=bias,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=False,
+        sequence_parallel=False,
+        grad_output_buffer=None,
+        wgrad_deferral_limit=None,
+        tp_group=layer.tp_group,
+    )
+    return out.view(*x.shape[:-1], out.shape[-1])

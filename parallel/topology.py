@@ -1,0 +1,186 @@
+"""Degrees → coordinates → process groups: who shares what with whom. The only place that makes groups.
+
+    world = tensor · context · data
+    rank  = (data_rank · context + context_rank) · tensor + tensor_rank
+
+Neighbours share most: tensor ranks exchange activations in every layer and sit next to each other (one node), context
+ranks exchange states and frames in every layer, data ranks gradients once a step.
+
+    group      ranks that differ in   what travels on it
+    tensor     tensor_rank            activations of every layer, gradients of partly computed replicated parameters
+    context    context_rank           states and frames of one sample
+    data       data_rank              nothing but counts and reports
+    gradient   context and data       gradients and ZeRO partitions: every rank here holds the same parameters
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from kairos_train.config.schema import ParallelConfig
+from kairos_train.errors import UserError
+
+AXES = {"tensor": ("tensor",), "context": ("context",), "data": ("data",), "gradient": ("context", "data")}
+"""Kind of group → the coordinates in which its members differ."""
+
+
+class Coordinates(NamedTuple):
+    """Where a rank stands on each axis."""
+
+    tensor: int
+    context: int
+    data: int
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many ranks share each thing."""
+
+    tensor: int = 1
+    context: int = 1
+    data: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.tensor, self.context, self.data) < 1:
+            raise ValueError(f"degrees are positive: {self}")
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, world_size: int) -> Degrees:
+        """The configured degrees; what is left of the world is data-parallel.
+
+        Raises:
+            UserError: the world does not divide.
+        """
+        tensor, context = parallel.tensor, parallel.context
+        model = tensor * context
+        if world_size % model:
+            fits = ", ".join(str(n) for n in (world_size // model * model, (world_size // model + 1) * model) if n)
+            raise UserError(
+                f"{world_size} processes do not divide into parallel.tensor={tensor} × parallel.context={context} = "
+                f"{model}; start a multiple of {model} ({fits}) or lower one of the two"
+            )
+        return cls(tensor=tensor, context=context, data=world_size // model)
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return self.tensor * self.context * self.data
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where `rank` stands."""
+        if not 0 <= rank < self.size:
+            raise ValueError(f"rank {rank} of {self.size}")
+        rest, tensor = divmod(rank, self.tensor)
+        data, context = divmod(rest, self.context)
+        return Coordinates(tensor=tensor, context=context, data=data)
+
+    def rank(self, at: Coordinates) -> int:
+        """The inverse of `coordinates`."""
+        return (at.data * self.context + at.context) * self.tensor + at.tensor
+
+    def groups(self, kind: str) -> tuple[tuple[int, ...], ...]:
+        """Every group of a kind ("tensor", "context", "data", "gradient"): ascending ranks, ordered by the first one.
+
+        Each rank is in exactly one of them. Within the gradient group the order is data-major, as ranks are.
+        """
+        members: dict[Coordinates, list[int]] = {}
+        for rank in range(self.size):
+            shared = self.coordinates(rank)._replace(**dict.fromkeys(AXES[kind], 0))
+            members.setdefault(shared, []).append(rank)
+        return tuple(tuple(ranks) for ranks in members.values())
+
+    def group_of(self, kind: str, rank: int) -> tuple[int, ...]:
+        """The group of a kind that `rank` is in."""
+        return next(ranks for ranks in self.groups(kind) if rank in ranks)
+
+
+def split_frames(frames: int, parts: int) -> tuple[range, ...]:
+    """Frames 0 … frames−1 in `parts` contiguous shares, sizes differing by at most one, larger ones first.
+
+    More parts than frames leave the last ones empty: 1 frame on 4 is 1, 0, 0, 0.
+    """
+    if frames < 0 or parts < 1:
+        raise ValueError(f"{frames} frames in {parts} parts")
+    share, larger = divmod(frames, parts)
+    starts = [part * share + min(part, larger) for part in range(parts + 1)]
+    return tuple(range(start, end) for start, end in itertools.pairwise(starts))
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process among the others.
+
+    A group is None where its degree is 1: there is nobody to talk to. (torch would take None for the whole world, so
+    None never reaches a collective.)
+
+    Attributes:
+        rank, size: in the world.
+        device: where this process computes.
+        tensor_rank, context_rank, data_rank: coordinates.
+        tensor_group, context_group, data_group: ranks that differ in that coordinate alone.
+        gradient_group: ranks of all contexts and data: DeepSpeed averages gradients and partitions over it.
+        self_group: this process alone, for libraries that want a group at degree 1; None without `torch.distributed`.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    degrees: Degrees
+    tensor_rank: int
+    context_rank: int
+    data_rank: int
+    tensor_group: dist.ProcessGroup | None
+    context_group: dist.ProcessGroup | None
+    gradient_group: dist.ProcessGroup | None
+    data_group: dist.ProcessGroup | None
+    self_group: dist.ProcessGroup | None
+
+    @classmethod
+    def build(cls, degrees: Degrees, device: torch.device) -> Topology:
+        """Make this layout's groups. Collective over the whole world; every call makes new groups, so keep the result.
+
+        Raises:
+            ValueError: `torch.distributed` runs with another number of processes than the degrees have.
+        """
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if size != degrees.size:
+            raise ValueError(f"{degrees} is for {degrees.size} processes, not {size}")
+        at = degrees.coordinates(rank)
+        # All ranks make all groups, in one order: torch.distributed.new_group is collective over the world. Context and
+        # gradient groups are two even of the same ranks: gradients are reduced while states are on their way.
+        tensor, context, gradient = (_own(degrees, kind, rank) for kind in ("tensor", "context", "gradient"))
+        data = gradient if degrees.context == 1 else _own(degrees, "data", rank)
+        alone = dist.new_group([rank], use_local_synchronization=True)
+        return cls(rank, size, device, degrees, *at, tensor, context, gradient, data, alone)
+
+    @classmethod
+    def single(cls, device: torch.device) -> Topology:
+        """One process, with or without `torch.distributed`."""
+        return cls(0, 1, device, Degrees(), 0, 0, 0, None, None, None, None, None)
+
+    def ranks(self, kind: str) -> tuple[int, ...]:
+        """The world's ranks in this process's group of a kind, in the order of their rank within the group."""
+        return self.degrees.group_of(kind, self.rank)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        d = self.degrees
+        return (
+            f"{self.size} processes: tensor {d.tensor} × context {d.context} × data {d.data}; rank {self.rank} is "
+            f"tensor {self.tensor_rank}, context {self.context_rank}, data {self.data_rank}, on {self.device}"
+        )
+
+
+def _own(degrees: Degrees, kind: str, rank: int) -> dist.ProcessGroup | None:
+    """Make every group of a kind; returns the one of this process, None when it would be alone in it."""
+    own = None
+    for ranks in degrees.groups(kind):
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks))
+            own = group if rank in ranks else own
+    return own
