@@ -2,7 +2,8 @@
 
     python benchmarks/numerics.py --golden REFERENCE.safetensors ... [--demo runs/demo] [--out docs/numerics.md]
 
-Runs the reference vectors and `step_time.py`; takes the demo's table from a finished `make demo`.
+Runs the reference vectors and the benchmarks named below (about half an hour on two cores; a quiet machine); takes the
+demo's table from a finished `make demo`.
 """
 
 from __future__ import annotations
@@ -47,11 +48,16 @@ def reference_vectors(files: list[Path]) -> list[str]:
     return lines
 
 
-def step_time() -> list[str]:
-    """The output of step_time.py without its JSON line."""
-    script = [sys.executable, str(ROOT / "benchmarks" / "step_time.py")]
+def output_of(name: str, *arguments: str) -> list[str]:
+    """What a benchmark prints, without its JSON line."""
+    script = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
     result = subprocess.run(script, capture_output=True, text=True, check=True)
-    return ["```", *result.stdout.strip().splitlines()[:-1], "```"]
+    return result.stdout.strip().splitlines()[:-1]
+
+
+def listing(lines: list[str]) -> list[str]:
+    """As a code block."""
+    return ["```", *lines, "```"]
 
 
 def main() -> None:
@@ -86,7 +92,33 @@ def main() -> None:
         "",
         "`benchmarks/step_time.py`: the video stream, beside the same model with full attention in every layer.",
         "",
-        *step_time(),
+        *listing(output_of("step_time.py")),
+        "",
+        "On two context ranks beside one process, one thread each (`--context 2`):",
+        "",
+        *listing(output_of("step_time.py", "--context", "2")),
+        "",
+        "## Layouts against one process",
+        "",
+        "`benchmarks/parity.py`: five optimiser steps of a small model of all kinds of layers, float32, relative",
+        "deviations (weights under SGD: absolute, per element); clipping active, accumulation 2, 5 latent frames,",
+        "mixed micro-batches. The sharded model itself is held to 1e-10 in float64 by",
+        "`tests/distributed/test_sharded_model.py`.",
+        "",
+        *output_of("parity.py")[1:],
+        "",
+        "## State passing",
+        "",
+        "`benchmarks/state_passing.py`: GATED layers between context ranks.",
+        "",
+        *listing(output_of("state_passing.py")),
+        "",
+        "## Frame exchange",
+        "",
+        "`benchmarks/frame_exchange.py`: windowed layers between context ranks. A rank computes as many frames as it",
+        "holds; classes are dealt to neighbouring ranks, so that less moves than if every rank took some of each.",
+        "",
+        *listing(output_of("frame_exchange.py")),
         "",
         "## The demo",
         "",

@@ -4,9 +4,12 @@ Both models are measured in one run, interleaved: the configured one (hybrid lin
 with every layer FA. A step is forward, backward and AdamW on one sample. Printed: medians, the straight line through
 the hybrid's times with its R², and the number of frames from which the hybrid is the faster one.
 
-    python benchmarks/step_time.py [model=tiny KEY=VALUE ...] [--tokens 64] [--repeats 7] [--quick]
+    python benchmarks/step_time.py [model=tiny KEY=VALUE ...] [--tokens 64] [--repeats 7] [--context N] [--quick]
 
 The last line is one JSON object: machine, seconds per size of both, `slope`, `intercept`, `r2`, `crossover_frames`.
+
+With --context N instead: the hybrid on N context ranks beside one process, each with one thread or GPU; the JSON object
+has `context`, `seconds_one`, `seconds_context` and `speedup` at the largest size.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.multiprocessing as mp
+from context_scaling import scaling
 
 from kairos_train.config.compose import load_config
-from kairos_train.config.schema import KernelsConfig, ModelConfig
+from kairos_train.config.schema import Config, KernelsConfig, ModelConfig
 from kairos_train.model import WorldActionModel
 
 FRAMES = (8, 16, 24, 32, 48, 64)
@@ -103,18 +109,51 @@ def crossover(frames: tuple[int, ...], hybrid: list[float], full: list[float]) -
     return frames[a] + (frames[b] - frames[a]) * -gain[a] / (gain[b] - gain[a])
 
 
+def report_context(config: Config, ranks: int, tokens: int, repeats: int) -> None:
+    """Measure and print what --context asks for."""
+    side = int(tokens**0.5)
+    queue = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory(prefix="step-time-") as folder:
+        arguments = (ranks, f"{folder}/store", config, FRAMES, side, repeats, queue)
+        processes = mp.spawn(scaling, arguments, nprocs=ranks, join=False)
+        times = queue.get()
+        processes.join()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    print(f"{machine}; torch {torch.__version__}, one thread or GPU per process; model {config.model.name}")
+    print(f"{tokens} tokens per frame, forward + backward + AdamW, medians in ms")
+    print(f"frames  1 process  {ranks} context ranks  speed-up")
+    for count, one, shared in zip(FRAMES, times["one"], times["context"], strict=True):
+        print(f"{count:6d} {1e3 * one:10.1f} {1e3 * shared:16.1f} {one / shared:9.2f}")
+    result = {
+        "machine": machine,
+        "context": ranks,
+        "frames": list(FRAMES),
+        "seconds_one": times["one"],
+        "seconds_context": times["context"],
+        "speedup": times["one"][-1] / times["context"][-1],
+    }
+    print(json.dumps(result))
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="model=tiny by default")
     parser.add_argument("--tokens", type=int, default=64, help="per latent frame, a square number")
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument(
+        "--context", type=int, default=None, metavar="N", help="compare N context ranks with one process"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer repeats, under 50 s")
     args = parser.parse_args()
     keep_freed_memory()
 
     config = load_config(["encoders=weight_free", "model=tiny", *args.overrides], sections=("model", "kernels"))
     model = replace(config.model, action=None)
+    if args.context:
+        video = replace(config, model=model, stage=replace(config.stage, streams="video"))
+        report_context(video, args.context, args.tokens, 3 if args.quick else 7)
+        return
     full = replace(model, video=replace(model.video, layer_cycle=["FA"] * len(model.video.layer_cycle)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subjects = {"hybrid": Subject(model, config.kernels, device), "full": Subject(full, config.kernels, device)}

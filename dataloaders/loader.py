@@ -1,184 +1,273 @@
-"""Shards -> an endless, exactly resumable sequence of batches.
+"""Shards -> an endless, exactly resumable sequence of batches, in an order that knows no ranks and no workers.
 
-How a batch comes about, each step decided by (seed, epoch, stream) alone:
+The order of samples is arithmetic on the indices (`dataloaders.streams`, `dataloaders.mixture`); every global step
+takes the next micro_batch · accumulation · world_size samples of it (`dataloaders.cursor`); workers fetch the samples
+of one micro-batch by their byte ranges (`dataloaders.access`). Hence:
 
-1. The shards of epoch e are permuted by (seed, e) and dealt like cards: position j of the permutation goes to stream
-   j mod (world_size · workers). Stream rank · workers + w belongs to loader worker w of that rank.
-2. A stream reads its shards one after the other through a shuffle buffer seeded by (seed, e, stream), then goes on with
-   epoch e + 1, for ever. Batches are formed across the border of epochs; no sample is left out or repeated.
-3. Batch n of a rank comes from its worker n mod workers.
+* With the same global batch, every layout (data ranks × accumulation × micro-batch × workers) trains on the same
+  samples at every step. Peers of a data rank (tensor, context) are given its rank and get its batches.
+* Every sample comes once per epoch of its source; the next epoch follows without a gap, a batch may span both.
+* The position is a few numbers, the same on every rank. A resumed loader reads nothing again, and any number of ranks,
+  workers and samples per batch may continue it.
 
-So the position is, per worker, (epoch, samples drawn from the shuffled stream in it), plus n. Every batch carries its
-worker's position after it, hence prefetched batches that were never consumed do not count. A resumed stream draws that
-many raw samples again without decoding any, and physical workers are rotated so that the next batch is the right one's.
+A sample that cannot be read is either an error (`on_corrupt=stop`) or quarantined (`skip`): its place goes to a
+stand-in, another sample of its source drawn from (seed, place), whose meta says so under "stands_in_for".
+
+How a trainer uses it:
+
+    loader = ShardLoader(shards, batch_size=…, accumulation=…, rank=data_rank, world_size=data_ranks, gather=…, …)
+    loader.load_state_dict(state)                         # any rank's state
+    batches = [next(loader) for _ in range(accumulation)]  # one global step
+    loader.sync()                                         # collective: before state_dict and when reporting
+    state = loader.state_dict()                           # JSON, equal on all ranks; between steps only
 """
 
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-
 from dataloaders.batch import Batch, Sample, collate, decode_sample
+from dataloaders.buckets import BucketQueue, SourceShapes
+from dataloaders.cache import ShardCache
+from dataloaders.cursor import BucketedSteps, FixedSteps, Request, Share, Steps, requests
+from dataloaders.fetch import Fetcher, Item, Reading, refusal
+from dataloaders.mixture import Mixture
+from dataloaders.prefetch import Prefetch
+from dataloaders.quarantine import Finding, Quarantine
 from dataloaders.shards import CorruptData, ShardIndex, check_size, read_index, read_shard
+from dataloaders.sources.urls import is_url
+from dataloaders.streams import SourceOrder, default_streams
+from kairos_train.config.schema import DataConfig, SourceConfig
 from kairos_train.errors import UserError
 
-PREFETCH = 2  # batches per worker
-_SHUFFLE_INITIAL = (
-    100  # samples buffered before the first is drawn: a cold start waits for these, not for the whole buffer
-)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    batch_size: int
-    seed: int
-    rank: int
-    world_size: int
-    streams: int  # of this rank: max(1, workers)
-    shuffle_buffer: int
-    on_corrupt: str
-    with_frames: bool
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A batch on its way from a worker, or the end of one (`failure`)."""
-
-    batch: Batch | None
-    stream: int  # within the rank
-    position: tuple[int, int]  # epoch, samples drawn in it
-    corrupt: list[tuple[str, str]]  # name, reason: what was skipped since the worker's last batch
-    failure: str | None = None
-
-    def pin_memory(self) -> _Item:
-        batch = self.batch.pin_memory() if self.batch else None
-        return _Item(batch, self.stream, self.position, self.corrupt, self.failure)
+Gather = Callable[[Any], list[Any]]
 
 
 class ShardLoader:
-    """Iterator of `Batch` without end over a folder of shards; see the module's docstring for the order.
+    """Iterator of `Batch` without end over folders of shards; see the module's docstring for the order.
 
     Args:
-        shards: folder written by `pack`.
-        batch_size: samples per batch.
-        rank, world_size: which data-parallel share this loader reads, of how many.
-        workers: loader processes; 0 reads in this process, in the same order as one worker.
-        shuffle_buffer: samples each stream holds back for shuffling; 0 keeps the order of the shards.
-        on_corrupt: "stop" raises on unreadable shards and samples, "skip" leaves them out and counts them in `skipped`.
+        sources: folder written by `pack`, or several sources with weights and repeat limits.
+        batch_size: samples per batch, all of one shape.
+        accumulation: batches that one rank takes per global step.
+        seed: of the order.
+        rank, world_size: which data-parallel share this loader reads, of how many. Peers that hold parts of the same
+            samples (tensor, context) have the same.
+        workers: loader processes; 0 reads in this process. Of no influence on what comes.
+        tokens_per_micro_batch: instead of `batch_size`, how many video tokens a batch may have (`dataloaders.buckets`).
+        streams: interleaved parts of an epoch (a multiple of the data ranks keeps each one on shards of its own);
+            None: by the number of shards.
+        shuffle_buffer: most places by which a sample is moved within its stream; 0 keeps the order of the shards.
+        temperature: of the sources' weights.
+        on_corrupt: "stop" raises on unreadable shards and samples, "skip" puts stand-ins in their places and counts
+            them in `skipped`.
+        max_corrupt: share of all samples that may be skipped before the run stops.
+        quarantine: file that lists what was skipped, on the one process that writes it.
+        gather: value -> list of the values of all processes; needed by `sync` with more than one rank.
         with_frames: decode the clips (off: latents only, frames are None).
         pin_memory: batches in page-locked memory, for copies to a GPU.
+        timeout: seconds after which a worker that gives nothing counts as hung.
+        cache_dir, cache_gb: where copies of remote shards lie, and how much they may take on this machine.
 
     Attributes:
-        index: the folder's ShardIndex.
-        skipped: {shard or sample: {"reason", "count"}} of the batches consumed so far.
+        index: of the first source.
+        indices: of all sources.
+        skipped: {shard or sample: {"reason", "samples", "count"}}, of all ranks up to the last `sync`.
 
     Raises:
-        UserError: bad settings, fewer shards than streams; from `next`: corrupt data, a stream without a good sample.
+        UserError: bad settings; from `next`: corrupt data under "stop", sources that are used up.
+        RunStopped: from `next` and `sync`: more corrupt data than allowed, a dead or hung worker.
     """
 
     def __init__(
         self,
-        shards: Path | str,
+        sources: Path | str | Sequence[SourceConfig],
         *,
         batch_size: int,
+        accumulation: int = 1,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        tokens_per_micro_batch: int | None = None,
+        streams: int | None = None,
         shuffle_buffer: int = 1000,
+        temperature: float = 1.0,
         on_corrupt: str = "stop",
+        max_corrupt: float = 1.0,
+        quarantine: Path | None = None,
+        gather: Gather | None = None,
         with_frames: bool = True,
         pin_memory: bool = False,
+        timeout: float = 600.0,
+        cache_dir: Path | str = "runs/shard_cache",
+        cache_gb: float = 100.0,
     ):
-        self.index = read_index(shards)
-        self.workers, self.pin_memory = workers, pin_memory
-        self.settings = _Settings(
-            batch_size, seed, rank, world_size, max(1, workers), shuffle_buffer, on_corrupt, with_frames
-        )
-        _check(self.settings, workers, self.index)
-        self.skipped: dict[str, dict[str, Any]] = {}
-        self._batches = 0
-        self._positions = [(0, 0)] * self.settings.streams
-        self._iterator: Iterator[_Item] | None = None
+        if isinstance(sources, Path | str):
+            sources = [SourceConfig(shards=str(sources))]
+        self.indices = [read_index(source.shards) for source in sources]
+        self.index = self.indices[0]
+        self.share = Share(batch_size, accumulation, rank, world_size)
+        self.workers, self.pin_memory, self.timeout, self._gather = workers, pin_memory, timeout, gather
+        self._budget = tokens_per_micro_batch
+        self._reading = Reading(seed, on_corrupt, with_frames, ShardCache(Path(cache_dir), int(cache_gb * 1e9)))
+        self._order = {
+            "seed": seed,
+            "shuffle_buffer": shuffle_buffer,
+            "streams": [streams or default_streams(len(index.shards)) for index in self.indices],
+        }
+        _check(self.share, shuffle_buffer, streams, workers, on_corrupt, self.indices)
+        self._shapes = [SourceShapes(index) for index in self.indices]
+        counts = [index.samples for index in self.indices]
+        self._mixture_of = {
+            "samples": counts,
+            "weights": [source.weight for source in sources],
+            "max_epochs": [source.max_epochs for source in sources],
+            "temperature": temperature,
+            "seed": seed,
+        }
+        self._position = Mixture(**self._mixture_of).state_dict()
+        self._steps()  # what does not fit the token budget is found now
+        self._quarantine = Quarantine(samples=sum(counts), limit=max_corrupt, file=quarantine)
+        self._findings: list[Finding] = []
+        self._inside_step = 0  # batches given of the step that is not complete
+        self._items: Prefetch[Item] | None = None
+        self._under_way: deque[Request] = deque()
 
     def __iter__(self) -> ShardLoader:
         return self
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = self._start()
-        item = next(self._iterator)
+        if self._items is None:
+            self._items = self._start()
+        item = next(self._items)
+        request = self._under_way.popleft()
+        self._findings += item.findings
+        if self._gather is None:
+            self.sync()
         if item.failure is not None:
             self.close()
             raise UserError(item.failure)
-        self._batches += 1
-        self._positions[item.stream] = item.position
-        for name, reason in item.corrupt:
-            entry = self.skipped.setdefault(name, {"reason": reason, "count": 0})
-            entry.update(reason=reason, count=entry["count"] + 1)
+        self._inside_step += 1
+        if request.after is not None:
+            self._position, self._inside_step = request.after, 0
         return item.batch
 
+    @property
+    def skipped(self) -> dict[str, dict[str, Any]]:
+        return self._quarantine.entries
+
+    @property
+    def epochs(self) -> list[float]:
+        """How often each source has been gone through, up to the last complete step."""
+        return [taken / index.samples for taken, index in zip(self._position["taken"], self.indices)]
+
+    def sync(self) -> None:
+        """Count and list what any rank has skipped. Collective over the processes of `gather`, where it was given.
+
+        Raises:
+            RunStopped: more than `max_corrupt` of the samples cannot be read; on all ranks alike.
+        """
+        mine, self._findings = self._findings, []
+        found = {self.share.rank: mine}
+        if self._gather is not None:
+            found = dict(self._gather((self.share.rank, mine)))  # peers of a rank have found the same
+        self._quarantine.add(finding for rank in sorted(found) for finding in found[rank])
+
     def close(self) -> None:
-        """Stop the worker processes; the next `next` starts them again where the last consumed batch ended."""
-        self._iterator = None
+        """Stop the worker processes; the next `next` starts them again behind the last complete step."""
+        if self._items is not None:
+            self._items.close()
+        self._items = None
+        self._under_way.clear()
+        self._inside_step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch that `next` returned; plain JSON values, different on every rank."""
-        s = self.settings
+        """Position behind the last complete global step; plain JSON values, the same on every rank after `sync`.
+
+        Raises:
+            ValueError: only a part of a step's batches has been taken.
+        """
+        if self._inside_step:
+            raise ValueError(
+                f"{self._inside_step} of {self.share.accumulation} batches of a step are taken: no position lies there"
+            )
         return {
-            "batches": self._batches,
-            "positions": [list(position) for position in self._positions],
-            "skipped": {name: dict(entry) for name, entry in self.skipped.items()},
-            "rank": s.rank,
-            "world_size": s.world_size,
-            "streams": s.streams,
-            "seed": s.seed,
-            "shuffle_buffer": s.shuffle_buffer,
-            "shards": self.index.fingerprint,
+            **self._order,
+            "shards": [index.fingerprint for index in self.indices],
+            "position": dict(self._position),
+            "skipped": self._quarantine.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where the loader that gave `state` stood. The batch size alone may differ.
+        """Continue exactly where the loader that gave `state` stood, in any layout.
 
         Raises:
-            UserError: the state is of another rank, world size, worker count, seed, shuffle buffer or other shards.
+            UserError: the state is of another seed, shuffle buffer, number of streams, or of other shards.
         """
-        mine = self.state_dict()
-        names = {"world_size": "number of data-parallel ranks", "streams": "data.workers (0 counts as 1)"}
-        names |= {"seed": "seed", "shuffle_buffer": "data.shuffle_buffer", "shards": "content of data.shards"}
-        for key, name in (names | {"rank": "data-parallel rank"}).items():
+        names = {"seed": "seed", "shuffle_buffer": "data.shuffle_buffer", "streams": "data.streams"}
+        mine = self._order | {"shards": [index.fingerprint for index in self.indices]}
+        for key, name in (names | {"shards": "content of data.shards"}).items():
             if state.get(key) != mine[key]:
                 raise UserError(
                     f"loader state: {name} was {state.get(key)} when saved and is {mine[key]} now; the position in the "
                     "data is only defined for the same value: restore it, or start without the loader's state"
                 )
         self.close()
-        self._batches = int(state["batches"])
-        self._positions = [(int(epoch), int(drawn)) for epoch, drawn in state["positions"]]
-        self.skipped = {name: dict(entry) for name, entry in state["skipped"].items()}
+        self._position = dict(state["position"])
+        self._findings = []
+        self._quarantine.load_state_dict(state["skipped"])
 
-    def _start(self) -> Iterator[_Item]:
-        dataset = _Batches(self.index, self.settings, tuple(self._positions), self._batches)
-        if self.workers == 0 and not self.pin_memory:
-            return iter(dataset)
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=PREFETCH if self.workers else None,
-            persistent_workers=self.workers > 0,
+    def _start(self) -> Prefetch[Item]:
+        self._under_way.clear()
+        return Prefetch(
+            Fetcher(self.indices, self._shapes, self._reading),
+            _Noted(requests(self._steps()), self._under_way),
+            workers=self.workers,
             pin_memory=self.pin_memory,
-            # its own generator: the default one would consume a number of the training's random stream at every start
-            generator=torch.Generator(),
+            timeout=self.timeout,
         )
-        return iter(loader)
+
+    def _steps(self) -> Steps:
+        """Global steps from the position on."""
+        orders = [
+            SourceOrder(
+                [shard.samples for shard in index.shards],
+                label=(self._order["seed"], number),
+                streams=self._order["streams"][number],
+                shuffle=self._order["shuffle_buffer"],
+            )
+            for number, index in enumerate(self.indices)
+        ]
+        mixture = Mixture(**self._mixture_of)
+        mixture.load_state_dict(self._position)
+        if self._budget is None:
+            _check_one_shape(self._shapes, self.share)
+            return FixedSteps(orders, mixture, self.share)
+        queue = BucketQueue(self._shapes, orders, mixture, budget=self._budget)
+        queue.load_waiting(self._position.get("waiting", []))
+        return BucketedSteps(queue, self.share)
+
+
+class _Noted:
+    """Hands requests to the workers and notes which are on their way."""
+
+    def __init__(self, stream: Iterator[Request], under_way: deque[Request]) -> None:
+        self.stream, self.under_way = stream, under_way
+
+    def __iter__(self) -> Iterator[Request]:
+        for request in self.stream:
+            self.under_way.append(request)
+            yield request
+
+
+def sources_of(data: DataConfig) -> list[SourceConfig]:
+    """What a run draws from: `data.sources`, or `data.shards` alone."""
+    return list(data.sources) or [SourceConfig(shards=data.shards)]
 
 
 def fixed_batches(
@@ -186,145 +275,82 @@ def fixed_batches(
 ) -> Iterator[Batch]:
     """The first `count` batches of the folder in the order it was packed, the same at every call (for validation).
 
-    A folder with fewer samples gives what it has, the last batch being smaller.
+    A folder with fewer samples gives what it has, the last batch being smaller; so does one with samples that are
+    skipped. Where the shape of the clips changes, a batch ends and another begins.
     """
     index = read_index(shards)
-    settings = _Settings(batch_size, 0, 0, 1, 1, 0, on_corrupt, with_frames)
-    _check(settings, 0, index)
-    stream = _Stream(index, settings, 0, (0, 0))
-    decoded = (stream.decode(raw) for raw in stream.raw_samples(index.shards))
-    samples = (sample for sample in decoded if sample is not None)
-    for _ in range(count):
-        if not (chunk := list(itertools.islice(samples, batch_size))):
-            return
-        yield collate(chunk)
+    _check(Share(batch_size, 1, 0, 1), 0, None, 0, on_corrupt, [index])
+    batches = (
+        chunk
+        for _, alike in itertools.groupby(_in_packed_order(index, with_frames, on_corrupt), key=_shape_of)
+        for chunk in iter(lambda alike=alike: list(itertools.islice(alike, batch_size)), [])
+    )
+    yield from map(collate, itertools.islice(batches, count))
 
 
-class _Batches(IterableDataset):
-    """Batches of one rank. In a worker process: those of its one stream. `done`: batches consumed before the start."""
-
-    def __init__(self, index: ShardIndex, settings: _Settings, positions: tuple[tuple[int, int], ...], done: int):
-        self.index, self.settings, self.positions, self.done = index, settings, positions, done
-
-    def __iter__(self) -> Iterator[_Item]:
-        info = get_worker_info()
-        # the DataLoader asks physical worker 0 first; batch `done` is due from stream done mod streams
-        local = ((info.id if info else 0) + self.done) % self.settings.streams
-        stream = _Stream(self.index, self.settings, local, self.positions[local])
-        samples: list[Sample] = []
+def _in_packed_order(index: ShardIndex, with_frames: bool, on_corrupt: str) -> Iterator[Sample]:
+    shapes = SourceShapes(index)
+    for number, shard in enumerate(index.shards):
         try:
-            for sample in stream:
-                samples.append(sample)
-                if len(samples) == self.settings.batch_size:
-                    yield _Item(collate(samples), local, stream.position, stream.take_corrupt())
-                    samples = []
-        except UserError as error:  # as a value: an exception would reach the user wrapped in the worker's traceback
-            yield _Item(None, local, stream.position, [], failure=str(error))
-
-
-class _Stream:
-    """Decoded samples of one stream, epoch after epoch, from a position on; notes what it skips in `corrupt`."""
-
-    def __init__(self, index: ShardIndex, settings: _Settings, local: int, position: tuple[int, int]):
-        self.index, self.settings = index, settings
-        self.number = settings.rank * settings.streams + local
-        self.position = position
-        self.corrupt: list[tuple[str, str]] = []
-
-    def __iter__(self) -> Iterator[Sample]:
-        epoch, drawn = self.position
-        while True:
-            raws = self._epoch(epoch)
-            for _ in itertools.islice(raws, drawn):
-                pass
-            self.corrupt.clear()  # what those draws met was counted before the position was saved
-            good = drawn > 0  # a position is saved after a batch, hence after a good sample
-            for raw in raws:
-                drawn += 1
-                self.position = (epoch, drawn)
-                if (sample := self.decode(raw)) is not None:
-                    good = True
-                    yield sample
-            if not good:
-                name, reason = self.corrupt[-1] if self.corrupt else ("its shards", "hold no samples")
-                raise UserError(
-                    f"{self.index.folder}: stream {self.number} found no usable sample in epoch {epoch}, last {name}: "
-                    f"{reason}; restore or repack the shards"
-                )
-            epoch, drawn = epoch + 1, 0
-
-    def raw_samples(self, shards) -> Iterator[dict[str, Any]]:
-        """Undecoded samples of the shards, in order."""
-        for shard in shards:
-            try:
-                for raw in read_shard(self.index.folder, shard):
-                    yield raw | {"__shard__": shard.name}
-            except CorruptData as error:
-                self._corrupt(error.name, error.reason)
-
-    def decode(self, raw: dict[str, Any]) -> Sample | None:
-        """The sample, or None where it is corrupt and the policy is to skip."""
-        try:
-            return decode_sample(raw, self.index, with_frames=self.settings.with_frames)
+            for row, raw in enumerate(read_shard(index.folder, shard)):
+                try:
+                    yield decode_sample(raw, index, with_frames=with_frames, shape=shapes.shape(number, row))
+                except CorruptData as error:
+                    if on_corrupt == "stop":
+                        raise CorruptData(f"{shard.name}/{error.name}", error.reason) from error
         except CorruptData as error:
-            self._corrupt(f"{raw['__shard__']}/{error.name}", error.reason)
-            return None
+            if on_corrupt == "stop":
+                raise refusal(index, error) from error
 
-    def take_corrupt(self) -> list[tuple[str, str]]:
-        """What was skipped since the last call."""
-        taken, self.corrupt = self.corrupt, []
-        return taken
 
-    def _epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
-        from webdataset.filters import shuffle
-
-        s = self.settings
-        order = list(self.index.shards)
-        random.Random(f"shards/{s.seed}/{epoch}").shuffle(order)
-        raws = self.raw_samples(order[self.number :: s.world_size * s.streams])
-        rng = random.Random(f"samples/{s.seed}/{epoch}/{self.number}")
-        return shuffle(s.shuffle_buffer, initial=_SHUFFLE_INITIAL, rng=rng)(raws)
-
-    def _corrupt(self, name: str, reason: str) -> None:
-        if self.settings.on_corrupt == "stop":
-            raise _refusal(self.index, name, reason)
-        self.corrupt.append((name, reason))
+def _shape_of(sample: Sample) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(None if value is None else value.shape for value in (sample.frames, sample.latents, sample.actions))
 
 
 def check_shards(index: ShardIndex) -> None:
-    """Look at every shard's size, before a run with `on_corrupt=stop` takes any device.
+    """Look at every local shard's size, before a run with `on_corrupt=stop` takes any device.
 
     Raises:
         UserError: a shard is missing or has not the indexed size.
     """
-    for shard in index.shards:
+    for shard in () if is_url(index.folder) else index.shards:
         try:
             check_size(index.folder, shard)
         except CorruptData as error:
-            raise _refusal(index, error.name, error.reason) from error
+            raise refusal(index, error) from error
 
 
-def _refusal(index: ShardIndex, name: str, reason: str) -> UserError:
-    return UserError(
-        f"{index.folder / name}: {reason}; restore or repack it, or leave it out with data.on_corrupt=skip"
-    )
-
-
-def _check(settings: _Settings, workers: int, index: ShardIndex) -> None:
-    s = settings
-    if s.on_corrupt not in ("stop", "skip"):
-        raise UserError(f"data.on_corrupt={s.on_corrupt!r}: must be stop or skip")
+def _check(
+    share: Share, shuffle: int, streams: int | None, workers: int, on_corrupt: str, indices: list[ShardIndex]
+) -> None:
+    if on_corrupt not in ("stop", "skip"):
+        raise UserError(f"data.on_corrupt={on_corrupt!r}: must be stop or skip")
     for name, value, least in (
-        ("train.micro_batch", s.batch_size, 1),
+        ("train.micro_batch", share.micro_batch, 1),
+        ("train.accumulation", share.accumulation, 1),
         ("data.workers", workers, 0),
-        ("data.shuffle_buffer", s.shuffle_buffer, 0),
+        ("data.shuffle_buffer", shuffle, 0),
+        ("data.streams", 1 if streams is None else streams, 1),
     ):
         if value < least:
             raise UserError(f"{name}={value}: must be at least {least}")
-    if not 0 <= s.rank < s.world_size:
-        raise ValueError(f"rank {s.rank} is not in a world of {s.world_size}")
-    if len(index.shards) < s.world_size * s.streams:
+    if not 0 <= share.rank < share.world_size:
+        raise ValueError(f"rank {share.rank} is not in a world of {share.world_size}")
+    for index in indices:
+        if not index.samples:
+            raise UserError(f"{index.folder}: holds no samples; pack the dataset again")
+        if index.encoders != indices[0].encoders:
+            raise UserError(
+                f"data.sources: {index.folder} was encoded with {index.encoders}, {indices[0].folder} with "
+                f"{indices[0].encoders}; pack them with the same encoders"
+            )
+
+
+def _check_one_shape(shapes: list[SourceShapes], share: Share) -> None:
+    found = sorted({bucket[:3] for source in shapes for bucket in source.buckets})
+    if len(found) > 1 and share.micro_batch > 1:
+        texts = [f"{frames}x{height}x{width}" for frames, height, width in found]
         raise UserError(
-            f"{index.folder}: has {len(index.shards)} shards, fewer than {s.world_size} data-parallel ranks x "
-            f"{s.streams} loader workers; repack with a smaller shard_samples or lower data.workers"
+            f"train.micro_batch={share.micro_batch}: the samples have {len(texts)} shapes ({texts[0]} to {texts[-1]}); "
+            "set data.tokens_per_micro_batch, which keeps them apart"
         )

@@ -12,32 +12,37 @@ The same content always gives the same bytes: members are sorted, owners, modes 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kairos_train.config.schema import WindowConfig, from_dict
+from dataloaders.sources.urls import is_url, join, open_url, read_url, size_of
+from kairos_train.config.schema import ClipConfig, WindowConfig, from_dict
 from kairos_train.errors import UserError
 
 FORMAT = "kairos-shards-1"
 INDEX, STATISTICS, EMPTY_CONTEXT = "index.json", "dataset_stats.json", "empty_context.npy"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
-_MEMBER_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_]+)+")
+MEMBER_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_]+)+")
 
 
 class CorruptData(Exception):
-    """A shard or sample that cannot be used. `name` says which, `reason` why; the loader's policy decides the rest."""
+    """A shard or sample that cannot be used. `name` says which, `reason` why; the loader's policy decides the rest.
 
-    def __init__(self, name: str, reason: str):
+    `samples` is how many are lost with it.
+    """
+
+    def __init__(self, name: str, reason: str, *, samples: int = 1):
         super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason
+        self.name, self.reason, self.samples = name, reason, samples
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,19 @@ class ShardInfo:
     samples: int
     bytes: int
     sha256: str
+    shapes: list[list[int]] | None = None  # runs of rows: [frames, height, width, rows]; None: the index's one shape
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """index.json. `fps` is that of raw frames and actions; clips play `action_video_freq_ratio` times slower."""
+    """index.json. `fps` is that of raw frames and actions; clips play `action_video_freq_ratio` times slower.
 
-    folder: Path
+    Of later versions, empty in older folders: `clips`, set for samples without a robot whose sizes differ; `shapes`,
+    how many `samples` there are of each `frames`, `height`, `width`; the names of caption variants and quality scores;
+    the hash of the statistics that belong to it; a hash of all that it was packed from.
+    """
+
+    folder: Path | str  # str: a URL
     samples: int
     window: WindowConfig
     prompt_template: str
@@ -63,6 +74,12 @@ class ShardIndex:
     tasks: list[str]
     source: dict[str, Any]
     shards: tuple[ShardInfo, ...]
+    clips: ClipConfig | None = None
+    shapes: list[dict[str, int]] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    scores: list[str] = field(default_factory=list)
+    statistics_sha256: str | None = None
+    recipe: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -75,47 +92,63 @@ class ShardIndex:
         return values | {
             "format": FORMAT,
             "window": asdict(self.window),
+            "clips": None if self.clips is None else asdict(self.clips),
             "shards": [asdict(shard) for shard in self.shards],
         }
 
     def statistics(self) -> dict[str, Any]:
-        """The content of dataset_stats.json. UserError when it is missing or not JSON."""
-        return _read_json(self.folder / STATISTICS)
+        """The content of dataset_stats.json. UserError when it is missing, not JSON, or not this index's."""
+        path = join(self.folder, STATISTICS)
+        content = _read(path)
+        if self.statistics_sha256 not in (None, hashlib.sha256(content).hexdigest()):
+            raise UserError(
+                f"{path}: is not the file that these shards were packed with (the statistics of another dataset?); "
+                f"restore it, or where it is meant remove statistics_sha256 from {INDEX}"
+            )
+        return _parsed(path, content)
 
     def empty_context(self) -> np.ndarray | None:
         """Context of the empty prompt, float32 (N, C); None when the shards were packed without one."""
-        path = self.folder / EMPTY_CONTEXT
-        if not path.exists():
-            return None
+        path = join(self.folder, EMPTY_CONTEXT)
         try:
-            return np.load(path, allow_pickle=False).astype(np.float32)
+            return np.load(io.BytesIO(read_url(path)), allow_pickle=False).astype(np.float32)
+        except FileNotFoundError:
+            return None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); pack again") from error
 
 
 def read_index(folder: Path | str) -> ShardIndex:
-    """Read and check DIR/index.json.
+    """Read and check DIR/index.json; DIR may be a URL.
 
     Raises:
         UserError: no shard folder, another format, missing or wrong entries, or names that are not plain file names.
     """
-    folder = Path(folder)
-    values = _read_json(folder / INDEX)
+    folder = str(folder) if is_url(folder) else Path(folder)
+    path = join(folder, INDEX)
+    values = _parsed(path, _read(path))
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else None
-        raise UserError(f"{folder / INDEX}: format {found!r} is not {FORMAT!r}; pack with this version of kairos-train")
+        raise UserError(f"{path}: format {found!r} is not {FORMAT!r}; pack with this version of kairos-train")
     try:
         shards = tuple(ShardInfo(**shard) for shard in values["shards"])
         window = from_dict(WindowConfig, values["window"])
-        fields = {k: v for k, v in values.items() if k not in ("format", "shards", "window")}
-        index = ShardIndex(folder=folder, shards=shards, window=window, **fields)
+        clips = from_dict(ClipConfig, values["clips"]) if values.get("clips") else None
+        given = {k: v for k, v in values.items() if k not in ("format", "shards", "window", "clips")}
+        index = ShardIndex(folder=folder, shards=shards, window=window, clips=clips, **given)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX}: incomplete or unknown entry ({error}); pack the dataset again") from error
+        raise UserError(f"{path}: incomplete or unknown entry ({error}); pack the dataset again") from error
+    names = [shard.name for shard in index.shards]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: names shard {twice} twice; pack the dataset again")
     for shard in index.shards:
+        if not isinstance(shard.samples, int) or shard.samples < 0:
+            raise UserError(f"{path}: shard {shard.name} with samples={shard.samples}; pack the dataset again")
         if not _SHARD_NAME.fullmatch(shard.name):  # names come from a file: they must not lead out of the folder
-            raise UserError(f"{folder / INDEX}: shard name {shard.name!r} is not a plain file name ending in .tar")
+            raise UserError(f"{path}: shard name {shard.name!r} is not a plain file name ending in .tar")
     if not index.shards or index.samples != sum(shard.samples for shard in index.shards):
-        raise UserError(f"{folder / INDEX}: samples={index.samples} is not the sum over its shards; pack again")
+        raise UserError(f"{path}: samples={index.samples} is not the sum over its shards; pack again")
     return index
 
 
@@ -131,7 +164,7 @@ def sample_block(key: str, members: dict[str, bytes]) -> bytes:
     out = []
     for extension in sorted(members):
         name, data = f"{key}.{extension}", members[extension]
-        if not _MEMBER_NAME.fullmatch(name):
+        if not MEMBER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a plain member name")
         info = tarfile.TarInfo(name)
         info.size, info.mode = len(data), 0o644
@@ -154,20 +187,25 @@ def write_shard(path: Path, blocks: Iterable[bytes]) -> ShardInfo:
     return ShardInfo(path.name, samples, size + len(end), digest.hexdigest())
 
 
-def check_size(folder: Path, shard: ShardInfo) -> None:
+def check_size(folder: Path | str, shard: ShardInfo) -> None:
     """The cheap check of a shard: hashing all of them at every epoch would double the reading.
 
     Raises:
         CorruptData: it is missing or has not the indexed size.
     """
-    path = folder / shard.name
-    if not path.is_file():
-        raise CorruptData(shard.name, "is missing")
-    if (size := path.stat().st_size) != shard.bytes:
-        raise CorruptData(shard.name, f"has {size} bytes, the index says {shard.bytes}: truncated or replaced")
+    path = join(folder, shard.name)
+    try:
+        size = size_of(path)
+    except FileNotFoundError as error:
+        raise CorruptData(shard.name, "is missing", samples=shard.samples) from error
+    except OSError as error:
+        raise CorruptData(shard.name, f"cannot be read ({error})", samples=shard.samples) from error
+    if size != shard.bytes:
+        reason = f"has {size} bytes, the index says {shard.bytes}: truncated or replaced"
+        raise CorruptData(shard.name, reason, samples=shard.samples)
 
 
-def read_shard(folder: Path, shard: ShardInfo) -> Iterator[dict[str, Any]]:
+def read_shard(folder: Path | str, shard: ShardInfo) -> Iterator[dict[str, Any]]:
     """Raw samples of one shard in order: `{"__key__": …, "mp4": bytes, "action.npy": bytes, …}`, through webdataset.
 
     A shard that is missing or has not the indexed size gives nothing; one with damage inside gives the samples before
@@ -178,10 +216,10 @@ def read_shard(folder: Path, shard: ShardInfo) -> Iterator[dict[str, Any]]:
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    path, seen = folder / shard.name, 0
+    path, seen = join(folder, shard.name), 0
     try:
         check_size(folder, shard)
-        with path.open("rb") as stream:
+        with open_url(path) as stream:
             # opened here, not by webdataset, whose opener would also run commands and fetch addresses
             source = iter([{"url": shard.name, "stream": stream}])
             for sample in group_by_keys(tar_file_expander(source, rename_files=_plain)):
@@ -199,27 +237,34 @@ def verify(folder: Path | str) -> list[tuple[str, str]]:
     """Read every byte of every shard and compare with the index; (name, reason) of each that does not hold."""
     index, bad = read_index(folder), []
     for shard in index.shards:
-        path = index.folder / shard.name
-        if not path.is_file():
+        try:
+            with open_url(join(index.folder, shard.name)) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
             bad.append((shard.name, "is missing"))
             continue
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != shard.sha256:
             bad.append((shard.name, f"sha256 is {found[:16]}…, the index says {shard.sha256[:16]}…"))
     return bad
 
 
 def _plain(name: str) -> str:
-    if not _MEMBER_NAME.fullmatch(name):
+    if not MEMBER_NAME.fullmatch(name):
         raise ValueError(f"member name {name!r} is not plain")
     return name
 
 
-def _read_json(path: Path) -> Any:
+def _read(path: Path | str) -> bytes:
     try:
-        return json.loads(path.read_text())
+        return read_url(path)
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist; data.shards must be a folder written by `data pack`") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); is it a folder written by `data pack`?") from error
+
+
+def _parsed(path: Path | str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); pack the dataset again") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -153,6 +154,7 @@ def decode_mp4(
     timestamps: Sequence[float] | None = None,
     tolerance_s: float = TOLERANCE_S,
     name: str | None = None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Frames of a video as uint8 (n, H, W, 3): all of them, those at `indices`, or those nearest to `timestamps`.
 
@@ -163,12 +165,38 @@ def decode_mp4(
         file: a path or the bytes of a file.
         tolerance_s: farthest the nearest frame may lie from an asked timestamp.
         name: what errors call the file; the path by default.
+        out: uint8 (n, H, W, 3) that takes all of the frames and is returned; the file must hold exactly these.
 
     Raises:
         UserError: file missing, truncated or undecodable; an index outside of it; no frame within the tolerance.
     """
     if indices is not None and timestamps is not None:
         raise TypeError("give indices or timestamps, not both")
+    with _opened(file, name) as (container, name):
+        if timestamps is not None:
+            return _at_times(container, np.asarray(timestamps, np.float64), tolerance_s, name)
+        if indices is None:
+            return _all_frames(container, name) if out is None else _fill(out, container, name)
+        times = _frame_times(container, name)
+        wanted = np.asarray(indices, np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(times)):
+            raise UserError(f"{name}: frame {wanted[(wanted < 0) | (wanted >= len(times))][0]} asked of {len(times)}")
+        return _at_times(container, times[wanted], TOLERANCE_S, name)
+
+
+def frame_times(file: Path | bytes, *, name: str | None = None) -> np.ndarray:
+    """Seconds of every frame of a video on its own clock, in presentation order, float64 (T,); nothing is decoded.
+
+    Raises:
+        UserError: file missing or unreadable.
+    """
+    with _opened(file, name) as (container, name):
+        return _frame_times(container, name)
+
+
+@contextmanager
+def _opened(file: Path | bytes, name: str | None) -> Iterator[tuple[av.container.InputContainer, str]]:
+    """The container of a file and what errors call it; its video stream refuses damage. FFmpeg's errors become ours."""
     name = name or (str(file) if isinstance(file, Path) else "video")
     if isinstance(file, Path) and not file.is_file():
         raise UserError(f"{name}: no such video file")
@@ -179,17 +207,7 @@ def decode_mp4(
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             stream.codec_context.options = {"err_detect": "explode"}  # else damage is painted over in silence
-            if timestamps is not None:
-                return _at_times(container, np.asarray(timestamps, np.float64), tolerance_s, name)
-            if indices is None:
-                return _all_frames(container, name)
-            times = _frame_times(container, name)
-            wanted = np.asarray(indices, np.int64)
-            if wanted.size and (wanted.min() < 0 or wanted.max() >= len(times)):
-                raise UserError(
-                    f"{name}: frame {wanted[(wanted < 0) | (wanted >= len(times))][0]} asked of {len(times)}"
-                )
-            return _at_times(container, times[wanted], TOLERANCE_S, name)
+            yield container, name
     except av.FFmpegError as error:
         raise UserError(
             f"{name}: cannot be decoded ({error.strerror or error}); the file is truncated or damaged: restore it"
@@ -222,10 +240,23 @@ def _seconds(packet: av.Packet) -> str:
 
 def _all_frames(container: av.container.InputContainer, name: str) -> np.ndarray:
     promised = container.streams.video[0].frames
-    frames = [frame.to_ndarray(format="rgb24") for _, frame in _decoded(container, 0.0, name)]
+    frames = [_pixels(frame) for _, frame in _decoded(container, 0.0, name)]
     if not frames or len(frames) < promised:
         raise UserError(f"{name}: holds {len(frames)} readable frames of {promised}; it is truncated: restore it")
     return np.stack(frames)
+
+
+def _fill(out: np.ndarray, container: av.container.InputContainer, name: str) -> np.ndarray:
+    count = 0
+    for _, frame in _decoded(container, 0.0, name):
+        picture = _pixels(frame)
+        if count == len(out) or picture.shape != out.shape[1:]:
+            raise UserError(f"{name}: frame {count} has shape {picture.shape}, expected {len(out)} of {out.shape[1:]}")
+        out[count] = picture
+        count += 1
+    if count < len(out):
+        raise UserError(f"{name}: holds {count} readable frames, expected {len(out)}; it is truncated: restore it")
+    return out
 
 
 def _at_times(container: av.container.InputContainer, times: np.ndarray, tolerance_s: float, name: str) -> np.ndarray:
@@ -266,4 +297,11 @@ def _picture(found: tuple[float, av.VideoFrame], wanted: float, tolerance_s: flo
             f"{name}: the frame nearest to {wanted:.4f} s lies at {found[0]:.4f} s, farther than the tolerance of "
             f"{tolerance_s:g} s; the timestamps and the video do not belong together"
         )
-    return found[1].to_ndarray(format="rgb24")
+    return _pixels(found[1])
+
+
+def _pixels(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 (H, W, 3), upright: telephones store a sideways picture and the angle to turn it back by."""
+    picture = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture

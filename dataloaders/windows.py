@@ -4,7 +4,11 @@ Shapes: L raw frames of an episode, T video frames of a window, A actions of a w
 
 A window that starts at raw frame s shows the raw frames s, s + r, …, s + (T-1)·r with r = `action_video_freq_ratio`,
 and carries the actions of the raw frames s … s + (T-1)·r - 1, so A = (T-1)·r (training recipe: 33 raw frames, 32
-actions, 9 video frames).
+actions, 9 video frames). Its one state x is that of raw frame s. With `action_values=minus_state` dimension d of the
+i-th action is a[s+i, d] - x[d] unless d is one of `absolute_dims`: a policy that is given x gets the command back.
+
+Past the end of the episode a window shows its last frame again. Actions there are 0 (a delta of nothing), and the last
+recorded value in `absolute_dims`; they carry no loss either way.
 """
 
 from __future__ import annotations
@@ -16,6 +20,9 @@ import numpy as np
 
 from kairos_train.config.schema import WindowConfig
 from kairos_train.errors import UserError
+
+LAYOUTS = ("side_by_side", "head_over_wrists")
+ACTION_VALUES = ("recorded", "minus_state")
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,28 @@ def check_window(window: WindowConfig) -> None:
             low = max(value // 32 * 32, 32)
             legal = "32" if value < 32 else f"{low} or {low + 32}"
             raise UserError(f"data.window.{name}={value}: must be a multiple of 32; the nearest legal value is {legal}")
+    if window.layout not in LAYOUTS:
+        raise UserError(f"data.window.layout={window.layout}: must be one of {', '.join(LAYOUTS)}")
+    if window.layout == "head_over_wrists" and window.height % 96:
+        legal = f"{max(window.height // 96 * 96, 96)} or {(window.height // 96 + 1) * 96}"
+        raise UserError(
+            f"data.window.height={window.height}: must be a multiple of 96 (the head takes two thirds); use {legal}"
+        )
+    if window.action_values not in ACTION_VALUES:
+        raise UserError(f"data.window.action_values={window.action_values}: must be one of {', '.join(ACTION_VALUES)}")
+
+
+def check_dimensions(window: WindowConfig, action_dim: int, state_dim: int) -> None:
+    """Raise UserError unless the window's action options fit vectors of these sizes."""
+    if out := [d for d in window.absolute_dims if not 0 <= d < action_dim]:
+        raise UserError(f"data.window.absolute_dims names {out[0]}, but actions have {action_dim} dimensions, from 0")
+    if window.action_values == "minus_state":
+        deltas = [d for d in range(action_dim) if d not in window.absolute_dims]
+        if deltas and deltas[-1] >= state_dim:
+            raise UserError(
+                f"data.window.action_values=minus_state: action dimension {deltas[-1]} has no state to subtract (the "
+                f"state has {state_dim}); name it in data.window.absolute_dims or use action_values=recorded"
+            )
 
 
 def action_count(window: WindowConfig) -> int:
@@ -78,22 +107,44 @@ def frame_indices(start: int, length: int, window: WindowConfig) -> np.ndarray:
     return np.minimum(start + np.arange(window.frames) * window.action_video_freq_ratio, length - 1)
 
 
-def cut_actions(actions: np.ndarray, start: int, window: WindowConfig) -> np.ndarray:
-    """Actions (L, da) -> float32 (A, da) of the window at `start`; those past the end of the episode are 0."""
+def cut_actions(
+    actions: np.ndarray, start: int, window: WindowConfig, *, states: np.ndarray | None = None
+) -> np.ndarray:
+    """Actions (L, da) -> float32 (A, da) of the window at `start`, as the window's options want them.
+
+    Args:
+        states: (L, ds), needed with `action_values=minus_state`.
+    """
     out = np.zeros((action_count(window), actions.shape[1]), dtype=np.float32)
     inside = actions[start : start + len(out)]
-    out[: len(inside)] = inside
+    out[: len(inside)] = inside - action_offset(actions.shape[1], states, start, window)
+    out[len(inside) :, window.absolute_dims] = inside[-1, window.absolute_dims]
     return out
 
 
-def choose_cameras(wanted: Sequence[str], available: Sequence[str]) -> list[str]:
-    """Cameras of a window in the order they stand side by side; empty `wanted` means all of `available`.
+def action_offset(action_dim: int, states: np.ndarray | None, start: int | np.ndarray, window: WindowConfig):
+    """What is subtracted from the actions of the windows at `start`: float32 (da,) or, for n starts, (n, da)."""
+    offset = np.zeros((*np.shape(start), action_dim), dtype=np.float32)
+    if window.action_values == "minus_state":
+        deltas = [d for d in range(action_dim) if d not in window.absolute_dims]
+        offset[..., deltas] = states[start][..., deltas]
+    return offset
+
+
+def choose_cameras(window: WindowConfig, available: Sequence[str]) -> list[str]:
+    """Cameras of a window in the order of its layout; none named means all of `available` in name order.
 
     Raises:
-        UserError: the dataset has no camera with files, or lacks a wanted one.
+        UserError: the dataset has no camera with files, or lacks a wanted one; not the three that the layout needs.
     """
+    wanted = window.cameras
     if not available:
         raise UserError("dataset: has no camera with files; a window needs at least one")
+    if window.layout == "head_over_wrists" and len(wanted) != 3:
+        raise UserError(
+            f"data.window.cameras={list(wanted)}: layout=head_over_wrists needs three, named in the order head, left "
+            f"wrist, right wrist; this dataset has {', '.join(available)}"
+        )
     for camera in wanted:
         if camera not in available:
             raise UserError(f"data.window.cameras: {camera!r} has no files; this dataset has {', '.join(available)}")
@@ -122,6 +173,18 @@ def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return out
 
 
-def side_by_side(pictures: Sequence[np.ndarray], window: WindowConfig) -> np.ndarray:
-    """One uint8 (n, h, w, 3) array per camera (sizes may differ) -> (n, H, C·W, 3), in the order given."""
-    return np.concatenate([cover(p, window.height, window.width) for p in pictures], axis=2)
+def picture_size(window: WindowConfig, cameras: int) -> tuple[int, int]:
+    """(height, width) in pixels of a window's picture of `cameras` cameras."""
+    return (window.height, window.width * (cameras if window.layout == "side_by_side" else 1))
+
+
+def compose(pictures: Sequence[np.ndarray], window: WindowConfig) -> np.ndarray:
+    """One uint8 (n, h, w, 3) array per camera (sizes may differ) -> (n, *picture_size, 3), in the order given.
+
+    `side_by_side`: H×W each, from left to right. `head_over_wrists`: 2H/3×W over two of H/3×W/2.
+    """
+    if window.layout == "side_by_side":
+        return np.concatenate([cover(p, window.height, window.width) for p in pictures], axis=2)
+    third, half = window.height // 3, window.width // 2
+    wrists = np.concatenate([cover(p, third, half) for p in pictures[1:]], axis=2)
+    return np.concatenate([cover(pictures[0], 2 * third, window.width), wrists], axis=1)

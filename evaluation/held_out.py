@@ -64,13 +64,13 @@ def window_seed(seed: int, key: str) -> int:
 def observe(predictor: Predictor, batch: Batch) -> Conditions:
     """What the model is given of a batch: its first frames, state and text; stored encodings are taken as they are."""
     given = predictor.policy.history_frames
-    latents, frames = batch.latents, batch.frames
+    latents, frames = None if batch.latents is None else batch.latents.float(), batch.frames
     return predictor.conditions(
         texts=batch.text,
         state=batch.state if predictor.policy.acts else None,
         frames=frames[:, : given_frames(given)] if given and frames is not None else None,
         history=latents[:, :, :given] if given and latents is not None else None,
-        context=None if batch.context is None else (batch.context, batch.context_mask),
+        context=None if batch.context is None else (batch.context.float(), batch.context_mask),
     )
 
 

@@ -68,6 +68,20 @@ def run_model_summary(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_plan(args: argparse.Namespace) -> int:
+    from kairos_train.plan.report import SECTIONS, run
+
+    text, legal = run(
+        lambda: _config(args, sections=SECTIONS),
+        gpus=args.gpus,
+        searching=args.search,
+        context_tokens=args.context_tokens,
+        as_json=args.json,
+    )
+    print(text)
+    return 0 if legal else 2
+
+
 def run_verify_golden(args: argparse.Namespace) -> int:
     import torch
 
@@ -82,6 +96,25 @@ def run_verify_golden(args: argparse.Namespace) -> int:
         print(f"outputs {result.outputs:.2e} ({result.worst_output}), ", end="")
         print(f"gradients {result.gradients:.2e} ({result.worst_gradient})")
     return 1 if failed else 0
+
+
+def run_verify_parallel(args: argparse.Namespace) -> int:
+    args.overrides = ["experiment=demo", "train.precision=fp32", "optimizer.warmup_steps=1", *args.overrides]
+    config = _config(args, sections=("model", "stage", "optimizer", "parallel", "precision", "train", "data.window"))
+    from kairos_train.training.verify_parallel import report, verify_parallel
+
+    deviations = verify_parallel(config, steps=args.steps, ranks=args.nproc)
+    if deviations is None:
+        return 0
+    d = config.parallel
+    print(
+        report(
+            deviations,
+            f"tensor {d.tensor}{' with sequence' if d.sequence else ''}, context {d.context}, "
+            f"ZeRO {config.train.zero_stage}, {config.train.precision}",
+        )
+    )
+    return 0 if all(deviation.ok for deviation in deviations) else 1
 
 
 # --- data ---
@@ -107,44 +140,57 @@ def run_data_simulate(args: argparse.Namespace) -> int:
 def run_data_pack(args: argparse.Namespace) -> int:
     from dataloaders.pack import pack
 
-    config = _config(args, sections=("data.window", "data.prompt_template", "encoders"))
-    encoded = _encoding(config) if args.encode else {}
+    config = _config(args, sections=("data.window", "data.clips", "data.prompt_template", "encoders"))
     index = pack(
         args.source,
         args.out,
         window=config.data.window,
+        clips=config.data.clips,
         prompt_template=config.data.prompt_template,
+        captions=args.captions,
+        encoder=_sample_encoder(config) if args.encode else None,
         processes=args.processes,
         shard_samples=args.shard_samples,
+        on_bad=args.on_bad,
         progress=_show_progress if sys.stderr.isatty() else None,
-        **encoded,
     )
     print(f"{args.out}: {index['samples']} samples in {len(index['shards'])} shards")
     return 0
 
 
-def _encoding(config: Any) -> dict[str, Any]:
-    """What `pack` is given when it shall store latents and contexts."""
-    import numpy as np
-    import torch
+def run_data_inspect(args: argparse.Namespace) -> int:
+    from dataloaders.inspection import inspect
 
-    from kairos_train.conditioning.build import build_encoders
+    config = _config(args, sections=("data.window", "data.clips", "data.prompt_template"))
+    lines = inspect(args.source, args.out, data=config.data, samples=args.samples)
+    print("\n".join([*lines, f"page: {args.out / 'index.html'}"]))
+    return 0
 
-    encoders = build_encoders(config.encoders, _device(config.train.device))
 
-    def context_of(text: str, image: torch.Tensor | None) -> np.ndarray:
-        context, mask = encoders.text.encode([text], image)
-        return context[0][mask[0]].cpu().numpy()
+def run_data_verify(args: argparse.Namespace) -> int:
+    from dataloaders.verification import verify
 
-    def encode(frames: np.ndarray, text: str) -> dict[str, np.ndarray]:
-        clip = torch.from_numpy(frames)[None]
-        return {"latents": encoders.video.encode(clip)[0].cpu().numpy(), "context": context_of(text, clip[:, 0])}
+    progress = _show_progress if sys.stderr.isatty() else None
+    verdict = verify(args.shards, decode=not args.no_decode, processes=args.processes, progress=progress)
+    for fault in verdict.faults:
+        print(f"{fault.name}: {fault.reason}")
+    state = f"{len(verdict.faults)} faults" if verdict.faults else "ok"
+    counts = f"{verdict.samples} samples in {verdict.shards} shards, {verdict.bytes / 1e6:.1f} MB"
+    print(f"{args.shards}: {counts}: {state}" if verdict.faults else f"{args.shards}: ok: {counts}")
+    return 1 if verdict.faults else 0
 
-    return {"encode": encode, "encoders_identity": encoders.identity, "empty_context": context_of("", None)}
+
+def _sample_encoder(config: Any) -> Callable[[int], Any]:
+    """What makes the encoders in each process that packs."""
+    import functools
+
+    from kairos_train.conditioning.sample_encoder import load_sample_encoder
+
+    return functools.partial(load_sample_encoder, config.encoders, _device(config.train.device))
 
 
 def _show_progress(done: int, total: int) -> None:
-    print(f"\repisodes {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    print(f"\rpacked {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 # --- after training ---
@@ -268,6 +314,13 @@ def build_parser() -> argparse.ArgumentParser:
     model = _group(commands, "model", "what a model configuration comes to")
     _with_overrides(_command(model, "summary", run_model_summary, "parameters, keys and FLOPs, without allocating"))
 
+    plan = _command(commands, "plan", run_plan, "memory, traffic and time on a cluster, without GPUs")
+    plan.add_argument("--json", action="store_true", help="one JSON object, also where a layout is not legal")
+    plan.add_argument("--gpus", type=_count, default=None, metavar="N", help="in all; none: tensor x context")
+    plan.add_argument("--search", action="store_true", help="the cheapest layout for --gpus that fits")
+    plan.add_argument("--context-tokens", type=_count, default=128, metavar="N", help="text tokens of a sample")
+    _with_overrides(plan)
+
     verify = _group(commands, "verify", "check the implementation")
     golden = _command(verify, "golden", run_verify_golden, "compare outputs and gradients with reference files")
     golden.add_argument("files", nargs="+", type=Path, metavar="FILE", help="safetensors with weights, inputs, outputs")
@@ -276,7 +329,16 @@ def build_parser() -> argparse.ArgumentParser:
     golden.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where it is computed")
     golden.add_argument("--dtype", choices=("float64", "float32", "bfloat16"), default="float32", help="of weights")
 
-    _add_data_commands(_group(commands, "data", "make and pack datasets"))
+    parallel = _command(
+        verify, "parallel", run_verify_parallel, "a sharded layout beside one process, on a small model"
+    )
+    parallel.add_argument("--nproc", type=_count, default=None, help="processes; none: tensor x context")
+    parallel.add_argument("--steps", type=_count, default=5, help="optimiser steps")
+    _with_overrides(parallel)
+
+    data = _group(commands, "data", "make, pack and check datasets")
+    _add_data_commands(data)
+    _add_checks_of_data(data)
     _add_later_commands(commands)
 
     demo = _command(commands, "demo", run_demo, "simulate, pack, train, export and evaluate, on a CPU")
@@ -299,13 +361,32 @@ def _add_data_commands(data: Any) -> None:
     simulate.add_argument("--codec", choices=("h264", "av1"), default="h264", help="of the video files")
     simulate.add_argument("--processes", type=_count, default=2, help="simulators at the same time")
 
-    pack = _command(data, "pack", run_data_pack, "cut a LeRobot dataset into training windows")
-    pack.add_argument("source", type=Path, metavar="SOURCE", help="a LeRobot dataset, v2.0 to v3.0")
-    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the shards; must not exist")
+    pack = _command(data, "pack", run_data_pack, "cut a dataset into training samples; goes on where it was stopped")
+    pack.add_argument(
+        "source", metavar="SOURCE", help="a LeRobot dataset, a manifest .jsonl or .csv of videos, WebDataset tars"
+    )
+    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the shards")
     pack.add_argument("--encode", action="store_true", help="store latents and contexts of the configured encoders too")
+    pack.add_argument("--captions", type=Path, metavar="FILE", help="LeRobot: JSON lines with captions of episodes")
+    pack.add_argument(
+        "--on-bad", choices=("stop", "skip"), default="stop", help="what cannot be used: stop, or list it"
+    )
     pack.add_argument("--shard-samples", type=_count, default=256, help="most samples of a shard")
-    pack.add_argument("--processes", type=_count, default=1, help="episodes at the same time; 1 with --encode")
+    pack.add_argument("--processes", type=_count, default=1, help="at the same time; each with encoders of its own")
     _with_overrides(pack)
+
+
+def _add_checks_of_data(data: Any) -> None:
+    inspect = _command(data, "inspect", run_data_inspect, "counts, ranges and pictures of a dataset or of shards")
+    inspect.add_argument("source", metavar="DATASET|SHARDS", help="what pack takes, or what it wrote")
+    inspect.add_argument("--out", type=Path, required=True, metavar="DIR", help="page and pictures; must not exist")
+    inspect.add_argument("--samples", type=_count, default=12, help="rows of the contact sheet")
+    _with_overrides(inspect)
+
+    verify = _command(data, "verify", run_data_verify, "read every byte of packed shards; exit code 1 for a fault")
+    verify.add_argument("shards", metavar="SHARDS", help="written by pack")
+    verify.add_argument("--no-decode", action="store_true", help="do not decode the clips")
+    verify.add_argument("--processes", type=_count, default=1, help="shards at the same time")
 
 
 def _add_later_commands(commands: Any) -> None:

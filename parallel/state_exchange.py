@@ -195,7 +195,7 @@ def _pass_along(
     parts = min(HEAD_GROUPS, own.shape[1])
     transitions, owns = transition.tensor_split(parts, dim=1), own.tensor_split(parts, dim=1)
     first, last = not 0 <= from_rank < group.size(), not 0 <= to_rank < group.size()
-    received = [torch.zeros_like(x) if first else torch.empty_like(x).contiguous() for x in owns]
+    received = [x.new_zeros(x.shape) for x in owns]
     if not first:
         _wait([dist.P2POp(dist.irecv, received[0], group=group, group_peer=from_rank)])
     for i in range(parts):

@@ -1,10 +1,12 @@
 """Fixtures shared by all tests."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from pool import Pool
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -26,3 +28,12 @@ def shared() -> Path:
             pytest.fail(f"{SHARED} is missing: continuous integration needs the reference vectors and samples")
         pytest.skip("needs the reference vectors and samples in ../shared")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[[int], Pool]]:
+    """`world(n)`: the session's processes for world size n, started at first use."""
+    pools: dict[int, Pool] = {}
+    yield lambda size: pools.setdefault(size, Pool(size))
+    for pool in pools.values():
+        pool.close()

@@ -6,7 +6,9 @@ many episodes into one file and says in `meta/episodes/` which rows and seconds 
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dataloaders.sources.urls import join
 from kairos_train.errors import UserError
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -90,7 +93,7 @@ def read_info(root: Path) -> Info:
             "dataset with the lerobot package"
         )
     fps, features, chunks_size = raw.get("fps"), raw.get("features"), raw.get("chunks_size", 1000)
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0:
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
         raise UserError(f"{path}: fps is {fps!r}; it must be a positive number")
     if not isinstance(features, dict) or not all(isinstance(f, dict) and "dtype" in f for f in features.values()):
         raise UserError(f"{path}: features must map every column to its dtype and shape; restore the file")
@@ -117,8 +120,9 @@ def read_tasks(info: Info) -> dict[int, str]:
         UserError: the table is missing or unreadable.
     """
     if info.version != "v3.0":
-        rows = _read_jsonl(info.root / "meta/tasks.jsonl", ("task_index", "task"))
-        return {int(row["task_index"]): str(row["task"]) for row in rows}
+        path = info.root / "meta/tasks.jsonl"
+        rows = _read_jsonl(path, ("task_index", "task"))
+        return {_whole(row, "task_index", path): str(row["task"]) for row in rows}
     path = info.root / TASKS_PATH
     table = read_table(path)
     # The writer stores a pandas frame indexed by the task; the index column has a name only in some of its versions.
@@ -134,11 +138,15 @@ def read_episodes(info: Info) -> list[EpisodeEntry]:
     """The table of episodes in the order of their index.
 
     Raises:
-        UserError: the table is missing or unreadable, or lacks a column.
+        UserError: the table is missing or unreadable, lacks a column, or names an episode twice.
     """
     video_keys = [key for key, feature in info.features.items() if feature["dtype"] == "video"]
     entries = (_entries_v3 if info.version == "v3.0" else _entries_v2)(info, video_keys)
-    return sorted(entries, key=lambda entry: entry.index)
+    entries = sorted(entries, key=lambda entry: entry.index)
+    for before, entry in itertools.pairwise(entries):
+        if before.index == entry.index:
+            raise UserError(f"{info.root}: the table of episodes holds episode {entry.index} twice; restore it")
+    return entries
 
 
 def read_table(path: Path, **kwargs: Any) -> pa.Table:
@@ -160,7 +168,7 @@ def _entries_v2(info: Info, video_keys: list[str]) -> list[EpisodeEntry]:
     path = info.root / "meta/episodes.jsonl"
     entries = []
     for row in _read_jsonl(path, ("episode_index", "length")):
-        index = int(row["episode_index"])
+        index, length = _whole(row, "episode_index", path), _whole(row, "length", path)
         place = {"episode_chunk": index // info.chunks_size, "episode_index": index}
         videos = {
             key: VideoPlace(_fill(info, "video_path", video_key=key, **place), 0.0)
@@ -168,8 +176,8 @@ def _entries_v2(info: Info, video_keys: list[str]) -> list[EpisodeEntry]:
             if info.video_path
         }
         extra = {k: v for k, v in row.items() if k not in EPISODE_COLUMNS and isinstance(v, bool | int | float | str)}
-        tasks = [str(task) for task in row.get("tasks") or []]
-        entries.append(EpisodeEntry(index, int(row["length"]), tasks, _fill(info, "data_path", **place), videos, extra))
+        data = _fill(info, "data_path", **place)
+        entries.append(EpisodeEntry(index, length, _texts(row.get("tasks")), data, videos, extra))
     return entries
 
 
@@ -204,7 +212,20 @@ def _entry_v3(info: Info, row: dict[str, Any], cameras: list[str]) -> EpisodeEnt
         if "/" not in k and k not in EPISODE_COLUMNS and isinstance(v, bool | int | float | str)
     }
     data = _fill(info, "data_path", chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
-    return EpisodeEntry(row["episode_index"], row["length"], list(row["tasks"] or []), data, videos, extra)
+    index, length = (_whole(row, name, info.root / "meta/episodes") for name in ("episode_index", "length"))
+    return EpisodeEntry(index, length, _texts(row["tasks"]), data, videos, extra)
+
+
+def _whole(row: dict[str, Any], name: str, path: Path) -> int:
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 0:
+        raise UserError(f"{path}: {name} is {value!r}; it must be a whole number of 0 or more: restore the file")
+    return int(value)
+
+
+def _texts(value: Any) -> list[str]:
+    """The tasks of an episode: a list, or in some sets one string."""
+    return [value] if isinstance(value, str) else [str(task) for task in value or []]
 
 
 def pq_names(path: Path) -> list[str]:
@@ -222,8 +243,8 @@ def pq_names(path: Path) -> list[str]:
 def _fill(info: Info, template: str, **values: Any) -> Path:
     text = getattr(info, template)
     try:
-        return info.root / text.format(**values)
-    except (KeyError, IndexError, ValueError) as error:
+        return Path(join(info.root, text.format(**values)))
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{info.root / INFO_PATH}: {template} {text!r} cannot be filled in ({error!r}); {info.version} knows "
             f"{', '.join(values)}"

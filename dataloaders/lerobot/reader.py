@@ -23,6 +23,7 @@ from dataloaders.lerobot.layout import (
     read_table,
     read_tasks,
 )
+from dataloaders.sources.urls import join
 from dataloaders.video import TOLERANCE_S, decode_mp4
 from kairos_train.errors import UserError
 
@@ -50,6 +51,25 @@ class Episode:
     _videos: dict[str, VideoPlace] = field(default_factory=dict, repr=False)
     _images: dict[str, pa.ChunkedArray] = field(default_factory=dict, repr=False)
     _root: Path = field(default_factory=Path, repr=False)
+    _data: Path = field(default_factory=Path, repr=False)
+    _task_texts: dict[int, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def data_file(self) -> Path:
+        """What its numbers are read from."""
+        return self._data
+
+    @property
+    def video_files(self) -> dict[str, Path]:
+        """What the pictures are read from, by camera; inline images are in the data file."""
+        return {key: place.path for key, place in self._videos.items()}
+
+    def tasks_at(self, row: int) -> list[str]:
+        """The task strings, that of the frame `row` first: in some sets the frames of an episode carry several."""
+        if "task_index" not in self.columns:
+            return list(self.tasks)
+        mine = self._task_texts.get(int(self.columns["task_index"][row, 0]), "")
+        return [mine, *(task for task in self.tasks if task != mine)]
 
     def frames(self, camera: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Pictures of one camera at the rows `indices` (in any order, repeats allowed), uint8 (n, H, W, 3).
@@ -107,6 +127,10 @@ class LeRobotDataset:
     def __iter__(self) -> Iterator[Episode]:
         return (self.episode(i) for i in range(self.num_episodes))
 
+    def outline(self) -> list[list[Any]]:
+        """[index, length, tasks, extra] of every episode: what the table of episodes says, without reading data."""
+        return [[e.index, e.length, e.tasks, e.extra] for e in self._entries]
+
     def episode(self, i: int) -> Episode:
         """The i-th episode in the order of episode indices.
 
@@ -139,6 +163,8 @@ class LeRobotDataset:
             _videos={key: place for key, place in entry.videos.items() if key in self.camera_keys},
             _images={key: rows[key] for key in self._image_keys},
             _root=self.root,
+            _data=entry.data,
+            _task_texts=self.tasks,
         )
 
     def _rows(self, entry: EpisodeEntry) -> pa.Table:
@@ -165,8 +191,10 @@ class LeRobotDataset:
         if task_index is None:
             return list(entry.tasks)
         first = int(task_index[0, 0])
-        if first not in self.tasks:
-            raise UserError(f"{entry.data}: task_index {first} is not in the table of tasks of {self.root}; restore it")
+        if unknown := set(np.unique(task_index).tolist()) - set(self.tasks):
+            raise UserError(
+                f"{entry.data}: task_index {min(unknown)} is not in the table of tasks of {self.root}; restore it"
+            )
         return [self.tasks[first], *(task for task in entry.tasks if task != self.tasks[first])]
 
     def _video_keys(self) -> list[str]:
@@ -209,10 +237,10 @@ def _picture(value: Any, root: Path, camera: str) -> np.ndarray:
     from PIL import Image
 
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
-    if data is None and not (path and (root / path).is_file()):
+    if data is None and not (path and Path(join(root, path)).is_file()):
         raise UserError(f"{root}: a picture of {camera!r} has neither bytes nor a file (path {path!r}); restore it")
     try:
-        with Image.open(io.BytesIO(data) if data is not None else root / path) as image:
+        with Image.open(io.BytesIO(data) if data is not None else Path(join(root, path))) as image:
             return np.asarray(image.convert("RGB"))
     except OSError as error:
         raise UserError(f"{root}: a picture of {camera!r} cannot be decoded ({error}); restore it") from error

@@ -19,19 +19,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import kairos_train
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.public import to_public
 from kairos_train.checkpoint.resolve import resolve_checkpoint
+from kairos_train.checkpoint.tensor_file import Stored, write_tensors
 from kairos_train.config.schema import Config, ModelConfig, stage_model
 from kairos_train.errors import UserError
 from kairos_train.objective import schedule
@@ -112,10 +113,10 @@ def _write(
     folder: Path, reader: CheckpointReader, config: Config, *, weights: str, dtype: str, distilled: bool
 ) -> dict[str, Any]:
     """Write every file of the export; returns its summary."""
-    tensors = dict(_cast(reader, SECTIONS[weights], DTYPES[dtype]))
+    tensors = dict(_stored(reader, SECTIONS[weights], DTYPES[dtype]))
     model = dataclasses.asdict(config.model)
     metadata = {"format": "pt", "weights": weights, "model_config": json.dumps(model, sort_keys=True)}
-    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+    weights_file = write_tensors(folder / "model.safetensors", tensors, metadata)
     described = {
         "format": FORMAT,
         "weights": weights,
@@ -144,8 +145,8 @@ def _write(
         "dtype": dtype,
         "step": reader.step,
         "tensors": len(tensors),
-        "parameters": sum(t.numel() for t in tensors.values()),
-        **_describe_file(folder / "model.safetensors"),
+        "parameters": sum(torch.Size(t.shape).numel() for t in tensors.values()),
+        **weights_file,
     }
     statistics = folder / STATISTICS
     card = model_card(described, summary, json.loads(statistics.read_text()) if statistics.exists() else None)
@@ -258,23 +259,25 @@ def _check_fit(reader: CheckpointReader, section: str, config: ModelConfig) -> N
             )
 
 
-def _cast(reader: CheckpointReader, section: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Public key and tensor in the export's precision, one after the other."""
+def _stored(reader: CheckpointReader, section: str, dtype: torch.dtype) -> Iterator[tuple[str, Stored]]:
+    """Public key and tensor in the export's precision, read when it is asked for: one is in memory at a time."""
     for name, key in to_public(reader.names(section)).items():
-        tensor = reader.read(section, name).to(dtype)
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"checkpoint {reader.path}: {section}/{name} has values that are not finite; use another one"
-            )
-        yield key, tensor.contiguous()
+        yield key, Stored(dtype, reader.shape(section, name), partial(_cast, reader, section, name, dtype))
+
+
+def _cast(reader: CheckpointReader, section: str, name: str, dtype: torch.dtype) -> Tensor:
+    tensor = reader.read(section, name).to(dtype)
+    if not tensor.isfinite().all():
+        raise UserError(f"checkpoint {reader.path}: {section}/{name} has values that are not finite; use another one")
+    return tensor
 
 
 def _verify(folder: Path, reader: CheckpointReader, section: str, dtype: torch.dtype) -> None:
     """Read the written weights back and compare every tensor with its source, cast."""
     with safe_open(folder / "model.safetensors", "pt") as written:
         left = set(written.keys())
-        for key, tensor in _cast(reader, section, dtype):
-            if key not in left or not torch.equal(written.get_tensor(key), tensor):
+        for key, source in _stored(reader, section, dtype):
+            if key not in left or not torch.equal(written.get_tensor(key), source.load()):
                 raise OSError(f"{folder}: tensor {key!r} reads back unlike it was written; is the disk sound?")
             left.remove(key)
     if left:

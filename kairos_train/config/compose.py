@@ -136,6 +136,8 @@ def _to_config(node: Any) -> Config:
 
 def _require(config: Config, sections: Sequence[str]) -> None:
     for key, value in _leaves(config):
+        if key == "data.shards" and config.data.sources:
+            continue  # these are the data
         if value == MISSING and any(_within(key, section) for section in sections):
             raise UserError(f"{key} has no value; give {key}=VALUE ({describe(type_of(key))})")
 

@@ -28,6 +28,8 @@ def children(kind: Any) -> dict[str, Any]:
 
 def dataclass_in(annotation: Any) -> Any:
     """The schema dataclass an annotation means (`X` or `X | None`), else the annotation itself."""
+    if typing.get_origin(annotation) is list:
+        return annotation
     return next((k for k in (annotation, *typing.get_args(annotation)) if is_dataclass(k)), annotation)
 
 
@@ -39,7 +41,8 @@ def annotation_of(key: str) -> Any:
     """
     annotation: Any = Config
     done: list[str] = []
-    for part in re.sub(r"\[\d+\]", "", key).split("."):
+    for name in key.split("."):
+        part = re.sub(r"\[\d+\]$", "", name)
         kind, prefix = dataclass_in(annotation), ".".join(done)
         if prefix in MAPPINGS:
             legal: dict[str, Any] = dict.fromkeys(MAPPINGS[prefix], float)
@@ -55,8 +58,15 @@ def annotation_of(key: str) -> Any:
                 f"unknown key {key!r}; {_nearest_key(key, prefix, part, legal)}{where} has: {', '.join(legal)}"
             )
         annotation = legal[part]
+        if name != part and is_dataclass(_item(annotation)):
+            annotation = _item(annotation)
         done.append(part)
     return annotation
+
+
+def _item(annotation: Any) -> Any:
+    """What a list is of; anything else as it is."""
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else annotation
 
 
 def type_of(key: str) -> Any:
@@ -94,7 +104,7 @@ def describe(annotation: Any) -> str:
     arguments = typing.get_args(annotation)
     origin = typing.get_origin(annotation)
     if origin is list:
-        return f"a list of {_PLURALS[arguments[0]]}"
+        return f"a list of {_PLURALS.get(arguments[0], 'sections, as [{KEY: VALUE}, …]')}"
     if origin is dict:
         return f"a mapping of names to {_PLURALS[arguments[1]]}"
     if arguments:

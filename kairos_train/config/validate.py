@@ -38,6 +38,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "kernels.gated_delta": ("auto", "torch", "fla"),
     "encoders.video.kind": ("wan", "block_dct"),
     "encoders.text.kind": ("qwen", "hashed_ngrams"),
+    "data.window.layout": ("side_by_side", "head_over_wrists"),
+    "data.window.action_values": ("recorded", "minus_state"),
     "data.normalize_action": NORMALIZATIONS,
     "data.normalize_state": NORMALIZATIONS,
     "data.on_corrupt": ("stop", "skip"),
@@ -45,7 +47,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "stage.loss_weighting": ("bell", "plain"),
     "stage.init_weights": ("ema", "raw"),
     "stage.action_init": ("interpolate", "random"),
-    "optimizer.name": ("adamw",),
+    "optimizer.name": ("adamw", "sgd"),
     "optimizer.schedule": ("constant", "cosine"),
     "train.precision": ("bf16", "fp32"),
     "train.zero_stage": (0, 1, 2, 3),
@@ -65,7 +67,10 @@ POSITIVE = (
     *(f"model.action.{key}" for key in ("dim", "ffn_dim", "action_dim", "state_dim")),
     *(f"encoders.text.{key}" for key in ("text_dim", "max_tokens")),
     *(f"data.window.{key}" for key in ("frames", "action_video_freq_ratio", "stride", "height", "width")),
-    *("data.shuffle_buffer", "stage.action_shift", "stage.lr"),
+    *(f"data.clips.{key}" for key in ("fps", "short_side", "most_frames", "least_frames")),
+    *(f"data.{key}" for key in ("shuffle_buffer", "streams", "tokens_per_micro_batch", "temperature", "cache_gb")),
+    "data.timeout",
+    *("stage.action_shift", "stage.lr"),
     *(f"optimizer.{key}" for key in ("lr", "eps", "gradient_clip")),
     *(f"train.{key}" for key in ("steps", "micro_batch", "accumulation", "checkpoint_every", "keep_last", "log_every")),
     *("train.validation_batches", "train.peak_tflops", "parallel.tensor", "parallel.context"),
@@ -79,7 +84,7 @@ NOT_NEGATIVE = (
     *("train.keep_every", "train.validate_every"),
 )
 
-FRACTIONS = ("stage.cfg_dropout", "optimizer.min_lr_ratio", "train.ema_decay")
+FRACTIONS = ("data.max_corrupt", "stage.cfg_dropout", "optimizer.min_lr_ratio", "train.ema_decay")
 
 
 def validate(config: Config, sections: Sequence[str] | None = None) -> None:
@@ -217,10 +222,29 @@ def text_widths_agree(config: Config) -> None:
 
 
 def frames_are_4k_plus_1(config: Config) -> None:
-    frames = config.data.window.frames
-    if frames % 4 != 1:
-        below = (frames - 1) // 4 * 4 + 1
-        raise UserError(f"data.window.frames={frames} is not 4k+1; use {max(below, 1)} or {below + 4}")
+    for key in ("data.window.frames", "data.clips.most_frames", "data.clips.least_frames"):
+        frames = value_of(config, key)
+        if frames % 4 != 1:
+            below = (frames - 1) // 4 * 4 + 1
+            raise UserError(f"{key}={frames} is not 4k+1; use {max(below, 1)} or {below + 4}")
+
+
+def some_clips_are_long_enough(config: Config) -> None:
+    least, most = config.data.clips.least_frames, config.data.clips.most_frames
+    if least > most:
+        raise UserError(
+            f"data.clips.least_frames={least} is above data.clips.most_frames={most} and leaves no sample; lower it"
+        )
+
+
+def clips_have_sides(config: Config) -> None:
+    clips = config.data.clips
+    if clips.short_side < PIXEL_MULTIPLE:
+        raise UserError(
+            f"data.clips.short_side={clips.short_side} is below {PIXEL_MULTIPLE}; use {PIXEL_MULTIPLE} or more"
+        )
+    if not clips.aspects or not all(1 <= aspect <= 8 for aspect in clips.aspects):
+        raise UserError(f"data.clips.aspects={clips.aspects}; give long side over short side, each from 1 to 8")
 
 
 def pictures_are_multiples_of_32(config: Config) -> None:
@@ -230,6 +254,43 @@ def pictures_are_multiples_of_32(config: Config) -> None:
             below = pixels // PIXEL_MULTIPLE * PIXEL_MULTIPLE
             use = f"{below} or {below + PIXEL_MULTIPLE}" if below else str(PIXEL_MULTIPLE)
             raise UserError(f"{key}={pixels} is no multiple of {PIXEL_MULTIPLE}; use {use}")
+
+
+def head_stands_over_two_wrists(config: Config) -> None:
+    """The head takes two thirds of the height, each wrist a third of it and half of the width."""
+    window = config.data.window
+    if window.layout != "head_over_wrists":
+        return
+    if window.cameras != MISSING and len(window.cameras) != 3:
+        raise UserError(
+            f"data.window.layout=head_over_wrists with data.window.cameras={window.cameras}; "
+            "name three: the head, the left wrist, the right wrist"
+        )
+    if window.height % (3 * PIXEL_MULTIPLE):
+        above = math.ceil(window.height / (3 * PIXEL_MULTIPLE)) * 3 * PIXEL_MULTIPLE
+        raise UserError(
+            f"data.window.height={window.height} with layout=head_over_wrists is no multiple of {3 * PIXEL_MULTIPLE}; "
+            f"use {above}"
+        )
+
+
+def absolute_dims_are_named_once(config: Config) -> None:
+    dims = config.data.window.absolute_dims
+    if len(set(dims)) < len(dims) or min(dims, default=0) < 0:
+        raise UserError(f"data.window.absolute_dims={dims}; name each action dimension once, counted from 0")
+
+
+def sources_give_samples(config: Config) -> None:
+    sources = config.data.sources
+    for i, source in enumerate(sources):
+        if source.shards == MISSING:
+            raise UserError(f"data.sources[{i}] has no shards; name its folder")
+        if source.weight is not None and not (source.weight >= 0 and math.isfinite(source.weight)):
+            raise UserError(f"data.sources[{i}].weight={source.weight} is negative or not finite; give 0 or more")
+        if source.max_epochs is not None and source.max_epochs < 1:
+            raise UserError(f"data.sources[{i}].max_epochs={source.max_epochs} is below 1; give 1 or more, or null")
+    if sources and all(source.weight == 0 for source in sources):
+        raise UserError("data.sources: every weight is 0; give one of them more")
 
 
 def prompt_holds_the_task(config: Config) -> None:
@@ -392,6 +453,11 @@ def fp8_names_streams_and_layers(config: Config) -> None:
             f"precision.fp8.recipe=emulated scales whole tensors, but parallel.tensor={config.parallel.tensor} splits "
             "them; use parallel.tensor=1"
         )
+    if fp8.recipe == "delayed" and (config.train.recompute != "none" or config.parallel.context > 1):
+        raise UserError(
+            f"precision.fp8.recipe=delayed with train.recompute={config.train.recompute} and parallel.context="
+            f"{config.parallel.context}: its scales follow one pass per layer; use precision.fp8.recipe=current"
+        )
     if fp8.recipe not in (None, "emulated") and config.train.precision != "bf16":
         raise UserError(
             f"precision.fp8.recipe={fp8.recipe} with train.precision={config.train.precision}; use train.precision=bf16"
@@ -413,7 +479,12 @@ RULES: tuple[Callable[[Config], None], ...] = (
     token_windows_have_no_history_rule,
     text_widths_agree,
     frames_are_4k_plus_1,
+    some_clips_are_long_enough,
+    clips_have_sides,
     pictures_are_multiples_of_32,
+    head_stands_over_two_wrists,
+    absolute_dims_are_named_once,
+    sources_give_samples,
     prompt_holds_the_task,
     joint_has_an_action_stream,
     only_a_joint_stage_freezes_the_video,

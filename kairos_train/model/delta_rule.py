@@ -103,7 +103,7 @@ def _chunked(
     # T itself is C×C; solving for the columns of U and W instead costs several times their products with T.
     weights = torch.linalg.solve_triangular(unit_lower, identity, upper=False, unitriangular=True) * beta.mT
     u = weights @ v
-    minus_w = (-weights * g.exp()[..., None, :]) @ k
+    minus_w = (weights * -g.exp()[..., None, :]) @ k
     scores = (q @ k.mT) * decay
     q_decayed = q * g.exp()[..., None]
     g_last = g[..., -1:]

@@ -11,7 +11,7 @@ from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.seams import ModelSeams, single_device
 from kairos_train.model.sharding_rules import sharding_table
 from kairos_train.model.world_action import WorldActionModel
-from parallel.fp8 import Fp8Policy, forward_region
+from parallel.fp8 import Fp8Policy, check_widths, forward_region, require
 from parallel.sharding import ShardingTable
 from parallel.topology import Topology
 from parallel.traffic import Traffic
@@ -54,3 +54,10 @@ def full_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = WorldActionModel(stage_model(config), config.kernels)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_fp8(config: Config) -> None:
+    """Raise UserError if `precision.fp8` cannot run here, before any device is taken."""
+    policy = Fp8Policy(config.precision.fp8, config.model.num_layers)
+    check_widths(policy, stage_model(config), config.parallel.tensor)
+    require(policy, recompute=config.train.recompute, context=config.parallel.context)

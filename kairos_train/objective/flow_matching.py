@@ -55,10 +55,11 @@ class ConditionedBatch:
     action_weight: Tensor | None = None
     action_mask: Tensor | None = None
 
-    def video_elements(self) -> int:
-        """Σ n_i of the video: elements that are not history."""
-        channels, frames, height, width = self.latents.shape[1:]
-        return sum(frames - k for k in self.history) * channels * height * width
+    def video_elements(self, frames: range | None = None) -> list[int]:
+        """n_i of the video: elements that are not history, of all frames or some."""
+        frames = range(self.latents.shape[2]) if frames is None else frames
+        per_frame = self.latents[0, :, 0].numel()
+        return [max(0, frames.stop - max(frames.start, k)) * per_frame for k in self.history]
 
     def action_steps(self) -> int:
         """Σ n_i of the actions: valid steps."""
@@ -166,19 +167,28 @@ class FlowMatching:
             batch.action_mask = action_mask
         return batch
 
-    def loss_sums(self, batch: ConditionedBatch, video: Tensor, action: Tensor | None) -> LossSums:
-        """Σ w·e² per sample, from the model's velocities (B, C, F, H, W) and (B, A, D)."""
-        frames = torch.arange(video.shape[2], device=video.device)
+    def loss_sums(
+        self, batch: ConditionedBatch, video: Tensor, action: Tensor | None, frames: range | None = None
+    ) -> LossSums:
+        """Σ w·e² per sample, from the model's velocities (B, C, F, H, W) and (B, A, D).
+
+        Args:
+            frames: the frames of the sample that `video` holds; None: all. Sums over shares add up to the whole.
+        """
+        frames = range(batch.latents.shape[2]) if frames is None else frames
+        number = torch.arange(frames.start, frames.stop, device=video.device)
         known = torch.tensor(batch.history, device=video.device)
-        counted = (frames >= known[:, None])[:, None, :, None, None]
+        counted = (number >= known[:, None])[:, None, :, None, None]
         # where, not a product: what history frames hold must not matter even if it is not finite.
-        error = torch.where(counted, video.float() - batch.video_target, 0.0)
+        error = torch.where(counted, _float(video) - batch.video_target[:, :, frames.start : frames.stop], 0.0)
         video_sum = batch.video_weight * error.pow(2).flatten(1).sum(1)
         if action is None:
             return LossSums(video_sum, None)
-        error = torch.where(batch.action_mask[..., None], action.float() - batch.action_target, 0.0)
+        if batch.action is None:
+            return LossSums(video_sum + 0.0 * action.sum(), None)  # of a dummy: it keeps parameters in the graph
+        error = torch.where(batch.action_mask[..., None], _float(action) - batch.action_target, 0.0)
         weights = self.stage.action_dim_weights or [1 / action.shape[-1]] * action.shape[-1]
-        error = error.pow(2) * torch.tensor(weights, device=action.device)
+        error = error.pow(2) * torch.tensor(weights, device=action.device, dtype=error.dtype)
         return LossSums(video_sum, batch.action_weight * error.flatten(1).sum(1))
 
     def _table(self, shift: float) -> tuple[Tensor, Tensor]:
@@ -207,6 +217,11 @@ class FlowMatching:
             if draw.condition == "null2v" or draw.drop_context:
                 context[i] = 0  # the mask is kept: attention over no key at all would give NaN
         return context, mask
+
+
+def _float(x: Tensor) -> Tensor:
+    """Errors are taken in float32, or wider where the model computes so."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _noisy(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.errors import UserError
 from kairos_train.training.engine import TrainingEngine
-from kairos_train.training.engine_state import gather_weights
 
 EXCHANGED_AT_ONCE = 2**24  # elements
 
@@ -20,14 +19,16 @@ class Ema:
     """Average of the float32 masters: ema <- d_n·ema + (1 - d_n)·master, d_n = min(decay, (1 + n) / (10 + n)).
 
     n counts the updates made before: with the bare decay a run much shorter than 1 / (1 - decay) steps would average
-    its random start (*ours*). The average lies as the masters do, so it needs no communication and 4 bytes per
-    parameter, divided by the number of processes under ZeRO stages 1 to 3, on each of them under stage 0. Frozen
-    parameters and buffers are their own average.
+    its random start (*ours*). The average lies as the masters do, so it needs no communication, and as much memory as
+    they. Frozen parameters and buffers are their own average.
 
     Args:
         engine: whose masters are averaged; the average starts at their present values.
         decay: in [0, 1); 0 follows the weights.
         warmup: False uses `decay` from the first update on.
+
+    Attributes:
+        average: in the layout of the engine's masters.
 
     Raises:
         UserError: a decay outside of [0, 1).
@@ -40,23 +41,19 @@ class Ema:
         self.warmup = warmup
         self.updates = 0
         self._engine = engine
-        self._average: list[Tensor] = [master.clone() for master in engine.layout.masters]
+        self.average: list[Tensor] = [master.clone() for master in engine.layout.masters]
 
     @torch.no_grad()
     def update(self) -> None:
         """Average in the present weights; called after every step that changed them."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        for average, master in zip(self._average, self._engine.layout.masters):
+        for average, master in zip(self.average, self._engine.layout.masters):
             average.lerp_(master, 1 - decay)
         self.updates += 1
 
     def state_dict(self) -> dict[str, int]:
         """Plain state, for the key "ema" of a checkpoint's state."""
         return {"updates": self.updates}
-
-    def gather(self) -> dict[str, Tensor]:
-        """The section "ema": a complete state dictionary, float32 on the CPU of rank 0, {} elsewhere. Collective."""
-        return gather_weights(self._engine, self._average)
 
     def load(self, reader: CheckpointReader) -> None:
         """Restore the section and the counter; every process reads its own parts.
@@ -74,8 +71,7 @@ class Ema:
                     f"checkpoint {reader.path}: ema/{name} has shape {list(reader.shape('ema', name))},"
                     f" this model's is {list(shape)}; resume with the model that wrote it"
                 )
-        for name in layout.shapes:
-            layout.scatter(name, reader.read("ema", name), self._average)
+        layout.fill(lambda name, box: reader.read("ema", name, box), self.average)
         self.updates = state["updates"]
 
     @contextmanager
@@ -96,7 +92,7 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for flats in zip(self._average, self._engine.layout.masters):
+        for flats in zip(self.average, self._engine.layout.masters):
             for average, master in zip(*(flat.view(-1).split(EXCHANGED_AT_ONCE) for flat in flats)):
                 kept = master.clone()
                 master.copy_(average)

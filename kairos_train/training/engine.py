@@ -1,9 +1,9 @@
 """The model in DeepSpeed: processes, precision, ZeRO stage, backward and step.
 
-One loss equation for every stage and world size: a process gives `backward` the loss of its micro-batch as
-local_sum · world / N_valid_of_the_whole_step, and the engine averages gradients over processes and adds them over the
-micro-batches. DeepSpeed is used for partitioning, reduction, clipping and the update; its data loader, schedulers,
-batch arithmetic and checkpoints are not.
+One loss equation for every stage and layout: a process gives `backward` the loss of its micro-batch as
+local_sum · dp·cp / N_valid_of_the_whole_step, and the engine averages gradients over the dp·cp processes that hold the
+same parameters and adds them over the micro-batches. Tensor ranks compute the same loss. DeepSpeed is used for
+partitioning, reduction, clipping and the update; its data loader, schedulers, batch arithmetic and checkpoints are not.
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from kairos_train.config.schema import Config
+from kairos_train.config.schema import Config, ParallelConfig
 from kairos_train.errors import UserError
 from kairos_train.training.master_layout import MasterLayout
-from kairos_train.training.optimizer import MasterAdamW, build_optimizer, parameter_groups, set_lr
+from kairos_train.training.optimizer import Masters, build_optimizer, parameter_groups, set_lr
+from kairos_train.training.shares import Shares
+from parallel.audit import audit
+from parallel.gradient_sync import gradient_norm, sum_partial_gradients
+from parallel.mpu import DeepSpeedMpu
+from parallel.sharding import Shape, ShardingTable, set_attributes
+from parallel.topology import Degrees, Topology
 
 LARGEST_BUCKET = 500_000_000  # elements reduced at once
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among the run's processes."""
-
-    rank: int
-    size: int
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,21 @@ class StepResult:
     stepped: bool  # False: the gradient was not finite, it was dropped and no weight or moment changed
 
 
-def start_processes(device: str) -> World:
-    """Join the run's process group: the one of torchrun, or of this process alone when there is none.
+def start_processes(device: str, parallel: ParallelConfig | None = None) -> Topology:
+    """Join the run's process group and take a place in its layout. Collective.
+
+    The group is the one of torchrun, or of this process alone when there is none.
 
     The one place that touches the environment: DeepSpeed reads the local rank and, on a machine with GPUs that trains
     on the CPU, its accelerator from there and from nowhere else.
 
     Args:
         device: "auto", "cpu" or "cuda". On CUDA each process takes the GPU of its local rank.
+        parallel: degrees of tensor and context parallelism; None: all processes are data-parallel.
 
     Raises:
-        UserError: CUDA is asked for and not there, or DeepSpeed was imported for another device before.
+        UserError: CUDA is asked for and not there, DeepSpeed was imported for another device before, or the number of
+            processes does not divide by the degrees.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"train.device={device!r}: must be 'auto', 'cpu' or 'cuda'")
@@ -82,7 +85,7 @@ def start_processes(device: str) -> World:
             f"train.device={device!r}: DeepSpeed already runs on {get_accelerator().device_name()!r} in this process;"
             " start a fresh one, without DS_ACCELERATOR in its environment"
         )
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=own)
+    return Topology.build(Degrees.of(parallel or ParallelConfig(), dist.get_world_size()), own)
 
 
 def stop_processes() -> None:
@@ -114,19 +117,32 @@ class TrainingEngine:
         model: the wrapped module. Under ZeRO stage 3 its parameters are empty outside of its forward pass.
         optimizer: the torch AdamW underneath.
         deepspeed: the DeepSpeed engine.
-        world: this process among the others.
+        topology: this process among the others.
+        shares: which part of each tensor this process holds and writes.
         layout: where the float32 masters of this process are.
-        frozen: float32 values of the parameters that do not train, on the CPU of rank 0, empty elsewhere.
+        frozen: float32 values, on the CPU, of the parameters that do not train and that this process writes.
     """
 
-    def __init__(self, deepspeed: Any, optimizer: torch.optim.Optimizer, *, stage: int, world: World) -> None:
+    def __init__(
+        self,
+        deepspeed: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        stage: int,
+        topology: Topology,
+        shares: Shares,
+        frozen: dict[str, Tensor],
+        hooks: Sequence[RemovableHandle],
+    ) -> None:
         self.deepspeed = deepspeed
         self.optimizer = optimizer
         self.stage = stage
-        self.world = world
+        self.topology = topology
+        self.shares = shares
         self.model: nn.Module = deepspeed.module
-        self.layout = MasterLayout(deepspeed, optimizer, stage=stage)
-        self.frozen: dict[str, Tensor] = {}
+        self.layout = MasterLayout(deepspeed, optimizer, stage=stage, shares=shares)
+        self.frozen = frozen
+        self._hooks = hooks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass.
@@ -142,7 +158,7 @@ class TrainingEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`; `last` marks the step's last micro-batch, after which gradients are reduced."""
-        if isinstance(self.optimizer, MasterAdamW):
+        if isinstance(self.optimizer, Masters):
             for parameter in self.optimizer.low_precision:
                 if parameter.grad is None:  # DeepSpeed would fill in zeros of the parameter's own type
                     parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
@@ -164,8 +180,7 @@ class TrainingEngine:
 
     def _step_unpartitioned(self) -> StepResult:
         """Stage 0: DeepSpeed clips and steps without looking, so the norm is taken first."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
+        norm = float(gradient_norm(self.model, self.topology))
         if math.isfinite(norm):
             self.deepspeed.step()
             return StepResult(norm=norm, stepped=True)
@@ -177,59 +192,81 @@ class TrainingEngine:
         set_lr(self.optimizer, lr)
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers; the process group stays."""
+        """Release hooks and DeepSpeed's buffers; the process groups stay."""
+        for hook in self._hooks:
+            hook.remove()
         self.deepspeed.destroy()
 
 
-def build_engine(model: nn.Module, config: Config, *, world: World) -> TrainingEngine:
-    """Put a model, with its float32 weights, under DeepSpeed.
+def build_engine(
+    model: nn.Module,
+    config: Config,
+    *,
+    topology: Topology,
+    table: ShardingTable,
+    full_shapes: Mapping[str, Shape],
+) -> TrainingEngine:
+    """Put a model, with its float32 weights, under DeepSpeed. Collective.
 
-    Rank 0's weights and buffers are everyone's. Parameters that do not require gradients are never updated. In bf16 the
-    masters start from the float32 weights, not from their bfloat16 rounding, which costs 4 bytes per parameter of host
-    memory on every process until this returns.
+    The weights and buffers of the first rank of each gradient group are everyone's in it. Parameters that do not
+    require gradients are never updated. In bf16 the masters start from the float32 weights, not from their bfloat16
+    rounding, which costs 4 bytes per parameter of host memory on every process until this returns.
+
+    Args:
+        model: this tensor rank's part of the model, with the same values on all tensor ranks in what is not split.
+        config: training, optimiser.
+        topology: of all processes.
+        table: how each parameter of the model is split.
+        full_shapes: of the parameters of the whole model.
 
     Raises:
         UserError: a ZeRO stage or precision that does not exist.
+        ShardingError: the model does not fit the table, or copies differ between tensor ranks.
     """
     train = config.train
     if train.zero_stage not in (0, 1, 2, 3):
         raise UserError(f"train.zero_stage={train.zero_stage}: must be 0, 1, 2 or 3")
     if train.precision not in ("bf16", "fp32"):
         raise UserError(f"train.precision={train.precision!r}: must be 'bf16' or 'fp32'")
-    model.to(world.device)
-    _share_rank_zero(model, world)
-    frozen = _float32_copies(model, trainable=False) if world.rank == 0 else {}
-    exact = _float32_copies(model, trainable=True) if train.precision == "bf16" else {}
+    model.to(topology.device)
+    _share_first(model, topology)
+    audit(model, table, topology, full_shapes=full_shapes)
+    set_attributes(model, table)
+    hooks = sum_partial_gradients(model, table, topology)
+    named = dict(model.named_parameters())
+    shares = Shares(table, topology, {name: tuple(p.shape) for name, p in named.items()})
+    frozen = _float32_copies({n: p for n, p in named.items() if not p.requires_grad and n in shares.copies})
+    trainable = {name: p for name, p in named.items() if p.requires_grad}
+    exact = _float32_copies(trainable) if train.precision == "bf16" else {}
     masters = train.precision == "bf16" and train.zero_stage == 0
     if masters:
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
     groups = parameter_groups(model, config.optimizer.weight_decay)
     optimizer = build_optimizer(groups, config.optimizer, masters=masters)
-    engine = _initialize(model, optimizer, _deepspeed_config(model, config))
-    wrapped = TrainingEngine(engine, optimizer, stage=train.zero_stage, world=world)
-    wrapped.frozen = frozen
+    engine = _initialize(model, optimizer, _deepspeed_config(model, config), topology)
+    wrapped = TrainingEngine(
+        engine, optimizer, stage=train.zero_stage, topology=topology, shares=shares, frozen=frozen, hooks=hooks
+    )
     for name, tensor in exact.items():
         wrapped.layout.scatter(name, tensor, wrapped.layout.masters)
     wrapped.layout.refresh()
     return wrapped
 
 
-def _share_rank_zero(model: nn.Module, world: World) -> None:
-    if world.size == 1:
+def _share_first(model: nn.Module, topology: Topology) -> None:
+    """Give the first rank's weights to all that hold the same part: never across tensor ranks."""
+    if topology.gradient_group is None:
         return
+    first = topology.ranks("gradient")[0]
     for tensor in [*model.parameters(), *model.buffers()]:
         content = tensor.detach().reshape(-1).view(torch.uint8)  # bytes: backends do not know every type
-        dist.broadcast(content, 0)
+        dist.broadcast(content, first, group=topology.gradient_group)
         tensor.data.copy_(content.view(tensor.dtype).view(tensor.shape))
 
 
-def _float32_copies(model: nn.Module, *, trainable: bool) -> dict[str, Tensor]:
-    return {
-        name: p.detach().to("cpu", torch.float32, copy=True)
-        for name, p in model.named_parameters()
-        if p.requires_grad == trainable
-    }
+def _float32_copies(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items()}
 
 
 def _deepspeed_config(model: nn.Module, config: Config) -> dict[str, Any]:
@@ -242,6 +279,7 @@ def _deepspeed_config(model: nn.Module, config: Config) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.gradient_clip,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,  # plain gradient descent, tested here
         # Buckets are allocated at full size: for a small model DeepSpeed's default would be 2 GB.
         "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": bucket},
         "timers": {"throughput": {"enabled": False}},  # it synchronises the device in every step
@@ -251,12 +289,16 @@ def _deepspeed_config(model: nn.Module, config: Config) -> dict[str, Any]:
     return settings
 
 
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+def _initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], topology: Topology
+) -> Any:
     """`deepspeed.initialize`, without its talk on standard output."""
     talk = io.StringIO()
     with contextlib.redirect_stdout(talk):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=None)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, mpu=DeepSpeedMpu(topology), dist_init_required=None
+        )
     return engine

@@ -79,12 +79,12 @@ class Feed:
 
     def _latents(self, batch: Batch) -> Tensor:
         if batch.latents is not None:
-            return batch.latents.to(self.device)
+            return batch.latents.to(self.device).float()
         return self.encoders.video.encode(batch.frames.to(self.device))
 
     def _context(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if batch.context is not None:
-            return batch.context.to(self.device), batch.context_mask.to(self.device)
+            return batch.context.to(self.device).float(), batch.context_mask.to(self.device)
         # The first frame is the image of the prompt, for encoders that look at one.
         images = None if batch.frames is None else batch.frames[:, 0].to(self.device)
         return self.encoders.text.encode(batch.text, images)

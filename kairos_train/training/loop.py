@@ -26,8 +26,7 @@ def train(config: Config) -> Path:
         UserError: something in the configuration, the shards or the checkpoint does not fit the rest.
         RunStopped: a non-finite loss or gradient under `train.on_nonfinite=stop`.
     """
-    run = open_run(config)
-    try:
+    with open_run(config) as run:
         while not run.finished:
             batches, data_wait = run.next_batches()
             lr = lr_at(run.step, config.optimizer, config.train.steps)
@@ -38,6 +37,4 @@ def train(config: Config) -> Path:
                 run.ema.update()
             run.record(report, batches, lr=lr, data_wait=data_wait)
             run.follow_up()
-    finally:
-        run.close()
     return checkpoint_path(persist.checkpoints(config), run.step)

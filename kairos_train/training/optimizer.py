@@ -1,4 +1,4 @@
-"""AdamW: which parameters decay, which learning rate a step has, and float32 masters where DeepSpeed keeps none."""
+"""Optimisers: which parameters decay, which learning rate a step has, float32 masters where DeepSpeed keeps none."""
 
 from __future__ import annotations
 
@@ -43,25 +43,27 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, *, masters: bool) -> torch.optim.AdamW:
-    """AdamW over `groups`; with `masters` it keeps float32 copies of low-precision parameters itself.
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, *, masters: bool) -> torch.optim.Optimizer:
+    """The optimiser over `groups`; with `masters` it keeps float32 copies of low-precision parameters itself.
 
     Raises:
         UserError: an optimiser that does not exist.
     """
-    if config.name != "adamw":
-        raise UserError(f"optimizer.name={config.name!r}: only 'adamw' exists")
-    kind = MasterAdamW if masters else torch.optim.AdamW
-    return kind(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    if config.name == "adamw":
+        kind = MasterAdamW if masters else torch.optim.AdamW
+        return kind(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    if config.name == "sgd":
+        return (MasterSGD if masters else torch.optim.SGD)(groups, lr=config.lr)
+    raise UserError(f"optimizer.name={config.name!r}: must be 'adamw' or 'sgd'")
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 masters of bfloat16 parameters, for ZeRO stage 0.
+class Masters(torch.optim.Optimizer):
+    """Float32 masters of bfloat16 parameters, put before an optimiser in its bases, for ZeRO stage 0.
 
     DeepSpeed's own stage 0 wrapper accumulates gradients in bfloat16 and refuses float32. Here each parameter's `.grad`
-    is float32 (`Tensor.grad_dtype`), and the masters are the tensors that this optimiser knows.
+    is float32 (`Tensor.grad_dtype`), and the masters are the tensors that the optimiser knows.
 
-    Costs per parameter, on every process: 2 bytes of weight, 4 of gradient, 4 of master, 8 of moments.
+    Costs per parameter, on every process: 2 bytes of weight, 4 of gradient, 4 of master, and 8 of AdamW's moments.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **kwargs: Any) -> None:
@@ -91,6 +93,14 @@ class MasterAdamW(torch.optim.AdamW):
         """Round the masters into the parameters."""
         for low, master in zip(self.low_precision, self.masters):
             low.copy_(master)
+
+
+class MasterAdamW(Masters, torch.optim.AdamW):
+    """AdamW on masters."""
+
+
+class MasterSGD(Masters, torch.optim.SGD):
+    """Plain gradient descent on masters: for comparing layouts, whose rounding AdamW's division would enlarge."""
 
 
 def lr_at(step: int, config: OptimizerConfig, total_steps: int) -> float:

@@ -1,18 +1,20 @@
-"""A run into a checkpoint and back: weights, moments, averages, random states, loader positions, configuration."""
+"""A run into a checkpoint and back: weights, moments, averages, random states, position in the data, configuration."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from dataloaders.loader import ShardLoader
-from kairos_train.checkpoint.canonical import CheckpointReader, find_latest, write_checkpoint
+from kairos_train.checkpoint.canonical import CheckpointReader, find_latest
 from kairos_train.checkpoint.retention import prune
+from kairos_train.checkpoint.saver import Saver
+from kairos_train.checkpoint.writing import whole_pieces
 from kairos_train.conditioning.interfaces import identities_match
 from kairos_train.config.compose import load_saved, to_yaml
 from kairos_train.config.schema import Config
@@ -20,23 +22,32 @@ from kairos_train.errors import UserError
 from kairos_train.training.describe import chosen_kernels
 from kairos_train.training.ema import Ema
 from kairos_train.training.engine import TrainingEngine
-from kairos_train.training.engine_state import gather_full_state, load_full_state
+from kairos_train.training.engine_state import load_full_state, state_pieces
 from kairos_train.training.feed import Feed
-from kairos_train.training.random_state import random_state, set_random_state
+from kairos_train.training.random_state import derive_random_state, random_state, set_random_state
+from parallel.topology import Topology
 
 FREE_TO_CHANGE = (
     "run_dir",
     "train.",
+    "parallel.",
+    "cluster.",
+    "kernels.",
     "data.workers",
+    "data.timeout",
     "data.validation_shards",
     "data.on_corrupt",
-    "kernels.",
+    "data.max_corrupt",
     "stage.init",
 )
-"""Settings that a resumed run may have otherwise than its checkpoint (announced); any other change is refused."""
+"""Settings that a resumed run may have otherwise than its checkpoint (announced); any other change is refused.
 
-LAYOUT = ("train.micro_batch", "train.accumulation", "train.precision")
-"""Of `train.`, what decides the numbers: not free to change."""
+How a run is split, recomputed and written changes its numbers by rounding alone. `train.micro_batch` and
+`train.accumulation` must make up for another number of data ranks: `restore` holds the samples of a step.
+"""
+
+NUMBERS = ("train.precision",)
+"""Of those, what decides the numbers after all: not free. (`precision.fp8` is not free either.)"""
 
 
 def find_resumable(config: Config) -> tuple[CheckpointReader | None, list[str]]:
@@ -71,7 +82,7 @@ def changed_settings(config: Config, reader: CheckpointReader) -> list[str]:
     old, new = _leaves(asdict(load_saved(reader.path / "config.yaml"))), _leaves(asdict(config))
     changes = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     for key in changes:
-        if key in LAYOUT or not key.startswith(FREE_TO_CHANGE):
+        if key in NUMBERS or not key.startswith(FREE_TO_CHANGE):
             raise UserError(
                 f"{key}={new.get(key)}: the run in run_dir={config.run_dir} was started with {old.get(key)}; "
                 "set that to resume it, or choose another run_dir"
@@ -79,59 +90,113 @@ def changed_settings(config: Config, reader: CheckpointReader) -> list[str]:
     return [f"{key} {old.get(key)} -> {new.get(key)}" for key in changes]
 
 
+def open_saver(config: Config, topology: Topology) -> Saver:
+    """What writes this run's checkpoints and drops old ones. Collective."""
+    folder, train = checkpoints(config), config.train
+    return Saver(
+        folder,
+        rank=topology.rank,
+        size=topology.size,
+        background=train.async_checkpoint,
+        published=partial(prune, folder, train.keep_last, train.keep_every),
+    )
+
+
 def save(
-    engine: TrainingEngine, ema: Ema, loader: ShardLoader, feed: Feed, config: Config, *, step: int, samples: int
+    saver: Saver,
+    engine: TrainingEngine,
+    ema: Ema,
+    loader: ShardLoader,
+    feed: Feed,
+    config: Config,
+    *,
+    step: int,
+    samples: int,
 ) -> None:
-    """Write the checkpoint of `step` and drop old ones. Collective."""
-    sections, optimizer = gather_full_state(engine)
-    average = ema.gather()
-    tensors, plain = random_state()
-    ranks: list[dict[str, Any]] = [{} for _ in range(engine.world.size)]
-    dist.all_gather_object(ranks, {"loader": loader.state_dict(), "random": plain, "tensors": tensors})
-    if engine.world.rank == 0:
-        state = {
-            "samples": samples,
-            "optimizer": optimizer,
-            "ema": ema.state_dict(),
-            "encoders": feed.identity,
-            "kernels": chosen_kernels(config, engine.world.device),
-            "ranks": [{k: v for k, v in rank.items() if k != "tensors"} for rank in ranks],
-        }
-        rng = {f"rank{i}.{name}": t for i, rank in enumerate(ranks) for name, t in rank["tensors"].items()}
-        write_checkpoint(
-            checkpoints(config),
-            step,
-            sections={**sections, "ema": average, "rng": rng},
-            state=state,
-            files={"config.yaml": to_yaml(config), "dataset_stats.json": json.dumps(feed.statistics, indent=1)},
-        )
-        prune(checkpoints(config), config.train.keep_last, config.train.keep_every)
-    dist.barrier()
-
-
-def restore(engine: TrainingEngine, ema: Ema, loader: ShardLoader, feed: Feed, reader: CheckpointReader) -> int:
-    """Continue where `reader`'s checkpoint stood; returns the samples seen so far. Collective.
+    """Begin the checkpoint of `step`. Collective.
 
     Raises:
-        UserError: other encoders, another number of processes, other shards, another model.
+        UserError: the checkpoint before it could not be written.
+    """
+    loader.sync()
+    topology = engine.topology
+    tensors, plain = random_state()
+    rng = whole_pieces({f"rank{topology.rank}.{name}": tensor for name, tensor in tensors.items()})
+    saver.save(
+        step,
+        {**state_pieces(engine, ema.average), "rng": rng},
+        own_state={"random": plain},
+        state={
+            "samples": samples,
+            "layout": {**asdict(topology.degrees), "step_size": step_size(config, topology)},
+            "optimizer": {"updates": engine.layout.updates},
+            "ema": ema.state_dict(),
+            "loader": loader.state_dict(),  # the same on all ranks
+            "encoders": feed.identity,
+            "kernels": chosen_kernels(config, topology.device),
+        },
+        files={"config.yaml": to_yaml(config), "dataset_stats.json": json.dumps(feed.statistics, indent=1)},
+    )
+
+
+def step_size(config: Config, topology: Topology) -> int:
+    """What a step takes from the data on all ranks: samples, or micro-batches where those have a token budget."""
+    fixed = config.train.micro_batch if config.data.tokens_per_micro_batch is None else 1
+    return fixed * config.train.accumulation * topology.degrees.data
+
+
+def changed_layout(config: Config, topology: Topology, reader: CheckpointReader) -> list[str]:
+    """The processes' arrangement where it is another than the checkpoint's, "key old -> new".
+
+    Raises:
+        UserError: a step would take another number of samples than before, or the checkpoint does not say.
+    """
+    old = reader.state.get("layout")
+    if old is None:
+        raise UserError(
+            f"checkpoint {reader.path}: an older version wrote it, and it does not say how; start a stage from it by "
+            "stage.init_from"
+        )
+    train, size, new = config.train, step_size(config, topology), asdict(topology.degrees)
+    if size != old["step_size"]:
+        fixed = config.data.tokens_per_micro_batch is None
+        factors = f"train.micro_batch={train.micro_batch} × " if fixed else ""
+        raise UserError(
+            f"{factors}train.accumulation={train.accumulation} × {new['data']} data ranks = {size} "
+            f"{'samples' if fixed else 'micro-batches'} per step, but the run in run_dir={config.run_dir} has "
+            f"{old['step_size']}; change one of them so that it stays"
+        )
+    return [f"{axis} ranks {old[axis]} -> {degree}" for axis, degree in new.items() if degree != old[axis]]
+
+
+def restore(
+    engine: TrainingEngine, ema: Ema, loader: ShardLoader, feed: Feed, config: Config, reader: CheckpointReader
+) -> int:
+    """Continue where `reader`'s checkpoint stood, whatever layout wrote it; returns the samples seen. Collective.
+
+    Raises:
+        UserError: other encoders, other shards, another model, another number of samples per step.
     """
     identities_match(reader.state["encoders"], feed.identity)
-    ranks = reader.state["ranks"]
-    if len(ranks) != engine.world.size:
-        raise UserError(
-            f"{reader.path}: written by {len(ranks)} processes, this run has {engine.world.size}; use as many to resume"
-        )
-    mine = ranks[engine.world.rank]
-    loader.load_state_dict(mine["loader"])
+    topology = engine.topology
+    another = changed_layout(config, topology, reader)
+    loader.load_state_dict(reader.state["loader"])
     load_full_state(engine, reader)
     ema.load(reader)
-    prefix = f"rank{engine.world.rank}."
-    tensors: dict[str, torch.Tensor] = {}
-    for name in reader.names("rng"):
-        if name.startswith(prefix):
-            tensors[name.removeprefix(prefix)] = reader.read("rng", name)
-    set_random_state(tensors, mine["random"])
+    if another:
+        # Every rank had generators of its own, and ranks there are now others. Training draws nothing from them (noise
+        # is a function of seed, step and sample), so any states will do that are the same whenever this is repeated.
+        derive_random_state(config.seed, reader.step, topology.rank)
+    else:
+        _restore_random_state(reader, topology.rank)
     return int(reader.state["samples"])
+
+
+def _restore_random_state(reader: CheckpointReader, rank: int) -> None:
+    prefix = f"rank{rank}."
+    names = [name for name in reader.names("rng") if name.startswith(prefix)]
+    tensors: dict[str, torch.Tensor] = {name.removeprefix(prefix): reader.read("rng", name) for name in names}
+    set_random_state(tensors, reader.state["ranks"][rank]["random"])
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
@@ -33,3 +34,11 @@ def set_random_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, internal, next_gauss = plain["python"]
     random.setstate((version, tuple(internal), next_gauss))
+
+
+def derive_random_state(seed: int, step: int, rank: int) -> None:
+    """Set every generator to a state that is a function of the arguments, where there is none to restore."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little"))
+    np.random.seed(int.from_bytes(digest[8:12], "little"))
+    random.seed(digest)

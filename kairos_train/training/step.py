@@ -1,8 +1,12 @@
 """One optimiser step: count, forward, backward, update.
 
-The loss equation of `kairos_train.objective.flow_matching` across micro-batches and processes: the denominators of the
-whole global step are counted first (one small all-reduce), then every micro-batch's numerator over them, times the
-number of processes because the engine averages gradients over processes.
+The loss equation of `kairos_train.objective.flow_matching` across micro-batches and ranks, for every layout:
+
+    loss of a micro-batch on a rank = dp·cp · (w_video · Σ_video / N_video + w_action · Σ_action / (cp · N_action))
+
+N counts the whole global step, before its first forward pass (one small all-reduce). Σ_video is over the frames that
+the rank holds. Every context rank computes all actions, hence 1/cp. The engine averages gradients over the dp·cp ranks
+that hold the same parameters, hence dp·cp. Tensor ranks compute the same loss.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from kairos_train.config.schema import StageConfig
 from kairos_train.model import ModelOutput
 from kairos_train.objective.flow_matching import ConditionedBatch, FlowMatching, LossSums
 from kairos_train.training.engine import TrainingEngine
+from parallel.topology import Topology
 
 SIGMA_BINS = 5
 
@@ -51,16 +56,16 @@ class StepReport:
 class LossMeter:
     """Sums of the loss equation over micro-batches, per stream and σ bin. Double precision, on the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
         self.bins = {stream: torch.zeros(SIGMA_BINS, 2, dtype=torch.float64) for stream in ("video", "action")}
         self.samples = torch.zeros(1, dtype=torch.float64)
 
-    def add(self, batch: ConditionedBatch, sums: LossSums) -> None:
-        """Take in one micro-batch."""
-        frames = batch.latents.shape[2]
-        per_frame = batch.latents[0, :, 0].numel()
-        counts = torch.tensor([(frames - k) * per_frame for k in batch.history], dtype=torch.float64)
-        self._add("video", batch.video_sigma, sums.video, counts)
+    def add(self, batch: ConditionedBatch, sums: LossSums, frames: range) -> None:
+        """Take in one micro-batch, of which this rank holds `frames`. Actions count on the first context rank."""
+        self._add("video", batch.video_sigma, sums.video, torch.tensor(batch.video_elements(frames)))
+        if self.topology.context_rank:
+            return
         if sums.action is not None:
             self._add("action", batch.action_sigma, sums.action, batch.action_mask.sum(1))
         self.samples += len(batch.keys)
@@ -70,10 +75,12 @@ class LossMeter:
         values = torch.stack([sums.detach().double().cpu(), counts.double().cpu()], dim=1)
         self.bins[stream].index_add_(0, index, values)
 
-    def reduce(self, device: torch.device) -> None:
-        """Add up over processes."""
-        flat = torch.cat([self.bins["video"].flatten(), self.bins["action"].flatten(), self.samples]).to(device)
-        dist.all_reduce(flat)
+    def reduce(self) -> None:
+        """Add up over ranks."""
+        flat = torch.cat([self.bins["video"].flatten(), self.bins["action"].flatten(), self.samples])
+        if self.topology.gradient_group is not None:
+            flat = flat.to(self.topology.device)
+            dist.all_reduce(flat, group=self.topology.gradient_group)
         video, action, self.samples = flat.cpu().split([2 * SIGMA_BINS, 2 * SIGMA_BINS, 1])
         self.bins = {"video": video.view(-1, 2), "action": action.view(-1, 2)}
 
@@ -87,15 +94,18 @@ def train_step(
     engine: TrainingEngine, objective: FlowMatching, stage: StageConfig, batches: list[ConditionedBatch]
 ) -> StepReport:
     """Run one optimiser step on the micro-batches of this rank. Collective."""
-    counts = _global_counts(batches, engine.world.device)
-    meter = LossMeter()
+    topology = engine.topology
+    counts, meter = global_counts(batches, topology), LossMeter(topology)
+    copies = topology.degrees.data * topology.degrees.context
     for i, batch in enumerate(batches):
         output = ModelOutput(*engine(**batch.model_inputs()))
-        sums = objective.loss_sums(batch, output.video, output.action)
-        meter.add(batch, sums)
-        engine.backward(scaled_loss(stage, sums, counts) * engine.world.size, last=i == len(batches) - 1)
+        frames = engine.model.local_frames(batch.latents.shape[2])
+        sums = objective.loss_sums(batch, output.video, output.action, frames)
+        meter.add(batch, sums, frames)
+        loss = copies * scaled_loss(stage, sums, counts, topology.degrees.context)
+        engine.backward(loss, last=i == len(batches) - 1)
     result = engine.step()
-    meter.reduce(engine.world.device)
+    meter.reduce()
     joint = stage.streams == "joint"
     video, action = meter.loss("video"), meter.loss("action") if joint else None
     return StepReport(
@@ -104,16 +114,21 @@ def train_step(
         loss=weighted_loss(stage, video, action),
         grad_norm=result.norm,
         stepped=result.stepped,
-        samples=int(meter.samples),
+        samples=round(float(meter.samples)),
         bins={"video": meter.bins["video"]} | ({"action": meter.bins["action"]} if joint else {}),
     )
 
 
-def scaled_loss(stage: StageConfig, sums: LossSums, counts: tuple[int, int]) -> Tensor:
-    """w_video·Σ_video/N_video + w_action·Σ_action/N_action of one micro-batch; a stream nobody counts in gives 0."""
+def scaled_loss(stage: StageConfig, sums: LossSums, counts: tuple[int, int], context: int = 1) -> Tensor:
+    """What the equation at the top of this file has in brackets; a stream nobody counts in gives 0.
+
+    Args:
+        counts: N_video and N_action.
+        context: cp, the ranks that compute the same actions.
+    """
     loss = stage.video_loss_weight * sums.video.sum() / max(counts[0], 1)
     if sums.action is not None:
-        loss = loss + stage.action_loss_weight * sums.action.sum() / max(counts[1], 1)
+        loss = loss + stage.action_loss_weight * sums.action.sum() / (context * max(counts[1], 1))
     return loss
 
 
@@ -122,9 +137,10 @@ def weighted_loss(stage: StageConfig, video: float, action: float | None) -> flo
     return stage.video_loss_weight * video + stage.action_loss_weight * (action or 0.0)
 
 
-def _global_counts(batches: list[ConditionedBatch], device: torch.device) -> tuple[int, int]:
-    """N_video and N_action of the whole global step. int64: exact at any size."""
-    local = [sum(b.video_elements() for b in batches), sum(b.action_steps() for b in batches)]
-    counts = torch.tensor(local, device=device)
-    dist.all_reduce(counts)
+def global_counts(batches: list[ConditionedBatch], topology: Topology) -> tuple[int, int]:
+    """N_video and N_action of the whole global step. int64: exact at any size. Collective."""
+    local = [sum(sum(b.video_elements()) for b in batches), sum(b.action_steps() for b in batches)]
+    counts = torch.tensor(local, device=topology.device)
+    if topology.data_group is not None:
+        dist.all_reduce(counts, group=topology.data_group)
     return int(counts[0]), int(counts[1])

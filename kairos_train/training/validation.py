@@ -17,12 +17,13 @@ FIXED_STEP = -1
 
 @torch.no_grad()
 def validate(engine: TrainingEngine, feed: Feed, config: Config) -> dict[str, float]:
-    """Losses by stream over the first `train.validation_batches` batches, split over processes. Collective.
+    """Losses by stream over the first `train.validation_batches` batches, split over data ranks. Collective.
 
     Returns:
         {"video": …, "action": …} (action in a joint stage).
     """
-    meter, world = LossMeter(), engine.world
+    topology = engine.topology
+    meter, ranks = LossMeter(topology), topology.degrees.data
     batches = list(
         fixed_batches(
             config.data.validation_shards,
@@ -33,16 +34,17 @@ def validate(engine: TrainingEngine, feed: Feed, config: Config) -> dict[str, fl
         )
     )
     engine.model.eval()
-    rounds = -(-len(batches) // world.size)
+    rounds = -(-len(batches) // ranks)
     for i in range(rounds):
         # Every rank runs every round, because the forward pass may be collective; a surplus one is not counted.
-        mine = i * world.size + world.rank
+        mine = i * ranks + topology.data_rank
         batch = feed.condition(batches[min(mine, len(batches) - 1)], step=FIXED_STEP)
         output = ModelOutput(*engine(**batch.model_inputs()))
         if mine < len(batches):
-            meter.add(batch, feed.objective.loss_sums(batch, output.video, output.action))
+            frames = engine.model.local_frames(batch.latents.shape[2])
+            meter.add(batch, feed.objective.loss_sums(batch, output.video, output.action, frames), frames)
     engine.model.train()
-    meter.reduce(world.device)
+    meter.reduce()
     return {
         stream: meter.loss(stream) for stream in (["video", "action"] if config.stage.streams == "joint" else ["video"])
     }

@@ -24,13 +24,17 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kairos_train.checkpoint.canonical import CheckpointReader, write_checkpoint
+from kairos_train.checkpoint.canonical import CheckpointReader
+from kairos_train.checkpoint.saver import Saver
+from kairos_train.checkpoint.writing import write_checkpoint
 from kairos_train.config.schema import Config
 from kairos_train.errors import UserError
 from kairos_train.training.ema import Ema
-from kairos_train.training.engine import TrainingEngine, World, build_engine, start_processes, stop_processes
-from kairos_train.training.engine_state import gather_full_state, load_full_state
+from kairos_train.training.engine import TrainingEngine, build_engine, start_processes, stop_processes
+from kairos_train.training.engine_state import gather_full_state, load_full_state, state_pieces
 from kairos_train.training.optimizer import lr_at
+from parallel.sharding import Rule, ShardingTable
+from parallel.topology import Topology
 
 STEPS, SAVED, MICRO, SAMPLES, WIDTH = 4, 2, 2, 4, 301
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in range(4)]
@@ -74,6 +78,13 @@ def make_net(seed: int) -> Net:
     return Net()
 
 
+def build(seed: int, config: Config, world: Topology) -> TrainingEngine:
+    net = make_net(seed)
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    table = ShardingTable.of([Rule(".*", "replicated_full")], shapes, tensor=1)
+    return build_engine(net, config, topology=world, table=table, full_shapes=shapes)
+
+
 def make_config(stage: int, precision: str) -> Config:
     config = Config()
     config.train.zero_stage, config.train.precision = stage, precision
@@ -100,7 +111,7 @@ def local_sum(net: nn.Module | TrainingEngine, x: Tensor, mask: Tensor) -> Tenso
 
 def train_step(engine: TrainingEngine, config: Config, step: int, *, poison: bool = False) -> tuple[str, str, bool]:
     """One optimiser step on this process' samples; returns global loss and norm, exactly, and whether it stepped."""
-    world = engine.world
+    world = engine.topology
     x, mask = make_batch(step)
     x, mask, valid = x[:, world.rank :: world.size], mask[:, world.rank :: world.size], int(mask.sum())
     engine.set_lr(lr_at(step, config.optimizer, STEPS))
@@ -125,19 +136,17 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 def digest_state(engine: TrainingEngine, ema: Ema) -> dict[str, str]:
     """Digests of all sections, on rank 0. Collective."""
-    sections, optimizer = gather_full_state(engine)
-    sections["ema"] = ema.gather()
-    if engine.world.rank != 0:
+    sections, optimizer = gather_full_state(engine, ema.average)
+    if engine.topology.rank != 0:
         return {}
     return {name: digest(tensors) for name, tensors in sections.items()} | {"optimizer": str(optimizer)}
 
 
 def save(folder: Path, engine: TrainingEngine, ema: Ema) -> None:
-    sections, optimizer = gather_full_state(engine)
-    average = ema.gather()
-    if engine.world.rank == 0:
-        state = {"optimizer": optimizer, "ema": ema.state_dict()}
-        write_checkpoint(folder, SAVED, sections={**sections, "ema": average}, state=state, files={})
+    state = {"optimizer": {"updates": engine.layout.updates}, "ema": ema.state_dict()}
+    world = engine.topology
+    saver = Saver(folder, rank=world.rank, size=world.size, background=False)
+    saver.save(SAVED, state_pieces(engine, ema.average), own_state={}, state=state, files={})
 
 
 def evaluate(engine: TrainingEngine) -> str:
@@ -145,11 +154,11 @@ def evaluate(engine: TrainingEngine) -> str:
         return local_sum(engine, make_batch(9)[0][0], torch.ones(SAMPLES, dtype=torch.bool)).item().hex()
 
 
-def train(folder: Path, world: World, stage: int, precision: str) -> dict:
+def train(folder: Path, world: Topology, stage: int, precision: str) -> dict:
     """Four steps, with a checkpoint and a step of non-finite gradients after the second."""
     config = make_config(stage, precision)
     name = f"{stage}-{precision}-{world.size}"
-    engine = build_engine(make_net(0 if world.rank == 0 else 5), config, world=world)
+    engine = build(0 if world.rank == 0 else 5, config, world)
     ema = Ema(engine, 0.5)
     report = {"initial": digest_state(engine, ema), "steps": []}
     for step in range(STEPS):
@@ -166,10 +175,9 @@ def train(folder: Path, world: World, stage: int, precision: str) -> dict:
         report["averaged"] = evaluate(engine)
     report["plain"] = [plain, evaluate(engine)]
     report["after_averaging"] = digest_state(engine, ema)
-    sections, _ = gather_full_state(engine)
-    average = ema.gather()
+    sections, _ = gather_full_state(engine, ema.average)
     if world.rank == 0:
-        flat = {f"model/{k}": v for k, v in sections["model"].items()} | {f"ema/{k}": v for k, v in average.items()}
+        flat = {f"{section}/{k}": v for section in ("model", "ema") for k, v in sections[section].items()}
         save_file(flat, folder / f"final-{name}.safetensors")
     if precision == "bf16" and stage < 2:  # the others hang without the dummy pass that the training step makes
         report["norms_of_ranks"] = unequal_use(engine)
@@ -179,17 +187,17 @@ def train(folder: Path, world: World, stage: int, precision: str) -> dict:
 
 def unequal_use(engine: TrainingEngine) -> list[float]:
     """Norms that the ranks see after a step in which only rank 0 used a layer."""
-    engine.backward(engine(make_batch(0)[0][0], engine.world.rank == 0).video.sum(), last=True)
-    norms = torch.zeros(engine.world.size, dtype=torch.float64)
-    norms[engine.world.rank] = engine.step().norm
+    engine.backward(engine(make_batch(0)[0][0], engine.topology.rank == 0).video.sum(), last=True)
+    norms = torch.zeros(engine.topology.size, dtype=torch.float64)
+    norms[engine.topology.rank] = engine.step().norm
     dist.all_reduce(norms)
     return norms.tolist()
 
 
-def resume(folder: Path, world: World, stage: int, precision: str) -> dict:
+def resume(folder: Path, world: Topology, stage: int, precision: str) -> dict:
     """Continue every checkpoint of this precision, one after the other in one engine; the first is the own layout's."""
     config = make_config(stage, precision)
-    engine = build_engine(make_net(11), config, world=world)
+    engine = build(11, config, world)
     ema = Ema(engine, 0.5)
     own = f"{stage}-{precision}-{world.size}"
     found = sorted(path.name for path in folder.glob(f"?-{precision}-?"))
@@ -250,7 +258,7 @@ def main() -> None:
     stop_processes()
 
 
-def report(folder: Path, world: World, phase: Callable[[Path, World, int, str], dict]) -> None:
+def report(folder: Path, world: Topology, phase: Callable[[Path, Topology, int, str], dict]) -> None:
     """Run all cases and write what they report, under its name when complete."""
     reports = {f"{stage}-{kind}-{world.size}": phase(folder, world, stage, kind) for stage, kind in CASES}
     if world.rank == 0:

@@ -23,6 +23,7 @@ from kairos_train.config.schema import (
     VideoStreamConfig,
 )
 from kairos_train.model import WorldActionModel
+from kairos_train.model.layout import full_shapes, model_table
 from kairos_train.objective.flow_matching import ConditionedBatch, FlowMatching
 from kairos_train.training.engine import build_engine, start_processes, stop_processes
 from kairos_train.training.engine_state import gather_full_state
@@ -75,7 +76,8 @@ def main() -> None:
     for head in (model.video_dit.head.head, model.action_dit.head):
         torch.nn.init.normal_(head.weight, std=0.1)
     config.train.accumulation = micro_batches
-    engine = build_engine(model, config, world=world)
+    table = model_table(config, model)
+    engine = build_engine(model, config, topology=world, table=table, full_shapes=full_shapes(config))
     objective = FlowMatching(config.stage, seed=0, patch=(2, 2))
     size = SAMPLES // world.size // micro_batches
     reports = []

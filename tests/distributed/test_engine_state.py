@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kairos_train.errors import UserError
-from kairos_train.training.engine import World, build_engine, start_processes
+from kairos_train.training.engine import start_processes
+from parallel.topology import Topology
 
 HERE = Path(__file__).resolve().parent
 DECAYED = ("inner.weight", "conv.weight", "extra.weight", "outer.weight")
@@ -188,11 +189,11 @@ def test_a_layer_used_on_one_rank_counts_in_the_norm_of_all(runs, case):
 def test_devices_stages_and_precisions_that_do_not_exist_are_refused():
     with pytest.raises(UserError, match=r"train\.device='tpu'"):
         start_processes("tpu")
-    world = World(rank=0, size=1, device=torch.device("cpu"))
+    alone = Topology.single(torch.device("cpu"))
     with pytest.raises(UserError, match=r"train\.zero_stage=4"):
-        build_engine(nn.Linear(1, 1), worker.make_config(4, "fp32"), world=world)
+        worker.build(0, worker.make_config(4, "fp32"), alone)
     with pytest.raises(UserError, match=r"train\.precision='fp16'"):
-        build_engine(nn.Linear(1, 1), worker.make_config(0, "fp16"), world=world)
+        worker.build(0, worker.make_config(0, "fp16"), alone)
 
 
 def test_an_output_that_deepspeed_cannot_look_into_is_refused(runs):

@@ -14,17 +14,20 @@ from commands import environment, run, train_command, train_overrides
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.cli import main
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
 
 def losses(run_dir: Path) -> list[str]:
     return (run_dir / "losses.jsonl").read_text().splitlines()
 
 
-def kill_at(arguments: list[str], run_dir: Path, line: int) -> None:
-    """Start a run and SIGKILL it, loader processes included, once it has written `line` losses."""
+def kill_at(arguments: list[str], run_dir: Path, line: int, *, checkpoint: int) -> None:
+    """Start a run and SIGKILL it, loader processes included, once it has written `line` losses and a checkpoint."""
     process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 120
     path = run_dir / "losses.jsonl"
-    while not (path.exists() and len(path.read_text().splitlines()) >= line):
+    written = run_dir / "checkpoints" / f"step-{checkpoint:08d}"
+    while not (path.exists() and len(path.read_text().splitlines()) >= line and written.exists()):
         assert process.poll() is None, process.stderr.read().decode()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -44,7 +47,7 @@ def whole(shards, tmp_path_factory) -> Path:
 def test_a_killed_run_resumes_to_the_same_losses_bit_by_bit(shards, whole, tmp_path):
     run_dir = tmp_path / "run"
     arguments = train_command(shards, run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5")
-    kill_at(arguments, run_dir, 8)
+    kill_at(arguments, run_dir, 8, checkpoint=5)
     assert not (run_dir / "checkpoints" / "step-00000010").exists(), "killed between two checkpoints"
     result = run(arguments)
     assert "resumed at step 5" in result.stderr
@@ -60,7 +63,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(shards, whole, tmp_path):
 
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
-    newest = run_dir / "checkpoints" / "step-00000014" / "model-00001.safetensors"
+    newest = run_dir / "checkpoints" / "step-00000014" / "model-00000-00001.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     result = run(train_command(shards, run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5"))
     assert "is passed over" in result.stderr
@@ -100,11 +103,10 @@ def test_stages_hand_their_weights_on_and_a_checkpoint_exports(shards, whole, tm
 def test_two_processes_train_resume_and_validate_like_one_run(shards, tmp_path):
     run_dir = tmp_path / "run"
     settings = ["stage=joint", "train.zero_stage=1", "train.checkpoint_every=2", "train.micro_batch=2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
     def launch(steps: int) -> None:
         overrides = train_overrides(shards, run_dir, *settings, "optimizer.schedule=constant", f"train.steps={steps}")
-        run([*torchrun, "-m", "kairos_train.cli", "train", *overrides])
+        run([*TORCHRUN, "2", "-m", "kairos_train.cli", "train", *overrides])
 
     launch(2)
     launch(4)
@@ -113,12 +115,46 @@ def test_two_processes_train_resume_and_validate_like_one_run(shards, tmp_path):
     assert {line["samples"] for line in lines} == {4}
 
 
+LAYOUTS = {
+    "data2": (2, ["train.micro_batch=2", "train.zero_stage=2", "train.async_checkpoint=false"]),
+    "tensor2": (2, ["parallel.tensor=2", "parallel.sequence=true", "train.zero_stage=3"]),
+    "context2": (2, ["parallel.context=2", "train.accumulation=2", "train.micro_batch=2", "data.workers=0"]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_goes_on_in_another_layout(shards, whole, tmp_path, name):
+    """The samples of a step stay, however they are split; the numbers differ by rounding."""
+    import shutil
+
+    size, overrides = LAYOUTS[name]
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    for step in (10, 14):
+        shutil.rmtree(run_dir / "checkpoints" / f"step-{step:08d}")
+    settings = ["stage=joint", "train.steps=14", "train.checkpoint_every=5", "train.precision=fp32", *overrides]
+    result = run(
+        [*TORCHRUN, str(size), "-m", "kairos_train.cli", "train", *train_overrides(shards, run_dir, *settings)]
+    )
+    assert f"resumed with a changed setting: {name[:-1]} ranks 1 -> 2" in result.stderr
+    found, expected = ([json.loads(line) for line in losses(folder)] for folder in (run_dir, whole))
+    assert [line["step"] for line in found] == list(range(1, 15))
+    for key in ("loss", "video_loss", "action_loss", "grad_norm", "samples"):
+        assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5), key
+
+
+def test_another_number_of_samples_per_step_is_refused(shards, whole):
+    arguments = train_command(shards, whole, "stage=joint", "train.steps=20", "train.micro_batch=3")
+    result = run(arguments, code=2)
+    assert result.stderr.count("\n") == 1
+    assert "train.micro_batch=3 × train.accumulation=1 × 1 data ranks = 3 samples" in result.stderr
+
+
 def test_validation_does_not_depend_on_the_number_of_processes(shards, tmp_path):
     """Three batches on two processes: the fourth place is run, and not counted."""
     settings = ["stage=joint", "train.steps=1", "train.micro_batch=2", "stage.lr=1e-12", "train.validation_batches=3"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run(train_command(shards, tmp_path / "1", *settings))
-    run([*torchrun, "-m", "kairos_train.cli", "train", *train_overrides(shards, tmp_path / "2", *settings)])
+    run([*TORCHRUN, "2", "-m", "kairos_train.cli", "train", *train_overrides(shards, tmp_path / "2", *settings)])
     found = []
     for name in ("1", "2"):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -173,7 +209,7 @@ def test_a_truncated_shard_stops_or_is_skipped_and_counted(shards, tmp_path):
     result = run([sys.executable, "-m", "kairos_train.cli", "train", *base], code=2)
     assert result.stderr.count("\n") == 1, "found before anything is loaded"
     assert "shard-000001.tar" in result.stderr
-    run([sys.executable, "-m", "kairos_train.cli", "train", *base, "data.on_corrupt=skip"])
+    run([sys.executable, "-m", "kairos_train.cli", "train", *base, "data.on_corrupt=skip", "data.max_corrupt=0.5"])
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["data/corrupt"] >= 1
 

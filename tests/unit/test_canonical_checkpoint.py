@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from kairos_train.checkpoint import canonical
-from kairos_train.checkpoint.canonical import CheckpointReader, find_latest, write_checkpoint
+from kairos_train.checkpoint.canonical import CheckpointReader, find_latest
 from kairos_train.checkpoint.retention import prune
+from kairos_train.checkpoint.writing import write_checkpoint
 from kairos_train.errors import UserError
 
 
@@ -94,12 +95,12 @@ def write_pieces(parent: Path, whole: torch.Tensor, boxes: list[tuple[slice, ...
         name = f"model-{number}.safetensors"
         part = whole[box].clone()
         save_file({"part": part}, folder / name)
-        files[name] = canonical._describe_file(folder / name)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": canonical.file_digest(folder / name)}
         offset = [s.indices(n)[0] for s, n in zip(box, whole.shape)]
         pieces.append({"file": name, "key": "part", "offset": offset, "shape": list(part.shape)})
     info = {"dtype": "float32", "shape": list(whole.shape), "pieces": pieces}
     manifest = {"format": canonical.FORMAT, "step": 7, "sections": {"model": {"w": info}}, "state": {}, "files": files}
-    manifest["sha256"] = canonical._manifest_digest(manifest)
+    manifest["sha256"] = canonical.manifest_digest(manifest)
     (folder / canonical.MANIFEST).write_text(json.dumps(manifest))
     return folder
 
@@ -147,14 +148,16 @@ def test_an_existing_step_is_never_overwritten_with_other_content(tmp_path):
 
 def test_a_damaged_step_is_replaced(tmp_path):
     path = write(tmp_path)
-    flip_bit(path / "model-00001.safetensors", -1)
+    flip_bit(path / "model-00000-00001.safetensors", -1)
     write(tmp_path, scale=2.0)
     reader = CheckpointReader(path)
     reader.verify()
     assert torch.equal(reader.read("model", "half"), make_sections(2.0)["model"]["half"])
 
 
-@pytest.mark.parametrize("name", ["model-00001.safetensors", "rng-00001.safetensors", "config.yaml", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model-00000-00001.safetensors", "rng-00000-00001.safetensors", "config.yaml", "manifest.json"]
+)
 def test_one_flipped_bit_is_found_and_its_file_named(tmp_path, name):
     path = write(tmp_path)
     flip_bit(path / name, 2 if name == "config.yaml" else -20)
@@ -174,7 +177,7 @@ def test_a_manifest_that_still_parses_is_protected_as_well(tmp_path):
 def test_find_latest_passes_over_truncated_missing_and_foreign_checkpoints(tmp_path):
     good = write(tmp_path, 10)
     truncated, missing, foreign = write(tmp_path, 20), write(tmp_path, 30), write(tmp_path, 40)
-    with open(truncated / "model-00001.safetensors", "r+b") as file:
+    with open(truncated / "model-00000-00001.safetensors", "r+b") as file:
         file.truncate(100)
     (missing / "config.yaml").unlink()
     (foreign / "manifest.json").write_text('{"format": "other"}')
@@ -190,11 +193,11 @@ def test_find_latest_passes_over_truncated_missing_and_foreign_checkpoints(tmp_p
 
 def test_find_latest_reads_every_byte_only_when_asked(tmp_path):
     old, new = write(tmp_path, 10), write(tmp_path, 20)
-    flip_bit(new / "model-00001.safetensors", -1)
+    flip_bit(new / "model-00000-00001.safetensors", -1)
     assert find_latest(tmp_path) == (new, [])
     found, warnings = find_latest(tmp_path, deep=True)
     assert found == old
-    assert "model-00001.safetensors is damaged" in warnings[0]
+    assert "model-00000-00001.safetensors is damaged" in warnings[0]
 
 
 def test_find_latest_of_a_run_without_checkpoints_is_none(tmp_path):
@@ -204,7 +207,7 @@ def test_find_latest_of_a_run_without_checkpoints_is_none(tmp_path):
 WRITER = """
 import sys, torch
 from pathlib import Path
-from kairos_train.checkpoint.canonical import write_checkpoint
+from kairos_train.checkpoint.writing import write_checkpoint
 sections = {"model": {f"w{i}": torch.full((256, 1024), float(i)) for i in range(400)}}
 print("ready", flush=True)
 write_checkpoint(Path(sys.argv[1]), 2, sections=sections, state={}, files={}, file_bytes=2**20)

@@ -81,7 +81,7 @@ def test_conditions_on_the_command_line_replace_those_of_the_stage():
 def test_every_shipped_option_composes(group):
     assert options(group)
     for option in options(group):
-        overrides = [f"{group}={option}", "data.shards=x", "data.window.cameras=[a]"]
+        overrides = [f"{group}={option}", "data.shards=x", "data.window.cameras=[a,b,c]"]
         if option in ("small", "custom"):
             overrides += ["model.action.action_dim=3", "model.action.state_dim=3"]
         if option in ("kairos_4b_robot_480p", "wan_qwen25"):

@@ -11,7 +11,7 @@ import pytest
 from kairos_train.config import validate as rules
 from kairos_train.config.compose import load_config
 from kairos_train.config.keys import all_keys
-from kairos_train.config.schema import Config
+from kairos_train.config.schema import Config, SourceConfig
 from kairos_train.errors import UserError
 
 DEMO = "experiment=demo"
@@ -52,7 +52,35 @@ RULE_CASES = [
     ("frames_are_4k_plus_1", {"data.window.frames": 7}, r"frames=7 is not 4k\+1; use 5 or 9$"),
     ("frames_are_4k_plus_1", {"data.window.frames": 8}, r"frames=8 is not 4k\+1; use 5 or 9$"),
     ("pictures_are_multiples_of_32", {"data.window.height": 100}, r"height=100 is no multiple of 32; use 96 or 128"),
+    ("sources_give_samples", {"data.sources": [SourceConfig()]}, r"data\.sources\[0\] has no shards; name its folder"),
+    ("sources_give_samples", {"data.sources": [SourceConfig("a", weight=-1.0)]}, r"sources\[0\]\.weight=-1\.0 is neg"),
+    ("sources_give_samples", {"data.sources": [SourceConfig("a", max_epochs=0)]}, r"\[0\]\.max_epochs=0 is below 1"),
+    ("sources_give_samples", {"data.sources": [SourceConfig("a", weight=0.0)]}, r"data\.sources: every weight is 0"),
     ("pictures_are_multiples_of_32", {"data.window.width": 16}, r"width=16 is no multiple of 32; use 32$"),
+    ("clips_have_sides", {"data.clips.short_side": 16}, r"short_side=16 is below 32; use 32 or more"),
+    ("clips_have_sides", {"data.clips.aspects": [0.5, 1]}, r"aspects=\[0\.5, 1\]; give .* from 1 to 8"),
+    (
+        "frames_are_4k_plus_1",
+        {"data.clips.most_frames": 80},
+        r"^data\.clips\.most_frames=80 is not 4k\+1; use 77 or 81$",
+    ),
+    (
+        "some_clips_are_long_enough",
+        {"data.clips.least_frames": 21, "data.clips.most_frames": 17},
+        r"least_frames=21 is above data\.clips\.most_frames=17",
+    ),
+    (
+        "head_stands_over_two_wrists",
+        {"data.window.layout": "head_over_wrists", "data.window.height": 384, "data.window.cameras": ["a", "b"]},
+        r"head_over_wrists with data\.window\.cameras=\['a', 'b'\]; name three",
+    ),
+    (
+        "head_stands_over_two_wrists",
+        {"data.window.layout": "head_over_wrists", "data.window.cameras": ["a", "b", "c"], "data.window.height": 256},
+        r"height=256 with layout=head_over_wrists is no multiple of 96; use 288",
+    ),
+    ("absolute_dims_are_named_once", {"data.window.absolute_dims": [6, 6]}, r"absolute_dims=\[6, 6\]; name each"),
+    ("absolute_dims_are_named_once", {"data.window.absolute_dims": [-1]}, r"absolute_dims=\[-1\]; name each .* from 0"),
     ("prompt_holds_the_task", {"data.prompt_template": "go"}, r"data\.prompt_template='go' lacks \{task\}"),
     (
         "joint_has_an_action_stream",
@@ -93,6 +121,11 @@ RULE_CASES = [
         "fp8_names_streams_and_layers",
         {"precision.fp8.recipe": "emulated", "parallel.tensor": 2},
         r"recipe=emulated scales whole tensors, but parallel\.tensor=2",
+    ),
+    (
+        "fp8_names_streams_and_layers",
+        {"precision.fp8.recipe": "delayed", "train.recompute": "block"},
+        r"recipe=delayed with train\.recompute=block and parallel\.context=1: .* use precision\.fp8\.recipe=current",
     ),
     ("fp8_names_streams_and_layers", {"precision.fp8.recipe": "current"}, r"recipe=current with train\.precision=fp32"),
 ]

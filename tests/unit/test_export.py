@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_export import tiny_config, write_tiny_checkpoint
 
-from kairos_train.checkpoint.canonical import CheckpointReader
+from kairos_train.checkpoint import boxes
+from kairos_train.checkpoint.canonical import CheckpointReader, checkpoint_path
 from kairos_train.checkpoint.export import export
 from kairos_train.checkpoint.public import from_public, to_public
+from kairos_train.checkpoint.writing import Piece, publish, write_part
 from kairos_train.conditioning.build import build_encoders
 from kairos_train.conditioning.interfaces import Encoders
 from kairos_train.config.schema import TextEncoderConfig
@@ -57,6 +59,30 @@ def test_exported_tensors_are_the_checkpoints_cast(checkpoint, tmp_path, weights
     assert manifest.keys() == files
     assert {path.name for path in (tmp_path / "out").iterdir()} == files | {"manifest.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_pieces_of_many_ranks_export_to_the_same_bytes(checkpoint, tmp_path):
+    """Three ranks, each with a third of every tensor's elements, in small files."""
+    reader, folder = CheckpointReader(checkpoint), tmp_path / ".tmp-pieces"
+    folder.mkdir()
+    parts = []
+    for rank in range(3):
+        sections = {section: [] for section in reader.sections()}
+        for section, pieces in sections.items():
+            for name in reader.names(section):
+                whole = reader.read(section, name)
+                start, stop = (whole.numel() * r // 3 for r in (rank, rank + 1))
+                for box in boxes.boxes_of_range(whole.shape, start, stop - start):
+                    part = whole[boxes.slices_of(box, [0] * whole.ndim)]
+                    pieces.append(Piece(name, tuple(whole.shape), boxes.offset_of(box), part))
+        parts.append(write_part(folder, rank, sections, file_bytes=1000))
+    texts = {name: reader.text(name) for name in ("config.yaml", "dataset_stats.json")}
+    publish(folder, checkpoint_path(tmp_path, 40), parts, state=reader.state, files=texts)
+    CheckpointReader(checkpoint_path(tmp_path, 40)).verify()
+    for source, out in ((checkpoint, "one"), (checkpoint_path(tmp_path, 40), "many")):
+        export(source, tmp_path / out, dtype="fp32")
+    for file in ("model.safetensors", "sampler.json", "dataset_stats.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "many" / file).read_bytes()
 
 
 def test_loaded_policy_computes_what_the_checkpoints_weights_compute(checkpoint, exported):
@@ -104,7 +130,7 @@ def test_an_existing_folder_is_not_overwritten(checkpoint, exported):
     assert (exported / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("file", ["ema-00001.safetensors", "config.yaml"])
+@pytest.mark.parametrize("file", ["ema-00000-00001.safetensors", "config.yaml"])
 def test_a_damaged_checkpoint_is_not_exported(tmp_path, shards, file):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoints", shards)
     content = bytearray((checkpoint / file).read_bytes())

@@ -80,7 +80,10 @@ def test_the_loss_counts_neither_history_nor_padding():
     sums = flow.loss_sums(batch, video, action)
     torch.testing.assert_close(sums.video, torch.full((2,), 4.0 * 4 * 16))
     torch.testing.assert_close(sums.action, torch.full((2,), 9.0), msg="the dimension weights sum to 1")
-    assert batch.video_elements() == 2 * 4 * 2 * 16
+    assert batch.video_elements() == [4 * 2 * 16, 4 * 2 * 16]
+    assert batch.video_elements(range(2)) == [4 * 16, 4 * 16], "the first of two frames is history"
+    shares = [flow.loss_sums(batch, video[:, :, part], None, range(3)[part]).video for part in (slice(2), slice(2, 3))]
+    torch.testing.assert_close(sum(shares), sums.video)
     assert batch.action_steps() == 8
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny_export import tiny_config
 
-from kairos_train.checkpoint.canonical import CheckpointReader, write_checkpoint
+from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.resolve import resolve_checkpoint
+from kairos_train.checkpoint.writing import write_checkpoint
 from kairos_train.errors import UserError
 from kairos_train.model import WorldActionModel
 from kairos_train.training.initial_weights import build_model, interpolate_action_stream, load_initial
@@ -69,7 +70,7 @@ def test_interpolation_keeps_end_points_and_takes_attention_from_before_a_gated_
             value.copy_(torch.linspace(0, 1, value.shape[1]).expand_as(value) + layer)
     projection = model.video_dit.time_projection[1].bias.data
     projection.copy_(torch.arange(6).repeat_interleave(len(projection) // 6))
-    interpolate_action_stream(model)
+    interpolate_action_stream(model, model.video_dit.state_dict().__getitem__)
     action = model.action_dit
     width = action.blocks[0].self_attn.q.weight.shape[1]
     expected = torch.linspace(0, 1, width).expand(action.blocks[0].self_attn.q.weight.shape[0], -1)

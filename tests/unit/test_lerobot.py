@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lerobot_layouts import as_version_2
 
 from dataloaders.lerobot.reader import LeRobotDataset
 from dataloaders.lerobot.writer import LeRobotWriter
-from dataloaders.video import decode_mp4, encode_mp4
+from dataloaders.video import decode_mp4
 from kairos_train.errors import UserError
 
 TOP = "observation.images.top"
@@ -45,37 +46,6 @@ def write(root: Path, lengths=(7, 5, 9), codec="h264", **extra) -> list[dict]:
 def written(tmp_path) -> Path:
     write(tmp_path / "set")
     return tmp_path / "set"
-
-
-def as_version_2(source: Path, root: Path, version: str) -> Path:
-    """The dataset in the older layout: one file per episode, JSON lines, templates of its own."""
-    dataset = LeRobotDataset(source)
-    info = json.loads((source / "meta/info.json").read_text()) | {
-        "codebase_version": version,
-        "fps": 20.0,
-        "chunks_size": 2,  # so that the third episode is in the second chunk
-        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
-        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
-    }
-    info["features"]["observation.images.declared"] = info["features"][TOP]
-    (root / "meta").mkdir(parents=True)
-    (root / "meta/info.json").write_text(json.dumps(info))
-    tasks = [json.dumps({"task_index": i, "task": task}) for i, task in dataset.tasks.items()]
-    (root / "meta/tasks.jsonl").write_text("\n".join(tasks) + "\n")
-    lines = []
-    for e in dataset:
-        chunk = f"chunk-{e.index // 2:03d}"
-        lines.append(json.dumps({"episode_index": e.index, "tasks": e.tasks, "length": e.length}))
-        table = pa.table(
-            {"action": e.columns["action"].tolist(), "timestamp": e.timestamps, "task_index": [e.index % 2] * e.length}
-        )
-        for folder in (root / "data" / chunk, root / "videos" / chunk / TOP):
-            folder.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, root / "data" / chunk / f"episode_{e.index:06d}.parquet")
-        video = root / "videos" / chunk / TOP / f"episode_{e.index:06d}.mp4"
-        encode_mp4(video, e.frames(TOP, range(e.length)), 20)
-    (root / "meta/episodes.jsonl").write_text("\n".join(lines))
-    return root
 
 
 # ---- the samples

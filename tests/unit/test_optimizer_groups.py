@@ -78,7 +78,8 @@ def test_unknown_names_are_refused():
         build_optimizer([], OptimizerConfig(name="lion"), masters=False)
 
 
-def test_masters_take_steps_smaller_than_bfloat16_can_hold():
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_masters_take_steps_smaller_than_bfloat16_can_hold(name):
     torch.manual_seed(0)
     exact = nn.Linear(5, 3)
     low = nn.Linear(5, 3)
@@ -87,7 +88,7 @@ def test_masters_take_steps_smaller_than_bfloat16_can_hold():
         p.data = p.data.bfloat16()
     for p in exact.parameters():
         p.data = p.data.bfloat16().float()
-    config = OptimizerConfig(lr=1e-5)
+    config = OptimizerConfig(name=name, lr=1e-5)
     plain = build_optimizer([{"params": list(exact.parameters())}], config, masters=False)
     masters = build_optimizer([{"params": list(low.parameters())}], config, masters=True)
     set_lr(plain, 2e-5)

@@ -2,10 +2,11 @@
 
 import io
 
+import av
 import numpy as np
 import pytest
 
-from dataloaders.video import CODECS, Mp4Encoder, decode_mp4, encode_mp4
+from dataloaders.video import CODECS, Mp4Encoder, decode_mp4, encode_mp4, frame_times
 from kairos_train.errors import UserError
 
 
@@ -151,3 +152,30 @@ def test_the_same_frames_give_the_same_file(codec, size):
         encode_mp4(file, moving_square(60, size), 20, codec=codec)
         files.add(file.getvalue())
     assert len(files) == 1
+
+
+@pytest.mark.parametrize(("degrees", "corner"), [(90, (-1, 0)), (-90, (0, -1)), (180, (-1, -1))])
+def test_a_sideways_video_is_shown_upright(degrees, corner):
+    """A bright patch in the stored top left corner; turned counterclockwise by 90 degrees it is at the bottom left."""
+    file, picture = io.BytesIO(), np.zeros((32, 64, 3), np.uint8)
+    picture[:8, :8] = 255
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.set_display_rotation(degrees)
+        for i in range(3):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    for shown in (decode_mp4(file.getvalue()), decode_mp4(file.getvalue(), indices=[1])):
+        assert shown.shape[1:3] == ((32, 64) if degrees == 180 else (64, 32))
+        assert shown[0][corner].min() > 200
+        assert shown[0].mean() < 20
+
+
+def test_times_of_all_frames_are_told_without_decoding(clip, tmp_path):
+    everything, data = clip
+    assert frame_times(data) == pytest.approx(np.arange(len(everything)) / 20)
+    with pytest.raises(UserError, match=r"none\.mp4: no such"):
+        frame_times(tmp_path / "none.mp4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 
 from dataloaders.lerobot.writer import LeRobotWriter
 from dataloaders.pack import pack
-from kairos_train.checkpoint.canonical import write_checkpoint
+from kairos_train.checkpoint.writing import write_checkpoint
 from kairos_train.conditioning.build import build_encoders
+from kairos_train.conditioning.sample_encoder import load_sample_encoder
 from kairos_train.config.compose import to_yaml
 from kairos_train.config.schema import (
     ActionStreamConfig,
@@ -93,24 +95,13 @@ def write_tiny_shards(folder: Path, *, episodes: int = 4, encoded: bool = False,
             for frame, (x, y) in zip(frames, state.astype(int)):
                 frame[y : y + 8, x : x + 8] = (230, 60 + 40 * number, 30)
             writer.add_episode({CAMERA: frames}, state, action, f"push square {number % 2}")
-    config, encode, identity = tiny_config(), None, None
-    if encoded:
-        encoders = build_encoders(config.encoders)
-        identity = encoders.identity
-
-        def encode(frames, text):
-            return {
-                "latents": encoders.video.encode(torch.from_numpy(frames)[None])[0].numpy(),
-                "context": encoders.text.encode([text])[0][0].numpy(),
-            }
-
+    config = tiny_config()
     pack(
         folder / "lerobot",
         folder / "shards",
         window=WINDOW,
         prompt_template=TEMPLATE,
         shard_samples=shard_samples,
-        encode=encode,
-        encoders_identity=identity,
+        encoder=functools.partial(load_sample_encoder, config.encoders, "cpu") if encoded else None,
     )
     return folder / "shards"

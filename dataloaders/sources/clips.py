@@ -1,0 +1,116 @@
+"""Videos and images of any size and length -> samples that keep their aspect.
+
+A video is shown at `fps` (a slower one at its own): frame k of a clip is the one nearest to start + k / fps. It is cut
+into samples of `most_frames` frames, one behind the other; what is left gives one more of the longest 4k + 1 frames,
+unless that is below `least_frames`. An image is a video of one frame.
+
+Size: of the `aspects` (long side over short side; a tall picture takes the same the other way) the nearest in ratio,
+with the short side at `short_side` and both sides then cut down to multiples of 32: 480 gives 480×832 and 720 gives
+704×1280 for 16:9. The picture is scaled to cover that and cropped in the centre, never stretched.
+
+Shapes: N frames of the file, T of a sample, H W height and width.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dataloaders.sources.base import Clip
+from dataloaders.sources.rows import Row
+from dataloaders.video import decode_mp4, frame_times
+from dataloaders.windows import cover
+from kairos_train.config.schema import ClipConfig
+from kairos_train.errors import UserError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+_MULTIPLE = 32
+
+
+def clip_size(height: int, width: int, clips: ClipConfig) -> tuple[int, int]:
+    """(H, W) of the samples of a picture of height x width pixels, both multiples of 32."""
+    wanted = math.log(max(height, width) / min(height, width))
+    aspect = min(clips.aspects, key=lambda a: (abs(math.log(a) - wanted), a))
+    short = clips.short_side // _MULTIPLE * _MULTIPLE
+    long = int(clips.short_side * aspect + 1e-6) // _MULTIPLE * _MULTIPLE
+    return (short, long) if height <= width else (long, short)
+
+
+def pieces(frames: int, clips: ClipConfig) -> tuple[list[tuple[int, int]], int]:
+    """([(first, count)] of the samples of a clip of `frames` frames, frames left out)."""
+    out, first = [], 0
+    while frames - first >= clips.most_frames:
+        out.append((first, clips.most_frames))
+        first += clips.most_frames
+    rest = (frames - first - 1) // 4 * 4 + 1 if frames > first else 0
+    if rest >= clips.least_frames:
+        out.append((first, rest))
+        first += rest
+    return out, frames - first
+
+
+def cut_video(
+    file: Path | bytes, row: Row, clips: ClipConfig, *, key: str, name: str, meta: dict, left_out: Counter[str]
+) -> Iterator[Clip]:
+    """The samples of one video; frames that none of them shows are counted in `left_out`.
+
+    Raises:
+        UserError: undecodable, an impossible start or end, too short for one sample.
+    """
+    times = frame_times(file, name=name)
+    shown, fps = _shown(times, row, clips, name)
+    found, rest = pieces(len(shown), clips)
+    if not found:
+        raise UserError(
+            f"{name}: has {len(shown)} frames at {fps:g} fps between its start and end, fewer than "
+            f"data.clips.least_frames={clips.least_frames}; leave it out or lower that"
+        )
+    for number, (first, count) in enumerate(found):
+        pictures = decode_mp4(file, timestamps=shown[first : first + count], name=name)
+        yield Clip(
+            key=f"{key}-{number:06d}",
+            frames=cover(pictures, *clip_size(*pictures.shape[1:3], clips)),
+            fps=fps,
+            captions=row.captions,
+            scores=row.scores,
+            meta=meta | {"start_s": round(float(shown[first] - times[0]), 6)},
+        )
+    left_out["frames"] += rest
+
+
+def read_image(data: bytes, row: Row, clips: ClipConfig, *, key: str, name: str, meta: dict) -> Clip:
+    """The sample of an image: one frame. Raises UserError when it cannot be decoded."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name}: cannot be decoded ({' '.join(str(error).split())}); restore it") from error
+    frames = cover(picture[None], *clip_size(*picture.shape[:2], clips))
+    return Clip(f"{key}-000000", frames, clips.fps, row.captions, dict(meta), scores=row.scores)
+
+
+def _shown(times: np.ndarray, row: Row, clips: ClipConfig, name: str) -> tuple[np.ndarray, float]:
+    """(seconds of the frames that are shown, their rate) of a video with frames at `times` (N,)."""
+    period = float(np.median(np.diff(times))) if len(times) > 1 else 1 / clips.fps
+    length = float(times[-1] - times[0]) + period
+    end = length if row.end is None else row.end
+    if not 0 <= row.start < end:
+        raise UserError(f"{name}: start={row.start:g} and end={end:g} leave nothing; give seconds with start < end")
+    if end > length + 0.5 * period + 1e-3:
+        raise UserError(f"{name}: end={end:g} is behind the video's {length:.3f} s; mend the manifest")
+    fps = min(clips.fps, 1 / period)
+    count = int((min(end, length) - row.start) * fps + 1e-6)
+    wanted = times[0] + row.start + np.arange(count) / fps
+    if len(times) == 1:
+        return np.repeat(times, min(count, 1)), fps
+    after = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
+    nearest = after - (wanted - times[after - 1] <= times[after] - wanted + 1e-6)  # halfway: the earlier one
+    return times[nearest], fps

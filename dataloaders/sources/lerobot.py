@@ -1,0 +1,179 @@
+"""A LeRobot dataset as a source: every window of every episode, once. A unit is an episode.
+
+One dataset is one embodiment: states and actions have one size throughout. Several embodiments are several shard
+folders, each with its own index and statistics; the loader mixes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataloaders.lerobot.layout import INFO_PATH
+from dataloaders.lerobot.reader import Episode, LeRobotDataset
+from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector
+from dataloaders.sources.base import Clip, SourceSettings, Unit
+from dataloaders.sources.rows import plain_name, read_captions
+from dataloaders.windows import (
+    Window,
+    check_dimensions,
+    check_window,
+    choose_cameras,
+    compose,
+    cut_actions,
+    frame_indices,
+    picture_size,
+    windows_of,
+)
+from kairos_train.errors import UserError
+
+FRAME_CHUNK = 256  # raw frames decoded at once
+INSTRUCTION = "instruction"  # the variant that the task gives
+_CAPTION, _SCORE = re.compile(r"caption_([a-z][a-z0-9]*)"), re.compile(r"score_([a-z][a-z0-9]*)")
+
+
+class LeRobotSource:
+    """Windows of a LeRobot dataset; see `Source`.
+
+    Captions: the task in the prompt template is the variant `instruction`. Values of the table of episodes that are
+    called `caption_NAME` and `score_NAME` (as strings and numbers) are further variants and scores, as is what the file
+    of `settings.captions` says.
+
+    Raises:
+        UserError: no dataset, a setting that does not fit it, no episodes.
+    """
+
+    def __init__(self, root: Path, settings: SourceSettings) -> None:
+        window = settings.window
+        check_window(window)
+        if "{task}" not in settings.prompt_template:
+            raise UserError(
+                f"data.prompt_template={settings.prompt_template!r}: must contain {{task}}, where the instruction goes"
+            )
+        self._root, self._window, self._template = root, window, settings.prompt_template
+        self._dataset = LeRobotDataset(root)
+        modality = read_modality(root)
+        self._parts: dict[str, list[tuple]] = {}
+        for setting in ("state_key", "action_key"):
+            key = getattr(window, setting)
+            try:
+                self._parts[setting] = columns_of(key, self._dataset.features, modality) if key else []
+            except UserError as error:
+                raise UserError(f"data.window.{setting}={key!r}: {root}: {error}") from error
+        if bool(self._parts["state_key"]) != bool(self._parts["action_key"]):
+            raise UserError(
+                f"data.window.state_key={window.state_key!r} and action_key={window.action_key!r}: name both, or give "
+                "'' for both to pack videos without a robot"
+            )
+        if self._dataset.num_episodes < 1:
+            raise UserError(f"{root}: has no episodes; there is nothing to pack")
+        self._cameras = choose_cameras(window, self._dataset.camera_keys)
+        self._captions = read_captions(settings.captions) if settings.captions else {}
+        self.name = plain_name(root.resolve().name)
+        self.units, self.sizes_differ, self.fps = self._dataset.num_episodes, False, self._dataset.fps
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The dataset's own description and the episodes that are packed."""
+        digest = hashlib.sha256((self._root / INFO_PATH).read_bytes())
+        digest.update(json.dumps(self._dataset.outline()).encode())
+        captions = {str(number): asdict(row) for number, row in self._captions.items()}
+        return {"kind": "lerobot", "sha256": digest.hexdigest(), "captions": captions}
+
+    def describe(self) -> dict[str, Any]:
+        dataset = self._dataset
+        return {
+            "dataset": self.name,
+            "version": dataset.version,
+            "robot_type": dataset.robot_type,
+            "cameras": list(self._cameras),
+        }
+
+    def unit(self, number: int) -> Unit:
+        episode = self._dataset.episode(number)
+        where = f"{self._root}: episode {episode.index}"
+        numbers = None
+        if self._parts["state_key"]:
+            state, actions = (
+                read_vector(episode.columns, episode.length, self._parts[setting], where)
+                for setting in ("state_key", "action_key")
+            )
+            check_dimensions(self._window, actions.shape[1], state.shape[1])
+            numbers = (state, actions)
+        windows = windows_of(episode.length, self._window)
+        tasks = {w.start: self._task(episode, w.start, where) for w in windows}
+        return Unit(where, self._samples(episode, windows, tasks, numbers), numbers, self._files(episode))
+
+    def _task(self, episode: Episode, row: int, where: str) -> str:
+        tasks = episode.tasks_at(row)
+        if (task := choose_task(tasks)) is None:
+            raise UserError(f"{where}: has no task string (tasks={tasks}); add one to the dataset")
+        return task
+
+    def _files(self, episode: Episode) -> tuple[Path, ...]:
+        return (episode.data_file, *(episode.video_files[c] for c in self._cameras if c in episode.video_files))
+
+    def _samples(
+        self,
+        episode: Episode,
+        windows: Sequence[Window],
+        tasks: dict[int, str],
+        numbers: tuple[np.ndarray, np.ndarray] | None,
+    ) -> Iterator[Clip]:
+        window = self._window
+        rows = [frame_indices(w.start, episode.length, window) for w in windows]
+        needed = np.unique(np.concatenate(rows))
+        pictures = self._pictures(episode, needed)
+        captions, scores = self._beside(episode)
+        for w, shown in zip(windows, rows):
+            task = tasks[w.start]
+            meta = {"task": task, "episode": int(episode.index), "dataset": self.name, "fps": self.fps} | asdict(w)
+            if "seed" in episode.columns:
+                meta["seed"] = int(np.ravel(episode.columns["seed"])[0])
+            yield Clip(
+                key=f"{self.name}-{episode.index:06d}-{w.start:06d}",
+                frames=pictures[np.searchsorted(needed, shown)],
+                fps=self.fps / window.action_video_freq_ratio,
+                captions={INSTRUCTION: self._template.replace("{task}", task)} | captions,
+                scores=scores,
+                meta=meta,
+                actions=None if numbers is None else cut_actions(numbers[1], w.start, window, states=numbers[0]),
+                state=None if numbers is None else numbers[0][w.start][None],
+            )
+
+    def _pictures(self, episode: Episode, needed: np.ndarray) -> np.ndarray:
+        """uint8 (len(needed), H, W, 3): each needed raw frame decoded once and composed at the window's size."""
+        size = picture_size(self._window, len(self._cameras))
+        out = np.empty((len(needed), *size, 3), dtype=np.uint8)
+        for first in range(0, len(needed), FRAME_CHUNK):
+            chunk = needed[first : first + FRAME_CHUNK]
+            out[first : first + len(chunk)] = compose([episode.frames(c, chunk) for c in self._cameras], self._window)
+        return out
+
+    def _beside(self, episode: Episode) -> tuple[dict[str, str], dict[str, float]]:
+        """Further captions and the scores of an episode."""
+        captions, scores = {}, {}
+        for name, value in episode.extra.items():
+            if (match := _CAPTION.fullmatch(name)) and isinstance(value, str) and value.strip():
+                captions[match[1]] = value.strip()
+            if (match := _SCORE.fullmatch(name)) and not isinstance(value, str):
+                scores[match[1]] = float(value)
+        if (row := self._captions.get(episode.index)) is not None:
+            captions, scores = captions | row.captions, scores | row.scores
+        return {variant: text for variant, text in captions.items() if variant != INSTRUCTION}, scores
+
+
+def choose_task(tasks: Sequence[str]) -> str | None:
+    """The instruction among an episode's task strings.
+
+    Datasets in GR00T's layout attach two strings to every episode, the instruction and the annotation "valid" (the
+    episode's validity): the first that is not that word is the instruction.
+    """
+    return next((task for task in tasks if task.strip() and task != "valid"), None)

@@ -1,0 +1,84 @@
+"""Videos and images named by a manifest as a source. A unit is a few rows of the manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dataloaders.sources.base import Bad, Clip, SourceSettings, Unit
+from dataloaders.sources.clips import IMAGES, VIDEOS, cut_video, read_image
+from dataloaders.sources.rows import Row, plain_name, read_manifest
+from dataloaders.sources.urls import is_url, join, parent, read_url, reason_of
+from kairos_train.errors import UserError
+
+ROWS_PER_UNIT = 8
+MANIFESTS = ("manifest.jsonl", "manifest.csv")
+
+
+class VideoSource:
+    """Clips of a manifest; see `Source`. Paths are relative to the manifest and stay below its folder, or are URLs.
+
+    Args:
+        location: the manifest, or the folder that holds a `manifest.jsonl` or `manifest.csv`.
+
+    Raises:
+        UserError: no manifest, or one that cannot be read.
+    """
+
+    def __init__(self, location: Path | str, settings: SourceSettings) -> None:
+        path = location
+        if not is_url(location) and Path(location).is_dir():
+            path = next(Path(location) / name for name in MANIFESTS if (Path(location) / name).is_file())
+        self._path, self._folder, self._clips = path, parent(path), settings.clips
+        self._manifest = read_manifest(path)
+        self.name = plain_name(str(self._folder).rstrip("/").rpartition("/")[2])
+        self.units = -(-len(self._manifest.rows) // ROWS_PER_UNIT)
+        self.sizes_differ, self.fps = True, settings.clips.fps
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "manifest", "sha256": self._manifest.sha256}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "dataset": self.name,
+            "rows": len(self._manifest.rows),
+            "columns_left_out": self._manifest.left_out,
+        }
+
+    def unit(self, number: int) -> Unit:
+        rows = self._manifest.rows[number * ROWS_PER_UNIT : (number + 1) * ROWS_PER_UNIT]
+        local = [r.path for _, r in rows if isinstance(r, Row) and not is_url(r.path) and not is_url(self._folder)]
+        left_out: Counter[str] = Counter()
+        files = tuple(Path(self._folder) / path for path in local)
+        return Unit(str(self._path), self._samples(rows, left_out), files=files, left_out=left_out)
+
+    def _samples(self, rows: list[tuple[int, Row | Bad]], left_out: Counter[str]) -> Iterator[Clip | Bad]:
+        for number, row in rows:
+            if isinstance(row, Bad):
+                yield row
+                continue
+            try:
+                yield from self._clips_of(number, row, left_out)
+            except UserError as error:
+                yield Bad(f"{self._path}: line {number}", str(error))
+
+    def _clips_of(self, number: int, row: Row, left_out: Counter[str]) -> Iterator[Clip]:
+        place = row.path if is_url(row.path) else join(self._folder, row.path)
+        name, suffix = str(place), Path(row.path.partition("?")[0]).suffix.lower()
+        if suffix not in (*VIDEOS, *IMAGES):
+            raise UserError(f"{name}: is no video or image by its name; use one of {', '.join((*VIDEOS, *IMAGES))}")
+        if not is_url(place) and not place.is_file():
+            raise UserError(f"{name}: no such file")
+        meta = {"dataset": self.name, "line": number, "path": row.path}
+        key = f"{self.name}-{number:06d}"
+        try:
+            if suffix in IMAGES:
+                yield read_image(read_url(place), row, self._clips, key=key, name=name, meta=meta)
+                return
+            file = read_url(place) if is_url(place) else place
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({reason_of(error)})") from error
+        yield from cut_video(file, row, self._clips, key=key, name=name, meta=meta, left_out=left_out)

@@ -1,0 +1,61 @@
+"""Five optimiser steps in a layout are five optimiser steps of one process: losses, norms, gradients, weights.
+
+Clipping is active, accumulation is 2, the frames are odd in number, conditions differ per sample; one micro-batch has
+no actions and one is single images, of which there are fewer frames than context ranks. All combinations are run by
+benchmarks/parity.py; here a subset in which every degree meets every ZeRO stage.
+"""
+
+import pytest
+from parallel_training_ranks import make_config, train_layout, train_reference
+
+from kairos_train.training.parity import Trace, compare
+
+LAYOUTS = {
+    "TP2xDP2": (4, "parallel.tensor=2"),
+    "TP2+SPxDP2": (4, "parallel.tensor=2 parallel.sequence=true"),
+    "CP2xDP2": (4, "parallel.context=2"),
+    "CP4xDP2": (8, "parallel.context=4"),
+    "TP2+SPxCP2xDP2": (8, "parallel.tensor=2 parallel.sequence=true parallel.context=2"),
+}
+CASES = [
+    ("TP2xDP2", 0, ""),
+    ("TP2xDP2", 3, ""),
+    ("TP2+SPxDP2", 2, ""),
+    ("TP2+SPxDP2", 1, "streams=video"),
+    ("CP2xDP2", 3, "train.recompute=block"),
+    ("CP2xDP2", 1, "train.precision=bf16"),
+    ("CP4xDP2", 0, "streams=video"),
+    ("CP4xDP2", 2, ""),
+    ("TP2+SPxCP2xDP2", 0, ""),
+    ("TP2+SPxCP2xDP2", 1, "train.recompute=selective"),
+    ("TP2+SPxCP2xDP2", 2, "streams=video train.recompute=block train.offload_activations=true"),
+    ("TP2+SPxCP2xDP2", 3, ""),
+]
+
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory):
+    """The trace of one process for the same global batch, each made once."""
+    folder, made = tmp_path_factory.mktemp("reference"), {}
+
+    def trace(overrides: str, ranks: int) -> Trace:
+        config = make_config(overrides)
+        data = ranks // config.parallel.tensor // config.parallel.context
+        key = (config.stage.streams, config.train.precision, config.optimizer.name, data)
+        if key not in made:
+            made[key] = folder / f"{len(made)}.safetensors"
+            world(1).run(train_reference, overrides, ranks, str(made[key]))
+        return Trace.load(made[key])
+
+    return trace
+
+
+@pytest.mark.parametrize(("layout", "stage", "more"), CASES)
+def test_a_layout_trains_as_one_process_does(world, reference, tmp_path, layout, stage, more):
+    ranks, degrees = LAYOUTS[layout]
+    overrides = f"{degrees} train.zero_stage={stage} {more}"
+    world(ranks).run(train_layout, overrides, str(tmp_path / "trace"), timeout=240)
+    got, expected = Trace.load(tmp_path / "trace"), reference(overrides, ranks)
+    assert (expected.scalars[:, 3] > 0.1).all(), "clipping is active"
+    deviations = compare(expected, got, make_config(overrides))
+    assert [str(deviation) for deviation in deviations if not deviation.ok] == []

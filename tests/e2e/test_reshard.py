@@ -1,0 +1,72 @@
+"""A run saved in one layout goes on in any other: the same losses, the same export byte by byte."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from commands import train_overrides
+from reshard_ranks import save_again, train_run
+
+from kairos_train.cli import main
+
+FIRST = "parallel.tensor=2 parallel.context=2 train.zero_stage=1 train.accumulation=2"
+LAYOUTS = {
+    "CP4xDP2-ZeRO2": (8, "parallel.context=4 train.zero_stage=2 train.accumulation=2"),
+    "DP4-ZeRO3": (4, "train.zero_stage=3 train.accumulation=1"),
+    "one_process": (1, "train.zero_stage=0 train.accumulation=4"),
+    "TP4": (4, "parallel.tensor=4 parallel.sequence=true train.zero_stage=1 train.accumulation=4"),
+}
+SAVED, STEPS = 3, 6
+SETTINGS = (
+    "stage=joint train.micro_batch=2 train.precision=fp32 train.checkpoint_every=3 model.num_heads=4 "
+    f"train.validate_every=0 train.ema_decay=0.9 data.workers=0 train.steps={STEPS}"
+)
+
+
+def overrides(shards: Path, run_dir: Path, layout: str) -> list[str]:
+    return train_overrides(shards, run_dir, *SETTINGS.split(), *layout.split())
+
+
+def losses(run_dir: Path) -> torch.Tensor:
+    lines = (run_dir / "losses.jsonl").read_text().splitlines()
+    return torch.tensor([[json.loads(line)[key] for key in ("loss", "video_loss", "action_loss")] for line in lines])
+
+
+def exported(run_dir: Path, out: Path) -> dict[str, bytes]:
+    assert main(["export", str(run_dir), "--out", str(out)]) == 0
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.suffix == ".safetensors"}
+
+
+@pytest.fixture(scope="module")
+def whole(world, shards, tmp_path_factory) -> Path:
+    """TP2×CP2×DP2 in ZeRO 1, all steps, with a checkpoint half way."""
+    run_dir = tmp_path_factory.mktemp("reshard") / "whole"
+    world(8).run(train_run, overrides(shards, run_dir, FIRST), timeout=240)
+    return run_dir
+
+
+@pytest.fixture
+def half(whole, tmp_path) -> Path:
+    """The run as it stood at the checkpoint."""
+    run_dir = tmp_path / "run"
+    step = f"checkpoints/step-{SAVED:08d}"
+    shutil.copytree(whole / step, run_dir / step)
+    shutil.copy(whole / "losses.jsonl", run_dir)
+    return run_dir
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_goes_on_in_another_layout(world, shards, whole, half, tmp_path, name):
+    ranks, layout = LAYOUTS[name]
+    world(ranks).run(save_again, overrides(shards, half, layout), str(tmp_path / "again"), timeout=240)
+    expected = exported(half, tmp_path / "export")
+    assert expected
+    assert exported(tmp_path / "again", tmp_path / "export_again") == expected
+
+    world(ranks).run(train_run, overrides(shards, half, layout), timeout=240)
+    continued = losses(half)
+    assert len(continued) == STEPS
+    torch.testing.assert_close(continued, losses(whole), rtol=1e-5, atol=0)
+    assert not torch.equal(continued[SAVED:], continued[:SAVED]), "the losses move"
