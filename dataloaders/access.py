@@ -105,6 +105,9 @@ class ShardReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def __del__(self) -> None:
+        self.close()
+
     def __getstate__(self) -> dict[str, Any]:
         return {"index": self.index, "skip": self.skip, "cache": self.cache}
 

@@ -7,7 +7,8 @@ pieces. So with the same G, every layout trains on the same samples at every ste
 By token budget (`dataloaders.buckets`): a global step takes the next accumulation · world_size micro-batches, and rank
 r every world_size-th of them from the r-th on.
 
-Either way the position is one for all ranks.
+Either way the position is one for all ranks. Ranks keep to shards of their own (`dataloaders.streams`) where there is
+one source and a fixed size; else every rank may come to read every shard.
 """
 
 from __future__ import annotations

@@ -207,7 +207,8 @@ class ShardLoader:
         """Continue exactly where the loader that gave `state` stood, in any layout.
 
         Raises:
-            UserError: the state is of another seed, shuffle buffer, number of streams, or of other shards.
+            UserError: the state is of another seed, shuffle buffer, number of streams, or of other shards; or of a
+                token budget, and there is none now.
         """
         names = {"seed": "seed", "shuffle_buffer": "data.shuffle_buffer", "streams": "data.streams"}
         mine = self._order | {"shards": [index.fingerprint for index in self.indices]}
@@ -217,6 +218,11 @@ class ShardLoader:
                     f"loader state: {name} was {state.get(key)} when saved and is {mine[key]} now; the position in the "
                     "data is only defined for the same value: restore it, or start without the loader's state"
                 )
+        if self._budget is None and state["position"].get("waiting"):
+            raise UserError(
+                f"data.tokens_per_micro_batch=null: {len(state['position']['waiting'])} samples wait in buckets since "
+                "the state was saved and would be lost; set a token budget, or start without the loader's state"
+            )
         self.close()
         self._position = dict(state["position"])
         self._findings = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -49,7 +51,8 @@ class Prefetch(Generic[Item]):
             # its own generator: the default one would consume a number of the training's random stream at every start
             generator=torch.Generator(),
         )
-        self._items = iter(loader)
+        with _same_signal_handler():
+            self._items = iter(loader)
         if workers:
             arguments = (weakref.ref(self), self._closed, min(timeout / 4, 1.0))
             threading.Thread(target=_watch, args=arguments, daemon=True, name="loader-watch").start()
@@ -65,12 +68,13 @@ class Prefetch(Generic[Item]):
             raise
         except Exception as error:  # a dead process shows as whatever the pipe, the socket or the DataLoader make of it
             self._deadline = float("inf")
+            ended = [_ended(process) for process in self._processes()]
             if self._hung:
                 raise RunStopped(
                     f"data: no batch within {self.timeout:g} s: a loader worker hangs, most likely on the file system "
                     "of the shards; look there, or raise data.timeout"
                 ) from error
-            if any(_ended(process) for process in self._processes()):
+            if any(ended):
                 raise RunStopped(
                     f"data: a loader worker died ({' '.join(str(error).split())}); if memory is short, lower "
                     "data.workers"
@@ -107,8 +111,20 @@ class Prefetch(Generic[Item]):
         return list(getattr(self._items, "_workers", ()))
 
 
+@contextmanager
+def _same_signal_handler() -> Iterator[None]:
+    """Keep torch's handler for ended children out: it raises wherever the training is, even inside other errors.
+
+    The DataLoader finds a dead process all the same, at the latest after five seconds of waiting for it.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+
+
 def _ended(process) -> bool:
-    process.join(1)  # the pipe may know of its end before the parent does
+    process.join(2)  # the pipe may know of its end before the parent does
     return not process.is_alive()
 
 

@@ -11,8 +11,25 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kairos_train.config.layout_rules import (
+    fp8_names_streams_and_layers,
+    selective_recomputation_needs_whole_weights,
+    sequence_needs_tensor,
+    tensor_ranks_share_heads_and_channels,
+)
+from kairos_train.config.model_rules import (
+    PIXEL_MULTIPLE,
+    heads_divide_the_width,
+    latents_fit_the_encoders,
+    layer_kinds_are_known,
+    layers_are_whole_cycles,
+    patches_tile_the_latents,
+    rotary_splits_the_head,
+    text_widths_agree,
+    timestep_embedding_is_even,
+    token_windows_have_no_history_rule,
+)
 from kairos_train.config.schema import (
-    ATTENTION_KINDS,
     CONDITIONS,
     NORMALIZATIONS,
     WINDOW_SEMANTICS,
@@ -25,12 +42,6 @@ MISSING = "???"
 
 FRAME_CONDITIONS = ("ti2v", "i2v")
 """The conditions that give history frames."""
-
-LATENT_CHANNELS = 16
-"""Of the Wan2.1 VAE and of the weight-free codec alike."""
-
-PIXEL_MULTIPLE = 32
-"""Recipe: both sides of a picture are multiples of this many pixels."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.video.window_semantics": WINDOW_SEMANTICS,
@@ -137,85 +148,6 @@ def fractions(config: Config) -> None:
     for key, value in _given(config, FRACTIONS):
         if not 0 <= value <= 1:
             raise UserError(f"{key}={value} is outside [0, 1]; give a fraction")
-
-
-# --- model ---
-
-
-def layers_are_whole_cycles(config: Config) -> None:
-    layers, cycle = config.model.num_layers, config.model.video.layer_cycle
-    if not cycle:
-        raise UserError(f"model.video.layer_cycle=[] is empty; list kinds out of {', '.join(ATTENTION_KINDS)}")
-    if layers % len(cycle):
-        below = max(layers // len(cycle), 1) * len(cycle)
-        raise UserError(
-            f"model.num_layers={layers} is no multiple of the {len(cycle)} layers of model.video.layer_cycle; "
-            f"use {below} or {below + len(cycle)}"
-        )
-
-
-def layer_kinds_are_known(config: Config) -> None:
-    for kind in config.model.video.layer_cycle:
-        if kind not in ATTENTION_KINDS:
-            raise UserError(f"model.video.layer_cycle holds {kind!r}; use {', '.join(ATTENTION_KINDS)}")
-
-
-def heads_divide_the_width(config: Config) -> None:
-    dim, heads = config.model.video.dim, config.model.num_heads
-    if dim % heads:
-        raise UserError(
-            f"heads not divisible: model.video.dim={dim} is no multiple of model.num_heads={heads}; "
-            f"use model.video.dim={math.ceil(dim / heads) * heads} or other heads"
-        )
-
-
-def rotary_splits_the_head(config: Config) -> None:
-    """Half of a head is shared out to frames (half - 2·(half // 3)), height and width (half // 3 each)."""
-    head = config.model.video.dim // config.model.num_heads
-    if head % 2 or head // 2 // 3 < 1:
-        raise UserError(
-            f"model.video.dim={config.model.video.dim} over model.num_heads={config.model.num_heads} gives heads of "
-            f"{head} channels; the rotary embedding needs an even number of at least 6"
-        )
-
-
-def timestep_embedding_is_even(config: Config) -> None:
-    if config.model.freq_dim % 2:
-        raise UserError(f"model.freq_dim={config.model.freq_dim} is odd; half of it is cosines: use an even number")
-
-
-def latents_fit_the_encoders(config: Config) -> None:
-    channels = config.model.video.latent_channels
-    if channels != LATENT_CHANNELS:
-        raise UserError(f"model.video.latent_channels={channels}; the video encoders give {LATENT_CHANNELS}: use that")
-
-
-def patches_tile_the_latents(config: Config) -> None:
-    patch = config.model.video.patch_size
-    sides = PIXEL_MULTIPLE // 8
-    if len(patch) != 3 or patch[0] != 1 or any(p < 1 or sides % p for p in patch[1:]):
-        raise UserError(
-            f"model.video.patch_size={patch} does not tile the latents; use [1, 2, 2] (frames, height, width)"
-        )
-
-
-def token_windows_have_no_history_rule(config: Config) -> None:
-    video = config.model.video
-    for name in ("restrict_history_query_to_history", "all_attend_history"):
-        if video.window_semantics == "token" and getattr(video, name):
-            raise UserError(
-                f"model.video.{name}=true with model.video.window_semantics=token; token windows know no history: "
-                "set it to false or use window_semantics=frame"
-            )
-
-
-def text_widths_agree(config: Config) -> None:
-    model, encoder = config.model.text_dim, config.encoders.text.text_dim
-    if model != encoder:
-        raise UserError(
-            f"encoders.text.text_dim={encoder} but model.text_dim={model}; "
-            "choose encoders=... and model=... of one width (weight_free takes any)"
-        )
 
 
 # --- data ---
@@ -416,54 +348,6 @@ def ema_forgets(config: Config) -> None:
         raise UserError("train.ema_decay=1 would keep the first weights for ever; give a fraction below 1, as 0.999")
 
 
-def tensor_ranks_share_heads_and_channels(config: Config) -> None:
-    """Heads, attention width and FFN width of every stream that is there must divide."""
-    tensor, model, joint = config.parallel.tensor, config.model, config.stage.streams == "joint"
-    sizes = {"model.num_heads": model.num_heads, "model.video.ffn_dim": model.video.ffn_dim}
-    if joint and model.action is not None:
-        sizes["model.action.ffn_dim"] = model.action.ffn_dim
-    possible = [n for n in range(1, model.num_heads + 1) if not any(size % n for size in sizes.values())]
-    for key, size in sizes.items():
-        if size % tensor:
-            raise UserError(
-                f"parallel.tensor={tensor} does not divide {key}={size}; use one of {', '.join(map(str, possible))}"
-            )
-
-
-def sequence_needs_tensor(config: Config) -> None:
-    if config.parallel.sequence and config.parallel.tensor == 1:
-        raise UserError(
-            "parallel.sequence=true shares tokens between tensor ranks, but parallel.tensor=1; "
-            "use parallel.tensor=2 or more, or parallel.sequence=false"
-        )
-
-
-def fp8_names_streams_and_layers(config: Config) -> None:
-    fp8, layers = config.precision.fp8, config.model.num_layers
-    for stream in fp8.streams:
-        if stream not in ("video", "action"):
-            raise UserError(f"precision.fp8.streams holds {stream!r}; use video, action")
-    for layer in fp8.skip_layers:
-        if not -layers <= layer < layers:
-            raise UserError(
-                f"precision.fp8.skip_layers holds {layer}; model.num_layers={layers}: use 0 to {layers - 1}"
-            )
-    if fp8.recipe == "emulated" and config.parallel.tensor > 1:
-        raise UserError(
-            f"precision.fp8.recipe=emulated scales whole tensors, but parallel.tensor={config.parallel.tensor} splits "
-            "them; use parallel.tensor=1"
-        )
-    if fp8.recipe == "delayed" and (config.train.recompute != "none" or config.parallel.context > 1):
-        raise UserError(
-            f"precision.fp8.recipe=delayed with train.recompute={config.train.recompute} and parallel.context="
-            f"{config.parallel.context}: its scales follow one pass per layer; use precision.fp8.recipe=current"
-        )
-    if fp8.recipe not in (None, "emulated") and config.train.precision != "bf16":
-        raise UserError(
-            f"precision.fp8.recipe={fp8.recipe} with train.precision={config.train.precision}; use train.precision=bf16"
-        )
-
-
 RULES: tuple[Callable[[Config], None], ...] = (
     known_names,
     positive_numbers,
@@ -498,6 +382,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     ema_forgets,
     tensor_ranks_share_heads_and_channels,
     sequence_needs_tensor,
+    selective_recomputation_needs_whole_weights,
     fp8_names_streams_and_layers,
 )
 """Every rule, in the order in which they are asked: single values first, so that later rules may divide."""

@@ -342,7 +342,8 @@ def _history_keys(keys: Keys, history: tuple[int, ...]) -> tuple[Tensor, Tensor,
     Keys are at hand in the order of their frames, and those of all history frames are.
     """
     most, tokens = max(history), keys[0].shape[2]
-    k, v = (x[:, :most].flatten(1, 2) for x in keys)
+    # Copies: a view would keep the keys of all frames alive from here to its layer's backward pass.
+    k, v = (x[:, :most].flatten(1, 2).clone() for x in keys)
     if min(history) == most:
         return k, v, None
     known = torch.tensor(history, device=k.device)[:, None] * tokens

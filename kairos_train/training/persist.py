@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (
     "kernels.",
     "data.workers",
     "data.timeout",
+    "data.cache",
     "data.validation_shards",
     "data.on_corrupt",
     "data.max_corrupt",

@@ -222,6 +222,8 @@ def _open_loader(config: Config, topology: Topology, *, with_frames: bool) -> Sh
         with_frames=with_frames,
         pin_memory=topology.device.type == "cuda",
         timeout=data.timeout,
+        cache_dir=data.cache_dir,
+        cache_gb=data.cache_gb,
     )
 
 

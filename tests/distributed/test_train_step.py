@@ -4,20 +4,18 @@ import json
 
 import pytest
 import torch
-from launch import finish, launch
 from safetensors.torch import load_file
+from train_step_ranks import train
 
 LAYOUTS = {"whole": (1, 1), "accumulated": (1, 4), "two_processes": (2, 1), "both": (2, 2)}
 """Processes and micro-batches per process for the same eight samples."""
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
+def results(world, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("steps")
-    processes = []
     for name, (size, micro_batches) in LAYOUTS.items():
-        processes += launch("step_worker.py", [folder / f"{name}.json", micro_batches], size=size, logs=folder)
-    finish(processes, logs=folder)
+        world(size).run(train, folder / f"{name}.json", micro_batches)
     return {
         name: (
             torch.tensor(json.loads((folder / f"{name}.json").read_text())),

@@ -120,6 +120,13 @@ def test_another_budget_goes_on_without_loss(clips):
         assert total.total() + len(position["waiting"]) == position["samples"]
 
 
+def test_samples_that_wait_in_buckets_are_not_dropped_without_a_word(clips):
+    loader = _loader(clips)
+    take(loader, 5)
+    with pytest.raises(UserError, match=r"tokens_per_micro_batch=null: \d+ samples wait"):
+        toy_loader(clips, batch_size=1).load_state_dict(loader.state_dict())
+
+
 def test_labelled_and_unlabelled_clips_of_one_shape_are_kept_apart(tmp_path):
     write_clips(tmp_path / "clips", [[(5, 32, 32, 8)]])
     write_folder(tmp_path / "robot", [8])

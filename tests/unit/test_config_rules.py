@@ -115,6 +115,11 @@ RULE_CASES = [
         {"parallel.sequence": True},
         r"parallel\.sequence=true .* use parallel\.tensor=2 or more",
     ),
+    (
+        "selective_recomputation_needs_whole_weights",
+        {"train.recompute": "selective", "train.zero_stage": 3},
+        r"selective with train\.zero_stage=3: .* use train\.recompute=block or train\.zero_stage=2",
+    ),
     ("fp8_names_streams_and_layers", {"precision.fp8.streams": ["sound"]}, r"streams holds 'sound'; use video, action"),
     ("fp8_names_streams_and_layers", {"precision.fp8.skip_layers": [4]}, r"skip_layers holds 4; model\.num_layers=4"),
     (

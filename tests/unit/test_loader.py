@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -154,6 +155,18 @@ def test_latents_of_another_type_or_size_on_the_way_are_read_all_the_same(tmp_pa
         UserError, match=r"samples .* latents of shapes \(16, 2, 4, [48]\) and .* do not make one batch"
     ):
         take(toy_loader(folder, batch_size=7), 4)
+
+
+def test_a_closed_loader_leaves_no_file_open(folder):
+    def shards_open():
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        return [link for link in links if os.path.exists(link) and str(folder) in os.readlink(link)]
+
+    loader = toy_loader(folder)
+    take(loader, 9)
+    assert len(shards_open()) == 6
+    loader.close()
+    assert shards_open() == []
 
 
 def test_members_before_and_behind_a_skipped_clip_are_read(tmp_path):

@@ -49,7 +49,7 @@ def test_every_layout_trains_on_the_same_samples_at_every_step(folder):
         assert _steps(_ranks(folder, layout), 12) == wanted, layout
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(folder, workers):
     wanted = keys_of(take(toy_loader(folder, accumulation=3), 24))
     loader = toy_loader(folder, accumulation=3, workers=workers)

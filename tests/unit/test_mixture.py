@@ -206,6 +206,9 @@ def test_other_caption_variants_come_with_their_masks(tmp_path):
         assert mask[i].tolist() == [int(meta["task"]) % 2 == 1] * 2
         assert (batch.contexts["text"][0][i] == int(meta["task"]) + 1).all()
         assert (context[i] == (int(meta["task"]) if mask[i].any() else 0)).all()
+    digest = batch.digest()
+    context[-1, -1, -1] += 1
+    assert batch.digest() != digest
 
 
 def test_sources_of_other_windows_share_a_batch_only_where_they_fit(tmp_path):

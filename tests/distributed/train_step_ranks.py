@@ -1,15 +1,8 @@
-"""One process of the training-step test: three steps of a small model on its share of fixed batches.
-
-    step_worker.py OUT MICRO_BATCHES     (under a launcher's environment, or alone)
-
-Of each step's eight samples, this process takes its contiguous share in MICRO_BATCHES micro-batches. Rank 0 writes the
-reports and final weights to OUT.
-"""
+"""Ranks of the training-step test: three steps of a small model on their shares of fixed batches."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -25,7 +18,7 @@ from kairos_train.config.schema import (
 from kairos_train.model import WorldActionModel
 from kairos_train.model.layout import full_shapes, model_table
 from kairos_train.objective.flow_matching import ConditionedBatch, FlowMatching
-from kairos_train.training.engine import build_engine, start_processes, stop_processes
+from kairos_train.training.engine import build_engine, start_processes
 from kairos_train.training.engine_state import gather_full_state
 from kairos_train.training.step import train_step
 
@@ -67,9 +60,8 @@ def make_batch(objective: FlowMatching, step: int, share: slice) -> ConditionedB
     return objective.condition(keys=keys[share], step=step, **{k: v[share] for k, v in data.items()})
 
 
-def main() -> None:
-    out, micro_batches = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
+def train(out: Path, micro_batches: int) -> None:
+    """This rank takes its contiguous share of each step's eight samples, in some micro-batches. Rank 0 writes `out`."""
     config, world = make_config(), start_processes("cpu")
     torch.manual_seed(0)
     model = WorldActionModel(config.model)
@@ -92,8 +84,3 @@ def main() -> None:
         save_file(sections["model"], out.with_suffix(".safetensors"))
         out.write_text(json.dumps(reports))
     engine.close()
-    stop_processes()
-
-
-if __name__ == "__main__":
-    main()
