@@ -51,7 +51,8 @@ def reference_vectors(files: list[Path]) -> list[str]:
 def output_of(name: str, *arguments: str) -> list[str]:
     """What a benchmark prints, without its JSON line."""
     script = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
-    result = subprocess.run(script, capture_output=True, text=True, check=True)
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning"}  # DeepSpeed's, by the hundred
+    result = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=True, env=quiet)
     return result.stdout.strip().splitlines()[:-1]
 
 
