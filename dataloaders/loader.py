@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from dataloaders.batch import Batch, Sample, collate, decode_sample
-from dataloaders.buckets import BucketQueue, SourceShapes
+from dataloaders.buckets import Bucket, BucketQueue, SourceShapes
 from dataloaders.cache import ShardCache
 from dataloaders.cursor import BucketedSteps, FixedSteps, Request, Share, Steps, requests
 from dataloaders.fetch import Fetcher, Item, Reading, refusal
@@ -82,8 +82,8 @@ class ShardLoader:
 
     Raises:
         UserError: bad settings; from `next`: corrupt data under "stop", sources that are used up.
-        RunStopped: from `next` and `sync`: more corrupt data than allowed, a dead or hung worker, peers that have
-            different batches.
+        RunStopped: from `next` and `sync`: more corrupt data than allowed, peers that have different batches.
+        MachineFault: from `next`: a dead or hung worker.
     """
 
     def __init__(
@@ -176,6 +176,15 @@ class ShardLoader:
     def epochs(self) -> list[float]:
         """How often each source has been gone through, up to the last complete step."""
         return [taken / index.samples for taken, index in zip(self._position["taken"], self.indices)]
+
+    def largest_batch(self) -> tuple[Bucket, int]:
+        """The bucket whose micro-batches have the most video tokens, of equal ones with actions; samples of one."""
+        sizes = {
+            bucket: self.share.micro_batch if self._budget is None else self._budget // bucket.tokens
+            for source in self._shapes
+            for bucket in source.buckets
+        }
+        return max(sizes.items(), key=lambda item: (item[0].tokens * item[1], item[0].has_actions))
 
     def sync(self) -> None:
         """Count and list what any rank has skipped. Collective over the processes of `gather`, where it was given.

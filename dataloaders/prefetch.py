@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kairos_train.errors import RunStopped
+from kairos_train.errors import MachineFault
 
 AHEAD = 2  # requests per process
 
@@ -31,7 +31,7 @@ class Prefetch(Generic[Item]):
         timeout: seconds without an item after which the processes count as hung.
 
     Raises:
-        RunStopped: from `next`: a process died or hung. Exceptions of `dataset` come as they are.
+        MachineFault: from `next`: a process died or hung. Exceptions of `dataset` come as they are.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Prefetch(Generic[Item]):
             self._deadline = float("inf")
             ended = [_ended(process) for process in self._processes()]
             if self._hung:
-                raise RunStopped(
+                raise MachineFault(
                     f"data: no batch within {self.timeout:g} s: a loader worker hangs, most likely on the file system "
                     "of the shards; look there, or raise data.timeout"
                 ) from error
             if any(ended):
-                raise RunStopped(
+                raise MachineFault(
                     f"data: a loader worker died ({' '.join(str(error).split())}); if memory is short, lower "
                     "data.workers"
                 ) from error

@@ -1,23 +1,36 @@
 """The command line: exit codes, and all subcommands in one parser.
 
-What a subcommand needs is imported inside it, so that `--help` and a typing error cost nothing. A `UserError` becomes
-one line on stderr and exit code 2, a `RunStopped` one line and 3; any other exception keeps its traceback. Exit code 1:
-the command ran, and what it checked does not hold.
+What a subcommand needs is imported inside it, so that `--help` and a typing error cost nothing. The exceptions of
+`kairos_train.errors` become one line on stderr and their exit codes; any other exception keeps its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import sys
 from collections.abc import Sequence
 
 from kairos_train import __version__
-from kairos_train.commands import benchmarks, closed_loop, data, evaluation, policies, training
+from kairos_train.commands import (
+    benchmarks,
+    closed_loop,
+    data,
+    evaluation,
+    health,
+    launch,
+    operations,
+    policies,
+    training,
+)
 from kairos_train.commands.parsing import Parser, command, nearest
-from kairos_train.errors import RunStopped, UserError
+from kairos_train.errors import EXIT_CODES, MachineFault, UserError
 
 PROGRAM = "kairos-train"
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a disk says that takes no more: wherever that comes up, it is no fault of this project."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,10 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
         return args.run(args)
-    except UserError as error:
-        return _fail(error, 2)
-    except RunStopped as error:
-        return _fail(error, 3)
+    except tuple(EXIT_CODES) as error:
+        return _fail(error, next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return _fail(MachineFault(f"{error.filename or 'the disk'}: {error.strerror}; make room and start again"), 4)
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
@@ -75,11 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     training.add(commands)
+    operations.add(commands)
     data.add(commands)
     policies.add(commands)
     evaluation.add(commands)
     closed_loop.add(commands)
     benchmarks.add(commands)
+    health.add(commands)
+    launch.add(commands)
     demo = command(commands, "demo", run_demo, "simulate, pack, train, export and evaluate, on a CPU")
     demo.add_argument("--env", choices=("metaworld", "push2d"), default="metaworld", help="the simulator")
     demo.add_argument("--fresh", action="store_true", help="remove what an earlier demo left and start over")

@@ -1,13 +1,40 @@
-"""The one exception that is the user's to mend."""
+"""The ways in which a command ends on purpose, each with its exit code.
+
+    0    done
+    1    it ran, and what it checked does not hold
+    2    bad input (`UserError`)
+    3    a run stopped itself by policy (`RunStopped`): look before starting it again
+    4    a machine, a process or a disk failed (`MachineFault`): start it again
+    75   interrupted on request, checkpoint written (`Interrupted`): start it again
+    130  interrupted at the terminal
+
+Anything else that is raised is a fault of this project and keeps its traceback.
+"""
 
 
 class UserError(ValueError):
     """Bad input: names the field, its value, the rule and the remedy, in one line.
 
-    The command line prints it without a traceback and exits with code 2. Everything else that is raised is a fault of
-    this project and keeps its traceback.
+    The command line prints it without a traceback and exits with code 2.
     """
 
 
 class RunStopped(RuntimeError):
-    """A run that stopped itself by policy (non-finite loss and the like). Printed as one line, exit code 3."""
+    """A run that stopped itself by policy (bad steps beyond the budget). Printed as one line, exit code 3."""
+
+
+class MachineFault(RuntimeError):
+    """Something that the run does not master failed: a process, a machine, a disk. One line, exit code 4.
+
+    Starting the command again continues from the newest valid checkpoint.
+    """
+
+
+class Interrupted(RuntimeError):
+    """A run that ended because it was asked to, with a checkpoint of its last step. One line, exit code 75.
+
+    75 is `EX_TEMPFAIL` of sysexits.h. Starting the command again continues.
+    """
+
+
+EXIT_CODES: dict[type[Exception], int] = {UserError: 2, RunStopped: 3, MachineFault: 4, Interrupted: 75}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,10 @@ import torch.distributed as dist
 
 from kairos_train.config.schema import ParallelConfig
 from kairos_train.errors import UserError
+
+TIMEOUT = timedelta(hours=3)
+"""After which a collective gives up by itself. Longer than the watch over a run (`watch.stuck`, four times that while
+validating or saving) takes to find out who is stuck: a backend's own limit names nobody (ours)."""
 
 AXES = {"tensor": ("tensor",), "context": ("context",), "data": ("data",), "gradient": ("context", "data")}
 """Kind of group → the coordinates in which its members differ."""
@@ -170,7 +175,7 @@ class Topology:
         # gradient groups are two even of the same ranks: gradients are reduced while states are on their way.
         tensor, context, gradient = (_own(degrees, kind, rank) for kind in ("tensor", "context", "gradient"))
         data = gradient if degrees.context == 1 else _own(degrees, "data", rank)
-        alone = dist.new_group([rank], use_local_synchronization=True)
+        alone = dist.new_group([rank], timeout=TIMEOUT, use_local_synchronization=True)
         return cls(rank, size, device, degrees, *at, tensor, context, gradient, data, alone)
 
     @classmethod
@@ -196,6 +201,6 @@ def _own(degrees: Degrees, kind: str, rank: int) -> dist.ProcessGroup | None:
     own = None
     for ranks in degrees.groups(kind):
         if len(ranks) > 1:
-            group = dist.new_group(list(ranks))
+            group = dist.new_group(list(ranks), timeout=TIMEOUT)
             own = group if rank in ranks else own
     return own

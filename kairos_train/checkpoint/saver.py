@@ -12,7 +12,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ from kairos_train.checkpoint.writing import (
     remove_leftovers,
     write_part,
 )
-from kairos_train.errors import UserError
+from kairos_train.errors import MachineFault
 
 PATIENCE = 300.0  # seconds in which nothing grows in the folder, after which rank 0 takes a missing rank for dead
 GRACE = 10.0  # the same when the run has failed: others may have died with it
 FIRST_PAUSE, LONGEST_PAUSE = 0.02, 2.0  # seconds between two looks of rank 0 for the parts of others
 CHUNK = 2**28  # bytes of host memory taken at once; a power of two, to which page-locked memory is rounded up
 ALIGNMENT = 64  # bytes
+COPIERS = 2  # threads that copy what is in host memory already
 
 
 class HostCopy:
@@ -53,6 +55,7 @@ class HostCopy:
         free, used = list(self._chunks), 0
         chunk: Tensor | None = None
         copied: dict[str, list] = {}
+        pairs: list[tuple[Tensor, Tensor]] = []
         for section, pieces in sections.items():
             copied[section] = []
             for piece in pieces:
@@ -60,11 +63,16 @@ class HostCopy:
                 if chunk is None or used + tensor.nbytes > chunk.numel():
                     chunk, used = self._next(free, tensor.nbytes, pinned=bool(gpus)), 0
                 place = chunk.narrow(0, used, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-                place.copy_(tensor, non_blocking=True)
+                pairs.append((place, tensor))
                 used += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
                 copied[section].append(replace(piece, tensor=place))
-        for device in gpus:
-            torch.cuda.synchronize(device)
+        if gpus:
+            _copy(pairs)
+            for device in gpus:
+                torch.cuda.synchronize(device)
+        else:  # one core does not use all of the memory's speed, and the loop stands still meanwhile
+            with ThreadPoolExecutor(COPIERS) as copiers:
+                list(copiers.map(_copy, [pairs[number::COPIERS] for number in range(COPIERS)]))
         return copied
 
     def _next(self, free: list[Tensor], nbytes: int, *, pinned: bool) -> Tensor:
@@ -74,6 +82,11 @@ class HostCopy:
                 return free.pop(number)
         self._chunks.append(torch.empty(max(CHUNK, nbytes), dtype=torch.uint8, pin_memory=pinned))
         return self._chunks[-1]
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for place, tensor in pairs:
+        place.copy_(tensor, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -142,9 +155,10 @@ class Saver:
             files: {file name: text}; rank 0's are kept.
 
         Raises:
-            UserError: the save before could not be written.
+            RuntimeError: the save before has not been settled.
         """
-        self.wait()
+        if self._thread is not None:
+            raise RuntimeError("a save is in flight; settle it first")
         target = checkpoint_path(self.parent, step)
         folder = self.parent / f"{TEMPORARY}{target.name}-{self._token}"
         job = _Save(target, folder, self._host.take(sections), own_state, state, files)
@@ -152,40 +166,59 @@ class Saver:
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save {target.name}", daemon=True)
         self._thread.start()
         if not self.background:
-            self.wait()
+            self._thread.join()
 
-    def check(self) -> None:
-        """Raise when a save has failed, without waiting for one.
+    @property
+    def failed(self) -> bool:
+        """Whether the save in flight has failed already, as far as this rank knows. Rank 0 comes to know of all."""
+        return self._failure is not None
+
+    def settle(self) -> str | None:
+        """Wait for the save in flight and say what became of it. Collective.
+
+        A save that some disk did not take leaves nothing, and the next one may be begun.
+
+        Returns:
+            Why it could not be written, the same on all ranks; None when it was, or when there was none.
 
         Raises:
-            UserError: as `wait`.
-        """
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait for the save in flight.
-
-        Raises:
-            UserError: it could not be written.
+            UserError: it is there already with other content; on rank 0.
+            Exception: whatever else went wrong, on the rank where it did.
         """
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if isinstance(failure, OSError):
-            raise UserError(f"{failure}; resume from the checkpoint before it") from failure
-        if failure is not None:
+        self._thread, failure, self._failure = None, self._failure, None
+        if failure is not None and not isinstance(failure, OSError):
             raise failure
+        problems = self._gather(None if failure is None else str(failure))
+        if problems and self.rank == 0:
+            remove_leftovers(self.parent)  # nobody writes there: all threads have ended
+        return problems[0] if problems else None
 
     def close(self, *, failed: bool = False) -> None:
-        """Wait for the save in flight. With `failed` the run ends by an error: ranks are not waited for long then, and
-        nothing is raised, so that the error stays the one that is seen."""
+        """Wait for the save in flight.
+
+        Args:
+            failed: the run ends by an error. Ranks are not waited for long then, nothing is collective, and nothing is
+                raised, so that the error stays the one that is seen.
+
+        Raises:
+            MachineFault: the last save could not be written.
+        """
         if not failed:
-            self.wait()
+            if problem := self.settle():
+                raise MachineFault(f"{problem}; mend that and start the run again, from the checkpoint before")
         elif self._thread is not None:
             self.patience = min(self.patience, GRACE)
             self._thread.join()
+
+    def _gather(self, problem: str | None) -> list[str]:
+        """The problems of all ranks, rank 0's first."""
+        problems = [problem]
+        if self.size > 1:
+            problems = [None] * self.size
+            dist.all_gather_object(problems, problem)
+        return [text for text in problems if text is not None]
 
     def _run(self, job: _Save) -> None:
         """The thread's work."""
@@ -203,7 +236,9 @@ class Saver:
     def _write(self, job: _Save) -> None:
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
-            part = write_part(job.folder, self.rank, job.sections, file_bytes=self.file_bytes)
+            # Behind the loop there is time, but the loop wants the cores.
+            settings = {"file_bytes": self.file_bytes, "two_threads": not self.background}
+            part = write_part(job.folder, self.rank, job.sections, **settings)
             leave_part(job.folder, self.rank, {**part, "state": job.own_state})
         except OSError as error:
             raise OSError(f"checkpoint {job.target}: rank {self.rank} could not write its part: {error}") from error

@@ -9,9 +9,12 @@ to read, it maps the file, and what was looked at counts as resident memory unti
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +39,8 @@ CODES = {
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 ALIGNMENT = 8  # of the first tensor; the largest element type comes first, so that all are aligned
+CHUNK = 2**24  # bytes written at once: each call takes the interpreter's lock from the training loop for a moment
+AHEAD = 2**26  # bytes that are kept in memory for hashing when they are written
 LONGEST_HEADER = 100_000_000  # bytes, the library's own limit
 
 
@@ -148,13 +153,20 @@ def split_by_size(tensors: Mapping[str, Stored], file_bytes: int) -> Iterator[di
         yield group
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str] | None = None) -> dict:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Stored],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    two_threads: bool = True,
+) -> dict:
     """Write a file and wait until it is on the disk.
 
     Args:
         path: the file.
         tensors: by name, of any device.
         metadata: text for the header.
+        two_threads: hash beside the writing, which is faster; without, one core is enough for both.
 
     Returns:
         {"bytes": size of the file, "sha256": its digest}.
@@ -164,16 +176,40 @@ def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[s
         ValueError: `load` gave something else than was announced.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file:
+    digest, size, hashed = hashlib.sha256(), 0, deque[tuple[Future, int]]()
+    with ThreadPoolExecutor(1) as hasher, open(path, "wb", buffering=0) as file:
         for content in (_header(tensors, names, metadata), *(tensors[name] for name in names)):
-            data = content if isinstance(content, bytes) else _bytes_of(content)
-            file.write(data)
-            digest.update(data)
+            data = memoryview(content) if isinstance(content, bytes) else _bytes_of(content)
+            if two_threads:
+                hashed.append((hasher.submit(digest.update, data), len(data)))  # one after the other, in this order
+            else:
+                digest.update(data)
+            _write(file, size, data)
             size += len(data)
-        file.flush()
+            while sum(nbytes for _, nbytes in hashed) > AHEAD:
+                hashed.popleft()[0].result()
         os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _write(file: io.FileIO, offset: int, data: memoryview) -> None:
+    """Append bytes to a file that is `offset` long."""
+    for begin in range(0, len(data), CHUNK):
+        left = data[begin : begin + CHUNK]
+        count = len(left)
+        while left:
+            left = left[file.write(left) :]
+        _start_flow(file.fileno(), offset + begin, count)
+
+
+def _start_flow(handle: int, offset: int, nbytes: int) -> None:
+    """Have the kernel begin to write these bytes to the disk, which so works while the next ones are hashed.
+
+    Left alone it would collect gigabytes and begin at the fsync. What is on the disk already leaves the page cache,
+    where the training data are of more use.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _header(tensors: Mapping[str, Stored], names: list[str], metadata: Mapping[str, str] | None) -> bytes:

@@ -115,7 +115,9 @@ def remove_leftovers(parent: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def write_part(folder: Path, rank: int, sections: Sections, *, file_bytes: int = FILE_BYTES) -> dict[str, Any]:
+def write_part(
+    folder: Path, rank: int, sections: Sections, *, file_bytes: int = FILE_BYTES, two_threads: bool = True
+) -> dict[str, Any]:
     """Write the pieces that one rank holds.
 
     Args:
@@ -123,6 +125,7 @@ def write_part(folder: Path, rank: int, sections: Sections, *, file_bytes: int =
         rank: who writes; part of the files' names.
         sections: its pieces; every rank names the same sections, also those it holds nothing of.
         file_bytes: as in `write_checkpoint`.
+        two_threads: as in `write_tensors`.
 
     Returns:
         What `publish` needs to know of this part, as JSON keeps it: {"sections", "files"}.
@@ -133,7 +136,8 @@ def write_part(folder: Path, rank: int, sections: Sections, *, file_bytes: int =
         tensors = described.setdefault(section, {})
         for number, group in enumerate(_split(pieces, file_bytes), 1):
             file = f"{section}-{rank:05d}-{number:05d}.safetensors"
-            files[file] = write_tensors(folder / file, {piece.key: Stored.of(piece.tensor) for piece in group})
+            tensors_of = {piece.key: Stored.of(piece.tensor) for piece in group}
+            files[file] = write_tensors(folder / file, tensors_of, two_threads=two_threads)
             for piece in group:
                 dtype = str(piece.tensor.dtype).removeprefix("torch.")
                 info = tensors.setdefault(piece.name, {"dtype": dtype, "shape": list(piece.shape), "pieces": []})

@@ -10,6 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kairos_train.config.operation_schema import (
+    ClusterConfig,
+    FaultsConfig,
+    GuardConfig,
+    MonitorConfig,
+    WatchConfig,
+)
+
 MISSING = "???"
 """A mandatory value that has not been given."""
 
@@ -256,19 +264,6 @@ class PrecisionConfig:
 
 
 @dataclass
-class ClusterConfig:
-    """What `kairos-train plan` assumes of a machine. Bandwidths are what one GPU gets in one direction."""
-
-    name: str = "h200"
-    gpus_per_node: int = 8
-    memory_gb: float = 141.0
-    peak_tflops: float = 989.0  # dense bf16
-    mfu: float = 0.4  # share of the peak that model FLOPs reach (ours)
-    intra_node_gb_per_s: float = 450.0
-    inter_node_gb_per_s: float = 50.0
-
-
-@dataclass
 class TrainConfig:
     steps: int | None = 1000  # the stage's length: one of steps, epochs, samples and tokens
     epochs: int | None = None  # of all sources together
@@ -288,12 +283,16 @@ class TrainConfig:
     validate_every: int = 500  # 0: never
     validation_batches: int = 4
     sample_every: int = 500  # steps between sampled windows in TensorBoard; 0: never
-    on_nonfinite: str = "stop"  # stop | skip: a non-finite loss or gradient norm
+    on_nonfinite: str = "skip"  # skip: as `guard` says | stop: at the first non-finite loss or gradient norm
     resume: str = "auto"  # auto: from the newest checkpoint of run_dir when there is one | never | must
     peak_tflops: float | None = None  # of one device in this precision, for MFU; null: known devices only
     recompute: str = "none"  # none | block | selective (all but attention outputs and states): activations in backward
     offload_activations: bool = False  # keep what is saved for backward in host memory
     async_checkpoint: bool = True  # write checkpoints behind the training loop
+    failed_checkpoints: int = 3  # so many failed writes in a row are survived; the next one ends the run (ours)
+    deadline: str | None = None  # local time as in 2026-01-31T18:00:00; the run saves and ends before it
+    deadline_margin: float = 300.0  # seconds before the deadline (ours)
+    dry_run: bool = True  # before the first step, one of the largest batch, whose update is dropped
 
 
 @dataclass
@@ -332,6 +331,10 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
 
 def stage_model(config: Config) -> ModelConfig:

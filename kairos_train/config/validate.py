@@ -11,6 +11,13 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kairos_train.config.cluster_rules import (
+    container_or_venv,
+    environment_has_names,
+    options_are_options,
+    time_limit_is_a_time,
+    time_limit_leaves_time,
+)
 from kairos_train.config.layout_rules import (
     fp8_names_streams_and_layers,
     selective_recomputation_needs_whole_weights,
@@ -29,6 +36,12 @@ from kairos_train.config.model_rules import (
     text_widths_agree,
     timestep_embedding_is_even,
     token_windows_have_no_history_rule,
+)
+from kairos_train.config.operation_rules import (
+    deadline_is_a_time,
+    faults_are_known,
+    guard_sees_enough,
+    silence_is_longer_than_heartbeats,
 )
 from kairos_train.config.schema import (
     MISSING,
@@ -78,6 +91,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "train.recompute": ("none", "block", "selective"),
     "parallel.state_exchange": ("auto", "serial", "ring", "all_gather"),
     "parallel.frame_layout": ("auto", "contiguous", "residue"),
+    "cluster.gpus_option": ("gpus-per-node", "gres", "none"),
     "precision.fp8.recipe": ("current", "delayed", "block", "mxfp8", "emulated"),
 }
 
@@ -97,13 +111,17 @@ POSITIVE = (
     *(f"train.{key}" for key in ("micro_batch", "accumulation", "checkpoint_every", "keep_last", "log_every")),
     *("train.validation_batches", "train.peak_tflops", "parallel.tensor", "parallel.context"),
     *(f"cluster.{key}" for key in ("gpus_per_node", "memory_gb", "peak_tflops", "mfu")),
-    *(f"cluster.{key}" for key in ("intra_node_gb_per_s", "inter_node_gb_per_s")),
+    *(f"cluster.{key}" for key in ("intra_node_gb_per_s", "inter_node_gb_per_s", "nodes", "cpus_per_gpu")),
+    "cluster.signal_seconds",
+    *(f"watch.{key}" for key in ("heartbeat", "silence", "stuck")),
+    *("guard.window", "guard.spike_factor", "monitor.straggler_factor", "monitor.profile_at", "monitor.profile_steps"),
 )
 
 NOT_NEGATIVE = (
     *("seed", "data.workers", "stage.history_frames", "stage.video_loss_weight", "stage.action_loss_weight"),
     *("stage.weight_decay", "optimizer.weight_decay", "optimizer.warmup_steps"),
-    *("train.keep_every", "train.validate_every", "train.sample_every"),
+    *("train.keep_every", "train.validate_every", "train.sample_every", "cluster.max_restarts"),
+    *("train.failed_checkpoints", "train.deadline_margin", "guard.skips", "guard.rollbacks"),
 )
 
 FRACTIONS = ("data.max_corrupt", "stage.cfg_dropout", "optimizer.min_lr_ratio", "train.ema_decay")
@@ -299,6 +317,15 @@ RULES: tuple[Callable[[Config], None], ...] = (
     sequence_needs_tensor,
     selective_recomputation_needs_whole_weights,
     fp8_names_streams_and_layers,
+    deadline_is_a_time,
+    guard_sees_enough,
+    silence_is_longer_than_heartbeats,
+    faults_are_known,
+    time_limit_is_a_time,
+    time_limit_leaves_time,
+    options_are_options,
+    environment_has_names,
+    container_or_venv,
 )
 """Every rule, in the order in which they are asked: single values first, so that later rules may divide."""
 
@@ -313,5 +340,6 @@ COMPARED = {
     action_weights_fit: ("stage", "model"),
     tensor_ranks_share_heads_and_channels: ("parallel", "model", "stage"),
     fp8_names_streams_and_layers: ("precision", "model", "parallel", "train"),
+    time_limit_leaves_time: ("cluster", "train"),
 }
 """The sections that a rule compares, where it compares several."""

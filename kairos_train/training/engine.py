@@ -33,7 +33,7 @@ from parallel.audit import audit
 from parallel.gradient_sync import gradient_norm, sum_partial_gradients
 from parallel.mpu import DeepSpeedMpu
 from parallel.sharding import Shape, ShardingTable, set_attributes
-from parallel.topology import Degrees, Topology
+from parallel.topology import TIMEOUT, Degrees, Topology
 
 LARGEST_BUCKET = 500_000_000  # elements reduced at once
 
@@ -77,7 +77,7 @@ def start_processes(device: str, parallel: ParallelConfig | None = None) -> Topo
     if not dist.is_initialized():
         launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **alone)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT, **alone)
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != kind:
@@ -297,6 +297,9 @@ def _initialize(
     with contextlib.redirect_stdout(talk):
         import deepspeed
 
+        # An all-reduce for inference on CPUs, which DeepSpeed would compile here and now. Nothing uses it, and a
+        # process that is killed meanwhile leaves a lock file for which all later ones on the machine wait, for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=DeepSpeedMpu(topology), dist_init_required=None

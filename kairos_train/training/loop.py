@@ -11,7 +11,7 @@ from pathlib import Path
 from kairos_train.checkpoint.canonical import checkpoint_path
 from kairos_train.config.schema import Config
 from kairos_train.training import persist
-from kairos_train.training.run import open_run
+from kairos_train.training.opening import open_run
 from kairos_train.training.step import train_step
 from kairos_train.training.telemetry import Place
 
@@ -27,17 +27,26 @@ def train(config: Config, place: Place | None = None) -> Path:
 
     Raises:
         UserError: something in the configuration, the shards or the checkpoint does not fit the rest.
-        RunStopped: a non-finite loss or gradient under `train.on_nonfinite=stop`.
+        RunStopped: more bad steps than `guard` allows.
+        Interrupted: it was asked to stop and has written its checkpoint.
+        MachineFault: a process, a disk or the data's file system failed.
     """
     with open_run(config, place) as run:
         while not run.finished:
-            batches, data_wait = run.next_batches()
-            lr = run.lr
-            run.engine.set_lr(lr)
-            report = train_step(run.engine, run.feed.objective, config.stage, batches)
-            run.check_finite(report, batches)
-            if report.stepped:
-                run.ema.update()
-            run.record(report, lr=lr, data_wait=data_wait)
+            with run.watched_step():
+                batches, data_wait = run.next_batches()
+                lr = run.lr
+                run.engine.set_lr(lr)
+                report = train_step(
+                    run.engine,
+                    run.feed.objective,
+                    config.stage,
+                    batches,
+                    refuses=run.guard.refuses,
+                    before_update=run.before_update,
+                )
+                if report.stepped:
+                    run.ema.update()
+            run.record(report, batches, lr=lr, data_wait=data_wait)
             run.follow_up()
     return checkpoint_path(persist.checkpoints(config), run.step)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kairos_train.conditioning.interfaces import identities_match
 from kairos_train.config.compose import load_saved, to_yaml
 from kairos_train.config.schema import Config
 from kairos_train.errors import UserError
+from kairos_train.operations.guard import Guard
 from kairos_train.training.budget import Progress
 from kairos_train.training.describe import chosen_kernels
 from kairos_train.training.ema import Ema
@@ -44,12 +45,16 @@ FREE_TO_CHANGE = (
     "stage.init",
     "curriculum.",
     "prepare",
+    *("guard.", "watch.", "monitor.", "faults."),
 )
 """Settings that a resumed run may have otherwise than its checkpoint (announced); any other change is refused.
 
 How a run is split, recomputed and written changes its numbers by rounding alone. `train.micro_batch` and
 `train.accumulation` must make up for another number of data ranks: `restore` holds the samples of a step.
 """
+
+UNTOLD = ("train.deadline",)
+"""Of those, what is another in every life of a job, and not announced."""
 
 NUMBERS = ("train.precision",)
 """Of those, what decides the numbers after all: not free. (`precision.fp8` is not free either.)"""
@@ -64,7 +69,7 @@ class Best:
 
 
 def find_resumable(config: Config) -> tuple[CheckpointReader | None, list[str]]:
-    """The checkpoint to continue from by `train.resume`, and warnings about damaged ones.
+    """The checkpoint to continue from by `train.resume`, and warnings about damaged ones. Looks at names and sizes.
 
     Raises:
         UserError: `must` without a checkpoint, or a run folder that holds a different run.
@@ -100,58 +105,68 @@ def changed_settings(config: Config, reader: CheckpointReader) -> list[str]:
                 f"{key}={new.get(key)}: the run in run_dir={config.run_dir} was started with {old.get(key)}; "
                 "set that to resume it, or choose another run_dir"
             )
-    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in changes]
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in changes if key not in UNTOLD]
 
 
-def open_saver(config: Config, topology: Topology) -> Saver:
-    """What writes this run's checkpoints and drops old ones. Collective."""
-    folder, train = checkpoints(config), config.train
-    return Saver(
-        folder,
-        rank=topology.rank,
-        size=topology.size,
-        background=train.async_checkpoint,
-        published=partial(_tidy, folder, train.keep_last, train.keep_every),
-    )
+@dataclass
+class RunState:
+    """What a checkpoint holds of a run.
 
-
-def save(
-    saver: Saver,
-    engine: TrainingEngine,
-    ema: Ema,
-    loader: ShardLoader,
-    feed: Feed,
-    config: Config,
-    *,
-    progress: Progress,
-    best: Best | None = None,
-) -> None:
-    """Begin the checkpoint of the step that `progress` has come to. Collective.
-
-    Raises:
-        UserError: the checkpoint before it could not be written.
+    Attributes:
+        best: the step with the lowest validation loss so far.
+        guard: memory of bad steps.
     """
+
+    engine: TrainingEngine
+    ema: Ema
+    loader: ShardLoader
+    feed: Feed
+    config: Config
+    progress: Progress
+    best: Best | None
+    guard: Guard
+
+
+def open_saver(config: Config, topology: Topology, published: Callable[[], Any] = lambda: None) -> Saver:
+    """What writes this run's checkpoints and drops old ones. Collective.
+
+    Args:
+        published: called by rank 0's thread after each checkpoint.
+    """
+    folder, train = checkpoints(config), config.train
+
+    def finish() -> None:
+        published()
+        _tidy(folder, train.keep_last, train.keep_every)
+
+    return Saver(folder, rank=topology.rank, size=topology.size, background=train.async_checkpoint, published=finish)
+
+
+def save(saver: Saver, state: RunState) -> None:
+    """Begin the checkpoint of the step that `state.progress` has come to. Collective."""
+    engine, loader, config = state.engine, state.loader, state.config
     loader.sync()
     topology = engine.topology
     tensors, plain = random_state()
     rng = whole_pieces({f"rank{topology.rank}.{name}": tensor for name, tensor in tensors.items()})
     saver.save(
-        progress.steps,
-        {**state_pieces(engine, ema.average), "rng": rng},
+        state.progress.steps,
+        {**state_pieces(engine, state.ema.average), "rng": rng},
         own_state={"random": plain},
         state={
-            "samples": progress.samples,
-            "tokens": progress.tokens,
-            "best": None if best is None else asdict(best),
+            "samples": state.progress.samples,
+            "tokens": state.progress.tokens,
+            "best": None if state.best is None else asdict(state.best),
+            "guard": state.guard.state_dict(),
             "layout": {**asdict(topology.degrees), "step_size": step_size(config, topology)},
             "optimizer": {"updates": engine.layout.updates},
-            "ema": ema.state_dict(),
+            "ema": state.ema.state_dict(),
             "loader": loader.state_dict(),  # the same on all ranks
-            "encoders": feed.identity,
-            "robot": feed.robot,
+            "encoders": state.feed.identity,
+            "robot": state.feed.robot,
             "kernels": chosen_kernels(config, topology.device),
         },
-        files={"config.yaml": to_yaml(config), "dataset_stats.json": json.dumps(feed.statistics, indent=1)},
+        files={"config.yaml": to_yaml(config), "dataset_stats.json": json.dumps(state.feed.statistics, indent=1)},
     )
 
 
@@ -185,24 +200,24 @@ def changed_layout(config: Config, topology: Topology, reader: CheckpointReader)
     return [f"{axis} ranks {old[axis]} -> {degree}" for axis, degree in new.items() if degree != old[axis]]
 
 
-def restore(
-    engine: TrainingEngine, ema: Ema, loader: ShardLoader, feed: Feed, config: Config, reader: CheckpointReader
-) -> None:
+def restore(state: RunState, reader: CheckpointReader) -> None:
     """Continue where `reader`'s checkpoint stood, whatever layout wrote it. Collective.
 
     Raises:
         UserError: other encoders, other shards, another model, another number of samples per step.
     """
-    identities_match(reader.state["encoders"], feed.identity)
-    topology = engine.topology
-    another = changed_layout(config, topology, reader)
-    loader.load_state_dict(reader.state["loader"])
-    load_full_state(engine, reader)
-    ema.load(reader)
+    identities_match(reader.state["encoders"], state.feed.identity)
+    topology = state.engine.topology
+    another = changed_layout(state.config, topology, reader)
+    state.loader.load_state_dict(reader.state["loader"])
+    load_full_state(state.engine, reader)
+    state.ema.load(reader)
+    state.progress, state.best = progress_of(reader), best_of(reader)
+    state.guard.load_state_dict(reader.state.get("guard"))
     if another:
         # Every rank had generators of its own, and ranks there are now others. Training draws nothing from them (noise
         # is a function of seed, step and sample), so any states will do that are the same whenever this is repeated.
-        derive_random_state(config.seed, reader.step, topology.rank)
+        derive_random_state(state.config.seed, reader.step, topology.rank)
     else:
         _restore_random_state(reader, topology.rank)
 

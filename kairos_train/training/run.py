@@ -1,40 +1,55 @@
-"""The parts of a run, put together once: `open_run` builds or resumes them, `Run` holds them."""
+"""The parts of a run while it goes: `Run` holds them and knows what comes before, between and after steps.
+
+They are put together by `kairos_train.training.opening.open_run`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from dataloaders.loader import ShardLoader, check_shards, sources_of
-from dataloaders.shards import ShardIndex, read_index
-from kairos_train.checkpoint.saver import Saver
-from kairos_train.config.compose import save_config
 from kairos_train.config.schema import Config
-from kairos_train.errors import RunStopped
-from kairos_train.model.layout import check_fp8, full_shapes, model_table
+from kairos_train.errors import Interrupted, MachineFault, RunStopped
 from kairos_train.objective.flow_matching import ConditionedBatch
-from kairos_train.training import persist
+from kairos_train.operations.events import EventLog
+from kairos_train.operations.liveness import Liveness
+from kairos_train.operations.prometheus import TextFile
+from kairos_train.operations.stopping import Requests
 from kairos_train.training.budget import Budget, Progress
-from kairos_train.training.describe import chosen_kernels, peak_flops
-from kairos_train.training.ema import Ema
-from kairos_train.training.engine import TrainingEngine, build_engine, start_processes
-from kairos_train.training.feed import Feed
-from kairos_train.training.initial_weights import build_model, initial_average
+from kairos_train.training.checkpointing import Checkpointing
+from kairos_train.training.consensus import any_rank, from_all
+from kairos_train.training.dry_run import dry_run
+from kairos_train.training.faults import Faults
+from kairos_train.training.monitor import Monitor
 from kairos_train.training.optimizer import lr_at
-from kairos_train.training.persist import Best
-from kairos_train.training.random_state import derive_random_state
+from kairos_train.training.persist import Best, RunState
+from kairos_train.training.profiling import Profile
+from kairos_train.training.rollback import roll_back
+from kairos_train.training.sample_log import SampleLog
 from kairos_train.training.samples import draw_samples
-from kairos_train.training.sources import check_sources, check_window, policy_source
 from kairos_train.training.step import StepReport, weighted_loss
-from kairos_train.training.telemetry import Place, Telemetry
+from kairos_train.training.telemetry import Telemetry
 from kairos_train.training.validation import validate
-from parallel.topology import Topology
+
+LONG_WAIT = 30.0
+"""Seconds of waiting for one step's data from which it is told (ours)."""
+
+OUTCOMES = {type(None): "finished", Interrupted: "interrupted", RunStopped: "stopped", MachineFault: "fault"}
+"""Error by which a run ends → what the event says; "error" of all others."""
+
+
+@dataclass
+class Reports:
+    """What is written step by step. After going back to an earlier step it is opened anew there."""
+
+    telemetry: Telemetry
+    samples: SampleLog
+
+    def close(self) -> None:
+        self.telemetry.close()
+        self.samples.close()
 
 
 @dataclass
@@ -42,123 +57,227 @@ class Run:
     """One stage being trained on this rank. A context manager: its end waits for the checkpoint in flight and closes.
 
     Attributes:
+        state: what a checkpoint holds: engine, averages, loader, progress, memory of bad steps.
         budget: how long the stage is.
-        progress: what is done of it.
-        best: the step with the lowest validation loss so far, and that loss.
+        open_reports: opens telemetry and sample log behind a step.
+        events: what happens, over all lives.
+        requests: what this process is asked for from outside.
+        watch: over the other ranks, and of this one's progress.
+        outer: what is open around the run, the watch outermost; closed at its end.
+        monitor: what is measured beside training.
+        prometheus: the text file of its numbers, on rank 0 where one is wanted.
     """
 
-    config: Config
-    topology: Topology
-    feed: Feed
-    loader: ShardLoader
-    engine: TrainingEngine
-    ema: Ema
-    saver: Saver
-    telemetry: Telemetry
+    state: RunState
     budget: Budget
-    progress: Progress
-    best: Best | None
+    checkpointing: Checkpointing
+    open_reports: Callable[[int], Reports]
+    reports: Reports
+    events: EventLog
+    requests: Requests
+    faults: Faults
+    watch: Liveness
+    outer: ExitStack
+    monitor: Monitor
+    prometheus: TextFile | None = None
+
+    def __post_init__(self) -> None:
+        self.config: Config = self.state.config
+        self.engine, self.feed, self.loader = self.state.engine, self.state.feed, self.state.loader
+        self.ema, self.guard, self.topology = self.state.ema, self.state.guard, self.state.engine.topology
+        self._phase = ExitStack()
+        self._reported = self.step
+        self._first = True  # the next step is the first of this life
+        self._went_back = False
 
     @property
     def step(self) -> int:
         """Optimiser steps done."""
-        return self.progress.steps
+        return self.state.progress.steps
 
     @property
     def finished(self) -> bool:
-        return self.budget.finished(self.progress)
+        return self.budget.finished(self.state.progress)
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return lr_at(self.step, self.config.optimizer, self.budget.total_steps(self.progress))
+        return lr_at(self.step, self.config.optimizer, self.budget.total_steps(self.state.progress))
+
+    @property
+    def telemetry(self) -> Telemetry:
+        return self.reports.telemetry
+
+    # --- a step ---
+
+    @contextmanager
+    def watched_step(self) -> Iterator[None]:
+        """Around a step, from fetching its data to the end of its update."""
+        number = self.step + 1
+        with self.monitor.step(number, timed=number % self.config.train.log_every == 0), self._phase:
+            yield
+        self._tell_profile(self.monitor.finished_profile)
+
+    def _tell_profile(self, profile: Profile | None) -> None:
+        if profile is not None:
+            self.telemetry.say(str(profile))
+            self.events.write("profile", step=profile.last, path=profile.path)
+
+    def before_update(self) -> None:
+        """Between the last backward pass and the update."""
+        self.monitor.before_update()
+        self._enter("update")
+
+    def _enter(self, phase: str) -> None:
+        """The step's next phase."""
+        self._phase.close()
+        self._phase.enter_context(self.monitor.clock.phase(phase))
+        self.watch.at(self.step + 1, phase)
 
     def next_batches(self) -> tuple[list[ConditionedBatch], float]:
-        """The micro-batches of the next step, and the seconds that were waited for data."""
-        begin = time.perf_counter()
-        raw = [next(self.loader) for _ in range(self.config.train.accumulation)]
-        waited = time.perf_counter() - begin
-        share = self.budget.share(self.progress)
-        return [self.feed.condition(batch, step=self.step, progress=share) for batch in raw], waited
+        """The micro-batches of the next step, and the seconds that were waited for data.
 
-    def check_finite(self, report: StepReport, batches: list[ConditionedBatch]) -> None:
-        """Say which samples a non-finite step had, and stop if `train.on_nonfinite` says so. Collective when it is.
+        Before the first step of a life the largest micro-batch is tried.
+        """
+        self._enter("data")
+        begin = time.perf_counter()
+        self.faults.before_data(self.step + 1)
+        # Loader processes start with the first batch of a life.
+        with self.watch.paused("first data") if self._first else nullcontext():
+            raw = [next(self.loader) for _ in range(self.config.train.accumulation)]
+        waited = time.perf_counter() - begin
+        if waited > LONG_WAIT:
+            self.telemetry.say(f"step {self.step + 1}: waited {waited:.0f} s for data")
+            self.events.write("loader_stall", step=self.step + 1, seconds=waited)
+        share = self.budget.share(self.state.progress)
+        batches = [self.feed.condition(batch, step=self.step, progress=share) for batch in raw]
+        if self._first and self.config.train.dry_run:
+            self._try_largest(batches[0])
+        self._first = False
+        self.faults.spoil(self.step + 1, batches)
+        self.faults.before_step(self.step + 1)
+        self._enter("forward_backward")
+        return batches, waited
+
+    def _try_largest(self, like: ConditionedBatch) -> None:
+        begin = time.perf_counter()
+        with self.watch.paused("dry run"):
+            memory = dry_run(self.engine, self.feed, self.config, like=like, largest=self.loader.largest_batch())
+        self.telemetry.say(memory["text"])
+        self.events.write("memory", **memory)
+        self.telemetry.pause(time.perf_counter() - begin)
+
+    # --- after a step ---
+
+    def record(self, report: StepReport, batches: list[ConditionedBatch], *, lr: float, data_wait: float) -> None:
+        """Count the step and tell of it; weigh it. Collective when it was a bad one.
 
         Raises:
-            RunStopped: under `stop`; no weight has changed in that step.
+            RunStopped: more bad steps than `guard` allows, and no way back; samples and remedy are named.
         """
-        if report.finite:
-            return
-        keys: list[list[str]] = [[] for _ in range(self.topology.size)]
-        dist.all_gather_object(keys, [key for batch in batches for key in batch.keys])
-        what = f"step {self.step}: loss {report.loss}, gradient norm {report.grad_norm}"
-        where = f"samples {', '.join(sorted({key for rank in keys for key in rank}))}"
-        if self.config.train.on_nonfinite == "stop":
-            raise RunStopped(f"{what} is not finite; {where}; inspect them, or continue with train.on_nonfinite=skip")
-        self.telemetry.say(f"{what} is not finite, the update was skipped; {where}")
-
-    def record(self, report: StepReport, *, lr: float, data_wait: float) -> None:
-        """Count the step and tell of it."""
-        done = self.progress
-        self.progress = Progress(done.steps + 1, done.samples + report.samples, done.tokens + report.tokens)
+        done = self.state.progress
+        self.watch.at(self.step + 1, "follow_up")
+        self.state.progress = Progress(done.steps + 1, done.samples + report.samples, done.tokens + report.tokens)
+        self.reports.samples.step(self.step, batches)
         self.telemetry.step(self.step, report, lr=lr, data_wait=data_wait)
+        self.guard.note(self.step, report.loss, good=report.stepped)
+        if report.stepped:
+            return
+        keys = sorted({key for rank in from_all([k for b in batches for k in b.keys], self.topology) for key in rank})
+        why = "a loss spike" if self.guard.is_spike(report.loss) else "not finite"
+        text = f"step {self.step}: loss {report.loss}, gradient norm {report.grad_norm}: {why}, the update was dropped"
+        self.telemetry.say(f"{text}; samples {', '.join(keys)}")
+        self.events.write(
+            "skipped", step=self.step, why=why, loss=report.loss, grad_norm=report.grad_norm, samples=keys
+        )
+        if self.guard.exceeded:
+            self._went_back = True
+            roll_back(self, where=f"{text}; samples {', '.join(keys)}")
 
     def follow_up(self) -> None:
-        """What comes after a step when it is time: report, validation, samples, checkpoint. The last step has all."""
-        train = self.config.train
-        self.saver.check()
+        """What comes after a step when it is time: report, validation, samples, checkpoint. The last step has all.
+
+        Raises:
+            Interrupted: some rank was asked to stop; the checkpoint of this step is written.
+            MachineFault: checkpoints cannot be written.
+        """
+        if self._went_back:  # to a step that has been followed up already
+            self._went_back = False
+            return
+        train, telemetry = self.config.train, self.telemetry
+        stopping, failed = any_rank([self.requests.why is not None, self.checkpointing.failed], self.topology)
+        if failed and (problem := self.checkpointing.settle()):
+            telemetry.say(f"{problem}; training goes on, the next checkpoint is tried in its turn")
         if self._due(train.log_every):
-            self.loader.sync()
-            self.telemetry.report(
-                self.step,
-                share=self.budget.share(self.progress),
-                corrupt=sum(entry["count"] for entry in self.loader.skipped.values()),
-                epochs=self.loader.epochs,
-                totals=asdict(self.progress),
-            )
+            self._report()
         begin = time.perf_counter()
         better = False
         if self.config.data.validation_shards and self._due(train.validate_every):
-            self._validate("raw")
-            with self.ema.in_model():
-                loss = self._validate("ema")
-            better = train.keep_best and (self.best is None or loss < self.best.loss)
-            if better:
-                self.best = Best(self.step, loss)
+            with self._pause("validation"):
+                better = self._validate_both()
         if self.config.data.validation_shards and self._due(train.sample_every):
-            with self.ema.in_model():
+            with self._pause("samples"), self.ema.in_model():
                 samples = draw_samples(self.engine, self.feed, self.config)
             if samples is not None:
-                self.telemetry.samples(self.step, samples)
-        if better or self._due(train.checkpoint_every):
-            state = self.saver, self.engine, self.ema, self.loader, self.feed, self.config
-            persist.save(*state, progress=self.progress, best=self.best)
-        self.telemetry.pause(time.perf_counter() - begin)
+                telemetry.samples(self.step, samples)
+        if better or stopping or self._due(train.checkpoint_every):
+            with self._pause("checkpoint"):
+                problem = self.checkpointing.save(self.state)
+            if problem:
+                telemetry.say(problem)
+        telemetry.pause(time.perf_counter() - begin)
+        if stopping and not self.finished:
+            self._stop_as_asked()
 
-    def __enter__(self) -> Run:
-        return self
+    def _report(self) -> None:
+        """Averages since the last report, to all who read them. Collective."""
+        with self._pause("report"):
+            self.loader.sync()
+            measured = self.monitor.report(steps=self.step - self._reported)
+        self._reported = self.step
+        for straggler in measured.stragglers:
+            self.telemetry.say(f"step {self.step}: {straggler}")
+            self.events.write("straggler", step=self.step, **asdict(straggler))
+        values = self.telemetry.report(
+            self.step,
+            share=self.budget.share(self.state.progress),
+            corrupt=sum(entry["count"] for entry in self.loader.skipped.values()),
+            epochs=self.loader.epochs,
+            totals=asdict(self.state.progress),
+            measured=measured.values,
+        )
+        if self.prometheus is not None:
+            self.prometheus.update(self.step, values)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=kind is not None)
+    @contextmanager
+    def _pause(self, phase: str) -> Iterator[None]:
+        """What is done between two steps, measured, and allowed to take its time."""
+        with self.monitor.clock.phase(phase), self.watch.paused(phase):
+            yield
 
-    def close(self, *, failed: bool = False) -> None:
-        """Wait for the checkpoint in flight, close files and loader processes, release the engine.
-
-        Args:
-            failed: the run ends by an error; then the checkpoint's failure is not raised on top of it.
-
-        Raises:
-            UserError: the last checkpoint could not be written.
-        """
-        try:
-            self.saver.close(failed=failed)
-        finally:
-            self.telemetry.close()
-            self.loader.close()
-            self.engine.close()
+    def _stop_as_asked(self) -> None:
+        why = next(reason for reason in from_all(self.requests.why, self.topology) if reason)
+        self.events.write("stop_requested", step=self.step, why=why)
+        if problem := self.checkpointing.settle():
+            raise MachineFault(f"asked to stop ({why}), but {problem}")
+        raise Interrupted(
+            f"{self.config.run_dir}: asked to stop ({why}); the checkpoint of step {self.step} is written, "
+            "the same command continues from it"
+        )
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.finished or self.step % every == 0)
+
+    def _validate_both(self) -> bool:
+        """Validate raw and averaged weights; whether the averaged ones are the best so far and to be kept."""
+        self._validate("raw")
+        with self.ema.in_model():
+            loss = self._validate("ema")
+        best = self.state.best
+        if not self.config.train.keep_best or (best is not None and loss >= best.loss):
+            return False
+        self.state.best = Best(self.step, loss)
+        return True
 
     def _validate(self, weights: str) -> float:
         """The validation loss of some weights, told."""
@@ -168,121 +287,35 @@ class Run:
         self.telemetry.say(f"step {self.step}  validation with {weights} weights  {text}")
         return weighted_loss(self.config.stage, losses["video"], losses.get("action"))
 
+    # --- begin and end ---
 
-def open_run(config: Config, place: Place | None = None) -> Run:
-    """Build a stage's run, or resume it from the newest valid checkpoint of `run_dir` (`train.resume`).
+    def __enter__(self) -> Run:
+        return self
 
-    Args:
-        place: in a curriculum.
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        with self.outer:
+            explained = None if error is None else self.watch.explain(error)
+            self.close(failed=error is not None)
+            if explained is not None:  # the watch has written the event
+                raise explained from error
+            outcome = next((name for kind, name in OUTCOMES.items() if isinstance(error, kind)), "error")
+            self.events.write("stop", step=self.step, outcome=outcome, text="" if error is None else str(error))
 
-    Raises:
-        UserError: something in the configuration, the shards or the checkpoint does not fit the rest.
-    """
-    # First what can be known before any device is taken.
-    indices = [read_index(source.shards) for source in sources_of(config.data)]
-    check_sources(config, indices)
-    held_out = [read_index(folder) for folder in filter(None, [config.data.validation_shards])]
-    if indices[policy_source(indices)].action_dim:
-        for index in held_out:
-            check_window(config.data.window, index)
-    if config.data.on_corrupt == "stop":
-        for index in [*indices, *held_out]:
-            check_shards(index)
-    check_fp8(config)
-    reader, damaged = persist.find_resumable(config)
-    changes = persist.changed_settings(config, reader) if reader else []
+    def close(self, *, failed: bool = False) -> None:
+        """Wait for the checkpoint in flight, close files and loader processes, release the engine.
 
-    topology = start_processes(config.train.device, config.parallel)
-    changes += persist.changed_layout(config, topology, reader) if reader else []
-    derive_random_state(config.seed, 0, topology.rank)
-    feed = Feed(config, indices, topology.device)
-    loader = _open_loader(config, topology, with_frames=feed.needs_frames)
-    model = build_model(config, feed.identity, topology)
-    table = model_table(config, model)
-    engine = build_engine(model, config, topology=topology, table=table, full_shapes=full_shapes(config))
-    start = None if reader else initial_average(config, engine.layout.shapes)
-    ema = Ema(engine, config.train.ema_decay, start=start)
-    progress, budget, best = Progress(), Budget.of(config.train, sum(i.samples for i in indices)), None
-    if reader:
-        progress, best = persist.progress_of(reader), persist.best_of(reader)
-        persist.restore(engine, ema, loader, feed, config, reader)
-    saver = persist.open_saver(config, topology)
+        Args:
+            failed: the run ends by an error; then the checkpoint's failure is not raised on top of it.
 
-    run_dir = Path(config.run_dir)
-    if topology.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
-    telemetry = Telemetry(
-        run_dir,
-        first_step=progress.steps,
-        length=str(budget),
-        place=place,
-        peak_flops=peak_flops(config, topology.device),
-        world=topology.size,
-        enabled=topology.rank == 0,
-    )
-    for problem in damaged:
-        telemetry.say(problem)
-    for change in changes:
-        telemetry.say(f"resumed with a changed setting: {change}")
-    telemetry.say(_headline(config, indices, engine, budget, progress, place))
-    return Run(config, topology, feed, loader, engine, ema, saver, telemetry, budget, progress, best)
-
-
-def _open_loader(config: Config, topology: Topology, *, with_frames: bool) -> ShardLoader:
-    """Batches of this rank's share of the data; ranks that share a sample get the same."""
-
-    def gather(value: Any) -> list[Any]:
-        values: list[Any] = [None] * topology.size
-        dist.all_gather_object(values, value)
-        return values
-
-    data, rank = config.data, topology.rank
-    return ShardLoader(
-        sources_of(data),
-        batch_size=config.train.micro_batch,
-        accumulation=config.train.accumulation,
-        seed=config.seed,
-        rank=topology.data_rank,
-        world_size=topology.degrees.data,
-        workers=data.workers,
-        tokens_per_micro_batch=data.tokens_per_micro_batch,
-        streams=data.streams,
-        shuffle_buffer=data.shuffle_buffer,
-        temperature=data.temperature,
-        on_corrupt=data.on_corrupt,
-        max_corrupt=data.max_corrupt,
-        quarantine=Path(config.run_dir) / "quarantine.jsonl" if rank == 0 else None,
-        gather=gather if topology.size > 1 else None,
-        check_peers=data.check_peers,
-        with_frames=with_frames,
-        pin_memory=topology.device.type == "cuda",
-        timeout=data.timeout,
-        cache_dir=data.cache_dir,
-        cache_gb=data.cache_gb,
-    )
-
-
-def _headline(
-    config: Config,
-    indices: Sequence[ShardIndex],
-    engine: TrainingEngine,
-    budget: Budget,
-    progress: Progress,
-    place: Place | None,
-) -> str:
-    parameters = sum(torch.Size(shape).numel() for shape in engine.layout.shapes.values())
-    kernels = ", ".join(f"{name}={kind}" for name, kind in chosen_kernels(config, engine.topology.device).items())
-    samples = " + ".join(f"{index.samples:,}" for index in indices)
-    return (
-        f"{config.run_dir}: stage {config.stage.name}{f' ({place})' if place else ''}, {parameters / 1e6:.2f} M "
-        f"parameters train on {samples} samples for {budget}; {_layout(engine.topology)} on "
-        f"{engine.topology.device.type}, ZeRO {config.train.zero_stage}, {config.train.precision}, {kernels}; "
-        + (f"resumed at step {progress.steps}" if progress.steps else "from step 0")
-    )
-
-
-def _layout(topology: Topology) -> str:
-    degrees = topology.degrees
-    split = [f"{axis} {n}" for axis, n in asdict(degrees).items() if n > 1]
-    return f"{topology.size} process(es)" + (f" ({' × '.join(split)})" if len(split) > 1 else "")
+        Raises:
+            MachineFault: the last checkpoint could not be written.
+        """
+        try:
+            self.checkpointing.close(failed=failed)
+        finally:
+            self._tell_profile(self.monitor.profiler.close(self.step))
+            if self.prometheus is not None:
+                self.prometheus.close()
+            self.reports.close()
+            self.loader.close()
+            self.engine.close()

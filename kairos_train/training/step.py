@@ -12,6 +12,7 @@ that hold the same parameters, hence dp·cp. Tensor ranks compute the same loss.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +36,7 @@ class StepReport:
         video_loss, action_loss: of the whole global step; action is None in a video stage.
         loss: their weighted sum.
         grad_norm: before clipping, inf when not finite.
-        stepped: False when the gradient was not finite and was dropped.
+        stepped: False when the gradient was not finite, or refused, and was dropped.
         bins: {"video": (SIGMA_BINS, 2), "action": …}: Σ w·e² and Σ n by σ in equal bins of [0, 1].
         samples, tokens, flops: of the whole global step.
     """
@@ -91,11 +92,28 @@ class LossMeter:
         total, count = self.bins[stream].sum(0).tolist()
         return total / count if count else 0.0
 
+    def losses(self, stage: StageConfig) -> tuple[float, float | None]:
+        """Of the video and, in a joint stage, of the actions."""
+        return self.loss("video"), self.loss("action") if stage.streams == "joint" else None
+
 
 def train_step(
-    engine: TrainingEngine, objective: FlowMatching, stage: StageConfig, batches: list[ConditionedBatch]
+    engine: TrainingEngine,
+    objective: FlowMatching,
+    stage: StageConfig,
+    batches: list[ConditionedBatch],
+    *,
+    refuses: Callable[[float], bool] = lambda loss: False,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepReport:
-    """Run one optimiser step on the micro-batches of this rank. Collective."""
+    """Run one optimiser step on the micro-batches of this rank. Collective.
+
+    Args:
+        refuses: whether the update of a step with this loss is to be dropped; asked once, with the same loss on all
+            ranks, before the last backward pass. That pass is then given NaN, and the gradient goes the way of every
+            gradient that is not finite: the one way that all ZeRO stages have to drop it.
+        before_update: called between the last backward pass and the update.
+    """
     topology = engine.topology
     counts, meter = global_counts(batches, topology), LossMeter(topology)
     copies = topology.degrees.data * topology.degrees.context
@@ -105,11 +123,16 @@ def train_step(
         sums = objective.loss_sums(batch, output.video, output.action, frames)
         meter.add(batch, sums, frames)
         loss = copies * scaled_loss(stage, sums, counts, topology.degrees.context)
-        engine.backward(loss, last=i == len(batches) - 1)
+        last = i == len(batches) - 1
+        if last:
+            meter.reduce()
+            if refuses(weighted_loss(stage, *meter.losses(stage))):
+                loss = loss * math.nan
+        engine.backward(loss, last=last)
+    before_update()
     result = engine.step()
-    meter.reduce()
     joint = stage.streams == "joint"
-    video, action = meter.loss("video"), meter.loss("action") if joint else None
+    video, action = meter.losses(stage)
     return StepReport(
         video_loss=video,
         action_loss=action,

@@ -16,7 +16,7 @@ from kairos_train.checkpoint.canonical import CheckpointReader, checkpoint_path
 from kairos_train.checkpoint.saver import Saver
 from kairos_train.checkpoint.writing import whole_pieces
 from kairos_train.config.schema import Config, ParallelConfig
-from kairos_train.errors import UserError
+from kairos_train.errors import MachineFault
 from kairos_train.training.ema import Ema
 from kairos_train.training.engine import TrainingEngine, build_engine, start_processes
 from kairos_train.training.engine_state import gather_full_state, load_full_state, state_pieces
@@ -206,7 +206,7 @@ def save_on_a_full_disk(folder: Path) -> list[str | None]:
         try:
             saver.save(step, {"model": whole_pieces(tensors)}, own_state={}, state={}, files={})
             saver.close()
-        except UserError as error:
+        except MachineFault as error:
             message = str(error)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -219,10 +219,10 @@ def save_without_rank_one(folder: Path) -> str | None:
     """Rank 1 never writes. What rank 0 raised."""
     rank, size = dist.get_rank(), dist.get_world_size()
     saver = Saver(folder, rank=rank, size=size, patience=0.3)
+    if rank == 0:
+        saver.save(1, {"model": whole_pieces({"a": torch.ones(3)})}, own_state={}, state={}, files={})
     try:
-        if rank == 0:
-            saver.save(1, {"model": whole_pieces({"a": torch.ones(3)})}, own_state={}, state={}, files={})
-            saver.close()
-    except UserError as error:
+        saver.close()
+    except MachineFault as error:
         return str(error)
     return None

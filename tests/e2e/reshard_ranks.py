@@ -8,7 +8,7 @@ from pathlib import Path
 from kairos_train.config.compose import load_config
 from kairos_train.training import persist
 from kairos_train.training.loop import train
-from kairos_train.training.run import open_run
+from kairos_train.training.opening import open_run
 
 
 def train_run(overrides: list[str]) -> None:
@@ -21,8 +21,7 @@ def save_again(overrides: list[str], out: str) -> None:
     with open_run(config) as run:
         elsewhere = replace(config, run_dir=out)
         saver = persist.open_saver(elsewhere, run.topology)
-        state = saver, run.engine, run.ema, run.loader, run.feed, elsewhere
-        persist.save(*state, progress=run.progress)
+        persist.save(saver, replace(run.state, config=elsewhere))
         saver.close()
     if run.topology.rank == 0:
         assert (Path(out) / "checkpoints" / f"step-{run.step:08d}").is_dir()

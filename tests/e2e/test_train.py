@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_ranks import compiled_by_deepspeed
 from commands import kill_at, losses, run, train_command, train_overrides
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -39,6 +40,12 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_by_bit(shards, whole, tmp_p
     for section in ("model", "ema", "exp_avg_sq", "rng"):
         a, b = (reader.read_section(section) for reader in kept)
         assert all((a[name] == b[name]).all() for name in b), section
+
+
+def test_nothing_is_compiled_at_the_start_of_a_run(train, world, tmp_path):
+    """A process that is killed while compiling leaves a lock for which all later ones wait."""
+    train(tmp_path / "run", "stage=joint", "train.steps=1", "data.validation_shards=null")
+    assert world(1).run(compiled_by_deepspeed) == [None]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(train, whole, tmp_path):

@@ -1,6 +1,7 @@
 """Checkpoints written behind a loop by one process; many ranks are in tests/distributed/test_sharded_checkpoint.py."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from kairos_train.checkpoint.canonical import CheckpointReader, checkpoint_path, find_latest
 from kairos_train.checkpoint.saver import CHUNK, HostCopy, Saver
 from kairos_train.checkpoint.writing import Piece, publish, read_part, whole_pieces, write_part
-from kairos_train.errors import UserError
+from kairos_train.errors import MachineFault, UserError
 
 NOTHING = {"own_state": {}, "state": {}, "files": {}}
 
@@ -27,6 +28,7 @@ def test_what_changes_after_the_save_is_not_in_it(tmp_path):
     saver, weight, half = open_saver(tmp_path), torch.zeros(2000, 1000), torch.zeros(3, dtype=torch.bfloat16)
     for step in (1, 2):
         weight.fill_(step), half.fill_(step)
+        assert saver.settle() is None
         saver.save(step, {"model": whole_pieces({"w": weight, "h": half})}, **NOTHING)
         weight.fill_(-1), half.fill_(-1)
     saver.close()
@@ -51,32 +53,74 @@ def test_the_callback_comes_after_each_checkpoint_has_its_name(tmp_path):
     saver = open_saver(tmp_path, published=lambda: seen.append(sorted(p.name for p in tmp_path.iterdir())))
     for step in (1, 2):
         saver.save(step, {"model": whole_pieces({"w": torch.ones(2)})}, **NOTHING)
-    saver.close()
+        assert saver.settle() is None
     assert seen == [["step-00000001"], ["step-00000001", "step-00000002"]]
 
 
 SECTION = {"model": whole_pieces({"w": torch.ones(2)})}
 
 
-def check_until_it_raises(saver: Saver) -> None:
-    """As a loop does in every step."""
+def settle(saver: Saver) -> str:
+    """As a loop does, once it sees that the save has failed."""
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        saver.check()
+    while not saver.failed:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
+    return saver.settle()
 
 
-@pytest.mark.parametrize(
-    "ask", [check_until_it_raises, Saver.wait, Saver.close, lambda saver: saver.save(2, SECTION, **NOTHING)]
-)
-def test_a_failure_of_the_thread_is_raised_in_the_loop_once(tmp_path, ask):
-    saver = open_saver(tmp_path)
-    tmp_path.rmdir()
-    tmp_path.write_text("a file where the folder was")
+def close(saver: Saver) -> str:
+    with pytest.raises(MachineFault) as error:
+        saver.close()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("ask", [settle, Saver.settle, close])
+def test_a_failure_of_the_thread_is_told_once_and_the_next_save_may_come(tmp_path, ask):
+    parent = tmp_path / "checkpoints"
+    saver = open_saver(parent)
+    parent.write_text("a file where the folder should be")
     saver.save(1, SECTION, **NOTHING)
-    with pytest.raises(UserError, match=r"step-00000001: rank 0 could not write its part") as error:
-        ask(saver)
-    assert "\n" not in str(error.value)
+    problem = ask(saver)
+    assert "step-00000001: rank 0 could not write its part" in problem
+    assert "\n" not in problem
+    parent.unlink()
+    saver.save(2, SECTION, **NOTHING)
+    assert saver.settle() is None
+    assert [path.name for path in parent.iterdir()] == ["step-00000002"]
+
+
+def test_what_failed_saves_have_left_is_removed(tmp_path):
+    """It would fill the disk that is full already."""
+    saver = open_saver(tmp_path)
+    (tmp_path / ".tmp-step-00000001-of-another-rank").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        saver.save(1, {"model": whole_pieces({"w": torch.zeros(5000)})}, **NOTHING)
+        assert "File too large" in saver.settle()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_a_disks_fault_keeps_its_exception(tmp_path):
+    saver = open_saver(tmp_path)
+    saver.save(1, SECTION, **NOTHING)
+    assert saver.settle() is None
+    saver.save(1, {"model": whole_pieces({"w": torch.zeros(2)})}, **NOTHING)
+    with pytest.raises(UserError, match="exists with other content"):
+        saver.settle()
+    saver.save(3, SECTION, **{**NOTHING, "state": {"loss": float("nan")}})
+    with pytest.raises(ValueError, match="JSON"):
+        saver.settle()
+
+
+def test_a_save_in_flight_is_not_overtaken(tmp_path):
+    saver = open_saver(tmp_path)
+    saver.save(1, SECTION, **NOTHING)
+    with pytest.raises(RuntimeError, match="settle it first"):
+        saver.save(2, SECTION, **NOTHING)
     saver.close()
 
 

@@ -11,7 +11,15 @@ import pytest
 from kairos_train.config import validate as rules
 from kairos_train.config.compose import load_config
 from kairos_train.config.keys import all_keys
-from kairos_train.config.schema import CaptionShare, Config, CurriculumConfig, CurriculumStage, LoraConfig, SourceConfig
+from kairos_train.config.operation_schema import FaultConfig
+from kairos_train.config.schema import (
+    CaptionShare,
+    Config,
+    CurriculumConfig,
+    CurriculumStage,
+    LoraConfig,
+    SourceConfig,
+)
 from kairos_train.errors import UserError
 
 DEMO = "experiment=demo"
@@ -181,6 +189,57 @@ RULE_CASES = [
         r"recipe=delayed with train\.recompute=block and parallel\.context=1: .* use precision\.fp8\.recipe=current",
     ),
     ("fp8_names_streams_and_layers", {"precision.fp8.recipe": "current"}, r"recipe=current with train\.precision=fp32"),
+    (
+        "time_limit_is_a_time",
+        {"cluster.time_limit": "86400"},
+        r'time_limit=86400 is no time; give H:MM:SS .* "24:00:00"',
+    ),
+    ("time_limit_is_a_time", {"cluster.time_limit": "1:60:00"}, r"time_limit=1:60:00 is no time"),
+    ("time_limit_leaves_time", {"cluster.time_limit": "0:05:00"}, r"=0:05:00 is no longer than cluster.signal_seconds"),
+    (
+        "time_limit_leaves_time",
+        {"train.deadline_margin": 1e6},
+        r"is no longer than train\.deadline_margin=1e\+06 seconds",
+    ),
+    ("options_are_options", {"cluster.sbatch": ["-p x"]}, r"cluster\.sbatch holds '-p x'; write --OPTION"),
+    ("options_are_options", {"cluster.srun": ["--a=b c"]}, r"cluster\.srun holds '--a=b c'"),
+    ("environment_has_names", {"cluster.environment": {"A B": "1"}}, r"environment holds 'A B'; a variable has a name"),
+    ("environment_has_names", {"cluster.environment": {"A": "1\n2"}}, r"environment holds 'A'; .* a value of one line"),
+    ("environment_has_names", {"cluster.environment": {"RANK": "1"}}, r"environment holds RANK, which is derived"),
+    (
+        "container_or_venv",
+        {"cluster.container": "a", "cluster.venv": "b"},
+        r"container=a and cluster\.venv=b: a job runs",
+    ),
+    (
+        "container_or_venv",
+        {"cluster.container_mounts": ["a:b"]},
+        r"container_mounts=\['a:b'\] without cluster\.container",
+    ),
+    (
+        "container_or_venv",
+        {"cluster.container": "a", "cluster.container_mounts": ["data"]},
+        r"container_mounts holds 'data'; write HOST:CONTAINER",
+    ),
+    (
+        "deadline_is_a_time",
+        {"train.deadline": "tomorrow"},
+        r"train\.deadline=tomorrow is no time; give one as in 2026-",
+    ),
+    ("guard_sees_enough", {"guard.skips": 100}, r"guard\.skips=100 within guard\.window=100 .*; use 99 or fewer"),
+    ("guard_sees_enough", {"guard.spike_factor": 1.0}, r"guard\.spike_factor=1\.0 takes half of the steps for spikes"),
+    (
+        "silence_is_longer_than_heartbeats",
+        {"watch.heartbeat": 10.0},
+        r"watch\.silence=20\.0 is less than three heartbeats .*; use 30\.0 or more",
+    ),
+    ("faults_are_known", {"faults.inject": [FaultConfig(kind="flood")]}, r"faults\.inject\[0\]\.kind=flood is unknown"),
+    ("faults_are_known", {"faults.inject": [FaultConfig(kind="nan", step=0)]}, r"step, steps and life count from 1"),
+    (
+        "faults_are_known",
+        {"faults.inject": [FaultConfig(kind="slow", seconds=0.0)]},
+        r"faults\.inject\[0\]\.seconds=0\.0 is not positive",
+    ),
 ]
 
 

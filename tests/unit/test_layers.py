@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("kairos_train", "parallel", "dataloaders", "configs", "evaluation", "benchmarks")
 
-SCHEMA = ("kairos_train.errors", "kairos_train.config.schema")
+SCHEMA = ("kairos_train.errors", "kairos_train.config.schema", "kairos_train.config.operation_schema")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "kairos_train.errors": (),
     "kairos_train.config": ("kairos_train.config", "kairos_train.errors"),
@@ -35,11 +35,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("kairos_train.checkpoint", "kairos_train.model", "kairos_train.objective", "kairos_train.config"),
         *("kairos_train.inference", "kairos_train.conditioning", "parallel", "kairos_train.errors"),
     ),
+    "kairos_train.operations": (
+        *("kairos_train.operations", "kairos_train.checkpoint", "kairos_train.config", "kairos_train.errors"),
+        "parallel",
+    ),
     "kairos_train.training": (
         *("kairos_train.training", "kairos_train.checkpoint", "kairos_train.inference", "kairos_train.conditioning"),
         *("kairos_train.objective", "kairos_train.model", "kairos_train.config", "kairos_train.errors"),
-        *("parallel", "dataloaders"),
+        *("kairos_train.operations", "parallel", "dataloaders"),
     ),
+    "kairos_train.launch": ("kairos_train.launch", "kairos_train.config", "kairos_train.errors"),
     "evaluation": (
         *("evaluation", "kairos_train.inference", "kairos_train.conditioning", "kairos_train.objective"),
         *("kairos_train.model", "kairos_train.config", "kairos_train.errors", "dataloaders"),

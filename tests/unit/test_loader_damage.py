@@ -13,7 +13,7 @@ from toy_shards import assert_same, keys_of, npy, take, toy_key, toy_loader, toy
 
 from dataloaders.loader import fixed_batches
 from dataloaders.shards import read_index, verify
-from kairos_train.errors import RunStopped, UserError
+from kairos_train.errors import MachineFault, RunStopped, UserError
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_a_killed_worker_is_a_clear_error(folder):
     for pid in _worker_pids(loader):
         os.kill(pid, signal.SIGKILL)
     sum(range(10**6))  # no signal handler breaks in here
-    with pytest.raises(RunStopped, match="a loader worker died") as error:
+    with pytest.raises(MachineFault, match="a loader worker died") as error:
         take(loader, 9)
     assert "\n" not in str(error.value)
 
@@ -296,6 +296,6 @@ def test_a_hung_worker_is_a_clear_error(folder):
     loader._items.timeout = 0.5
     (pid,) = _worker_pids(loader)
     os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(RunStopped, match=r"no batch within 0\.5 s"):
+    with pytest.raises(MachineFault, match=r"no batch within 0\.5 s"):
         take(loader, 9)
     assert not os.path.exists(f"/proc/{pid}") or "Z" in Path(f"/proc/{pid}/stat").read_text()

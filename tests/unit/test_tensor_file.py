@@ -1,10 +1,12 @@
 """The project's own reader and writer of safetensors beside the library's."""
 
+import hashlib
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kairos_train.checkpoint.tensor_file import DTYPES, Stored, TensorFile, split_by_size, write_tensors
+from kairos_train.checkpoint.tensor_file import AHEAD, CHUNK, DTYPES, Stored, TensorFile, split_by_size, write_tensors
 from kairos_train.errors import UserError
 
 
@@ -35,6 +37,17 @@ def test_what_the_library_wrote_is_read_and_the_other_way_round(tmp_path):
         assert all(same(file.read(key), tensor) for key, tensor in tensors.items())
     back = load_file(tmp_path / "ours.safetensors")
     assert all(same(back[key], tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("two_threads", [True, False])
+def test_the_digest_is_that_of_the_file_however_it_is_hashed(tmp_path, two_threads):
+    rng = torch.Generator().manual_seed(0)
+    sizes = (3, AHEAD // 8 + 5, CHUNK // 4, 7, AHEAD // 8)
+    tensors = {f"w{i}": torch.randn(n, generator=rng) for i, n in enumerate(sizes)}
+    path = tmp_path / "file.safetensors"
+    told = write_tensors(path, {k: Stored.of(t) for k, t in tensors.items()}, two_threads=two_threads)
+    assert told == {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert all(same(TensorFile(path).read(key), tensor) for key, tensor in tensors.items())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""Settings of where a run goes and of what keeps it going: machines, bad steps, watch, measurements, faults.
+
+A part of `kairos_train.config.schema`, whose rules hold here too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ClusterConfig:
+    """A cluster: what `kairos-train plan` assumes of it, and how `kairos-train submit` asks Slurm for its machines.
+
+    Bandwidths are what one GPU gets in one direction. On machines without GPUs (`train.device=cpu`) `gpus_per_node` is
+    the number of processes per machine. What `submit` uses and a site decides is ours.
+    """
+
+    name: str = "h200"
+    gpus_per_node: int = 8
+    memory_gb: float = 141.0
+    peak_tflops: float = 989.0  # dense bf16
+    mfu: float = 0.4  # share of the peak that model FLOPs reach (ours)
+    intra_node_gb_per_s: float = 450.0
+    inter_node_gb_per_s: float = 50.0
+    nodes: int = 1  # of a training job
+    partition: str | None = None  # null: Slurm's default
+    account: str | None = None
+    qos: str | None = None
+    time_limit: str | None = "24:00:00"  # of each life of a job: H:MM:SS or D-HH:MM:SS; null: the partition's
+    signal_seconds: int = 300  # before the time limit, Slurm sends SIGUSR1 to training
+    max_restarts: int = 50  # how often a job puts itself into the queue again
+    exclusive: bool = False  # no other jobs on the machines of a training job
+    gpus_option: str = "gpus-per-node"  # how GPUs are asked for: gpus-per-node | gres | none
+    cpus_per_gpu: int = 8
+    memory_per_cpu: str | None = None  # as 4G; null: the partition's
+    sbatch: list[str] = field(default_factory=list)  # further options of sbatch, as [--constraint=h200]
+    srun: list[str] = field(default_factory=list)  # further options of srun
+    environment: dict[str, str] = field(default_factory=dict)  # variables of all processes: NCCL's, and the site's own
+    healthcheck: bool = True  # of all machines, before each life of a training job
+    container: str | None = None  # image of pyxis/enroot, a file or REGISTRY#IMAGE:TAG; null: a virtual environment
+    container_mounts: list[str] = field(default_factory=list)  # as HOST:CONTAINER, besides the working directory
+    venv: str | None = None  # folder of a virtual environment that all machines see; null: the one that submits
+    scratch: str = "/tmp"  # folder of each machine's own, for the job's copy of the code
+    jobs_dir: str = "runs/jobs"  # folder that all machines see: scripts, code and logs of jobs
+
+
+@dataclass
+class GuardConfig:
+    """What becomes of bad steps: those with a non-finite loss or gradient norm, and loss spikes. All values ours.
+
+    A bad step's update is dropped. More than `skips` of them within `window` steps: the run goes back to the newest
+    checkpoint from before the first of them and steps over the data up to here. After `rollbacks` of those it stops.
+    """
+
+    window: int = 100  # steps
+    skips: int = 10
+    rollbacks: int = 2
+    spike_factor: float | None = 10.0  # a loss above this times the median of the window's; null: spikes are not sought
+
+
+@dataclass
+class WatchConfig:
+    """How processes watch each other and themselves. Seconds; all values ours."""
+
+    heartbeat: float = 1.0
+    silence: float = 20.0  # without a heartbeat of any process of a machine: it is taken for dead
+    stuck: float = 1800.0  # without progress of the training loop: stacks are written, the run ends
+
+
+@dataclass
+class MonitorConfig:
+    """What is measured beside training. All values ours."""
+
+    timed_steps: bool = True  # time collectives, and take gradient norms by block kind, in the last step of each report
+    straggler_factor: float = 1.3  # a process busy for longer than this times the median is told
+    profile_at: int | None = None  # first step of a profiler window; SIGUSR2 opens one at any time
+    profile_steps: int = 3
+    log_samples: bool = False  # which samples each step had, in samples/rank-….jsonl
+    prometheus_file: str | None = None  # text file for node_exporter's textfile collector; null: none
+
+
+@dataclass
+class FaultConfig:
+    """A fault that is made on purpose, for tests of what a run survives."""
+
+    kind: str = "???"  # kill | hang | raise | nan | spike | slow | stall (of the loader)
+    step: int = 1  # during this step, counted from 1
+    rank: int = 0  # of the world; nan and spike: of the data-parallel ranks
+    life: int | None = 1  # of the run, counted from 1; null: in each
+    steps: int = 1  # for so many steps (nan, spike, slow)
+    seconds: float = 1.0  # slow, stall
+
+
+@dataclass
+class FaultsConfig:
+    inject: list[FaultConfig] = field(default_factory=list)  # empty: none

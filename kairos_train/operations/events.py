@@ -1,0 +1,100 @@
+"""`events.jsonl`: what happened to a run, one line each, over all of its lives. Only ever appended to; rank 0 writes.
+
+Every line has `time` (seconds since 1970), `life` (how often the run had been started by then, from 1 on) and `kind`:
+
+    kind               further fields
+    start              host, pid, job, world, step, budget, stage, place (in a curriculum), versions, begun (time),
+                       redone (steps that an earlier life did and this one does again), last_sign (of that life)
+    passed_over        problem: what is wrong with which checkpoint
+    changed            setting: a resumed run has it otherwise than its checkpoint
+    memory             used_gb, total_gb, text: after the dry run
+    checkpoint         step, stall_seconds, write_seconds, bytes
+    checkpoint_failed  step, error
+    skipped            step, why, loss, grad_norm, samples
+    rollback           step, to, rollbacks
+    straggler          step, rank, host, factor
+    loader_stall       step, seconds
+    profile            step, path
+    stop_requested     step, why
+    stop               step, outcome (finished, interrupted, stopped, fault, error), text
+
+A life that was killed has no `stop`; `metrics.jsonl`, whose lines have a `time` too, tells how far it came.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EVENTS = "events.jsonl"
+
+
+class EventLog:
+    """Appends events of one life of a run.
+
+    Args:
+        run_dir: of the run, there already.
+        life: which one this is.
+        enabled: whether this process writes.
+        heard: called with the kind of every event.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        life: int,
+        enabled: bool,
+        heard: Callable[[str], None] = lambda kind: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.path, self.life, self.enabled = Path(run_dir) / EVENTS, life, enabled
+        self._heard, self._clock = heard, clock
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one event.
+
+        A disk that takes no more is said on stderr and does not end the run: the event may be of that very disk.
+        """
+        if not self.enabled:
+            return
+        self._heard(kind)
+        line = json.dumps({"time": round(self._clock(), 3), "life": self.life, "kind": kind, **fields}, default=str)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                # A life that was killed, or a full disk, may have left half a line.
+                file.write(line + "\n" if _ends_a_line(self.path) else "\n" + line + "\n")
+        except OSError as error:
+            print(f"{self.path}: {error.strerror}; not noted: {line}", file=sys.stderr, flush=True)
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """All events of a run, oldest first; lines that were cut off are left out. None of a run that has not started."""
+    path = Path(run_dir) / EVENTS
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and {"time", "life", "kind"} <= event.keys():
+            events.append(event)
+    return events
+
+
+def next_life(run_dir: Path) -> int:
+    """The number of a life of a run that starts now."""
+    return 1 + max((event["life"] for event in read_events(run_dir)), default=0)
+
+
+def _ends_a_line(path: Path) -> bool:
+    if not path.is_file() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"

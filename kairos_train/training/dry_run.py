@@ -1,0 +1,96 @@
+"""The largest micro-batch of a run before its first step: what does not fit is found in the first minute.
+
+It goes the whole way of a step (forward, backward, reduction), and its update is dropped: weights, moments, averages
+and random states stay as they are, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+
+from dataloaders.buckets import Bucket
+from dataloaders.windows import action_count
+from kairos_train.config.schema import Config
+from kairos_train.errors import UserError
+from kairos_train.objective.flow_matching import ConditionedBatch
+from kairos_train.training.engine import TrainingEngine
+from kairos_train.training.feed import Feed
+from kairos_train.training.step import train_step
+
+MICRO_BATCHES = 2
+"""At most: the second adds to the gradients of the first, a third would use nothing more."""
+
+
+def dry_run(
+    engine: TrainingEngine, feed: Feed, config: Config, *, like: ConditionedBatch, largest: tuple[Bucket, int]
+) -> dict[str, Any]:
+    """One step on the largest batch there can be, without its update. Collective.
+
+    Args:
+        like: a batch of this run; contexts are as long as its.
+        largest: bucket and samples of the micro-batch with the most tokens.
+
+    Returns:
+        {"used_gb", "total_gb", "text"} of this process: peak so far, of the device or of the machine's memory.
+
+    Raises:
+        UserError: it does not fit into the device's memory.
+    """
+    bucket, samples = largest
+    batch = _batch(engine, feed, config, like, bucket, samples)
+    engine.set_lr(0.0)
+    try:
+        train_step(
+            engine,
+            feed.objective,
+            config.stage,
+            [batch] * min(config.train.accumulation, MICRO_BATCHES),
+            refuses=lambda loss: True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the largest micro-batch, {samples} × {bucket}, does not fit: {str(error).splitlines()[0]} Lower "
+            "data.tokens_per_micro_batch or train.micro_batch, set train.recompute=selective, or raise "
+            "parallel.context (`kairos-train plan` compares them)"
+        ) from error
+    return _memory(engine.topology.device, f"{samples} × {bucket}")
+
+
+def _batch(
+    engine: TrainingEngine, feed: Feed, config: Config, like: ConditionedBatch, bucket: Bucket, samples: int
+) -> ConditionedBatch:
+    """A batch of that size, of zeros."""
+    device, model = engine.topology.device, config.model
+    frames, sides = (bucket.frames - 1) // 4 + 1, (bucket.height // 8, bucket.width // 8)
+    context = like.context[:1].expand(samples, -1, -1)
+    inputs = {
+        "latents": torch.zeros(samples, model.video.latent_channels, frames, *sides, device=device),
+        "context": context,
+        "context_mask": torch.ones(context.shape[:2], dtype=torch.bool, device=device),
+    }
+    if bucket.has_actions and config.stage.streams == "joint":
+        count = action_count(config.data.window)
+        inputs |= {
+            "state": torch.zeros(samples, 1, model.action.state_dim, device=device),
+            "actions": torch.zeros(samples, count, model.action.action_dim, device=device),
+            "action_mask": torch.ones(samples, count, dtype=torch.bool, device=device),
+        }
+    keys = [f"dry run {i}" for i in range(samples)]
+    return feed.objective.condition(keys=keys, step=0, empty_context=feed.empty_context, **inputs)
+
+
+def _memory(device: torch.device, what: str) -> dict[str, Any]:
+    if device.type == "cuda":
+        used, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+        where = "the GPU's"
+    else:
+        memory = psutil.virtual_memory()
+        used, total, where = memory.total - memory.available, memory.total, "the machine's"
+    text = (
+        f"dry run of the largest micro-batch ({what}): {used / 1e9:.1f} of {where} {total / 1e9:.1f} GB are used, "
+        f"{(total - used) / 1e9:.1f} GB are left"
+    )
+    return {"used_gb": used / 1e9, "total_gb": total / 1e9, "text": text}
