@@ -3,7 +3,7 @@
     python benchmarks/chaos.py [--faults 100] [--seed 0] [--quick]
 
 The faults: benchmarks/chaos_faults.py, and SIGKILL of `kairos-train data pack`, which is started again and must leave
-the same shards. Each run of 40 steps has a few of them; every run is compared with one that was left alone. Without the
+the same shards. Each run of 30 steps has a few of them; every run is compared with one that was left alone. Without the
 right to mount a small file system, full disks are left out and it is said.
 
 The last line is one JSON object: machine, `faults`, `identical` (runs and packings all equal to the undisturbed ones,

@@ -34,7 +34,7 @@ from kairos_train.checkpoint.canonical import find_latest
 from kairos_train.operations.events import read_events
 
 RANKS = 4
-STEPS, EVERY = 40, 5  # optimiser steps of a run, and between two checkpoints
+STEPS, EVERY = 30, 4  # optimiser steps of a run, and between two checkpoints
 KINDS = ("kill_rank", "kill_all", "kill_in_save", "stop_rank", "disk_full", "corrupt")
 STUCK = 10.0  # seconds without progress, for which a rank counts as stuck
 RESTART = 4  # exit code: a process, a machine or a disk failed

@@ -38,8 +38,9 @@ class Pool:
         """
         if not self._ranks:
             self._start()
+        store = tempfile.mktemp(prefix="gloo-")
         for _, pipe in self._ranks:
-            pipe.send((function, args, kwargs))
+            pipe.send((store, function, args, kwargs))
         answers = self._collect(timeout)
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in answers.items() if not ok]
         if failures:
@@ -83,16 +84,15 @@ class Pool:
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
-        store = tempfile.mktemp(prefix="gloo-")
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.size, store), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, self.size), daemon=True)
             process.start()
             there.close()
             self._ranks.append((process, here))
 
 
-def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
+def _serve(pipe: Connection, rank: int, size: int) -> None:
     """The life of one rank."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
     sys.path.insert(0, str(HERE))
@@ -101,10 +101,11 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
 
     faulthandler.enable()  # an abort inside of a collective tells where
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while (call := pipe.recv()) is not None:
-        function, args, kwargs = call
+        store, function, args, kwargs = call
         try:
+            if not dist.is_initialized():  # the first call, or a command has left the group
+                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
             answer = (True, function(*args, **kwargs))
         except BaseException:
             answer = (False, traceback.format_exc())

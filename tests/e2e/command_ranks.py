@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import tempfile
 from pathlib import Path
 from subprocess import CompletedProcess
 
-import torch.distributed as dist
 from pool import Pool
 
 from kairos_train.cli import main
@@ -17,8 +14,7 @@ from kairos_train.cli import main
 
 def run_inside(pool: Pool, words: list[object], *, code: int = 0, cwd: Path | None = None) -> CompletedProcess:
     """`kairos-train WORDS` on every rank of a pool; what rank 0 printed, all exit codes checked."""
-    store = tempfile.mktemp(prefix="gloo-")
-    results = pool.run(_command, list(map(str, words)), store, cwd or Path.cwd(), timeout=300)
+    results = pool.run(_command, list(map(str, words)), cwd or Path.cwd(), timeout=300)
     for rank, result in enumerate(results):
         assert result.returncode == code, f"rank {rank}: exit code {result.returncode}\n{result.stderr[-4000:]}"
     return results[0]
@@ -31,10 +27,7 @@ def compiled_by_deepspeed() -> object:
     return comm.comm.cdb.shm_comm_op
 
 
-def _command(words: list[str], store: str, cwd: Path) -> CompletedProcess:
-    if not dist.is_initialized():  # a command leaves the group when it ends
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+def _command(words: list[str], cwd: Path) -> CompletedProcess:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
