@@ -26,14 +26,12 @@ Shapes: B batch, W windows, S tokens, L tokens per frame, H heads, K key width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dataloaders.shards import ShardIndex
 from evaluation.held_out import spread_batches
@@ -41,8 +39,7 @@ from evaluation.losses import conditioned, objective_of
 from kairos_train.conditioning.interfaces import TIME_STRIDE
 from kairos_train.inference.predict import Predictor
 from kairos_train.model.delta_rule import gated_delta_rule
-from kairos_train.model.gated_delta_net import GatedDeltaNet
-from kairos_train.model.seams import Recurrence, Seams
+from kairos_train.model.listening import listening
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LEAST_DECAY = 1e-12
@@ -84,7 +81,9 @@ def measure(predictor: Predictor, index: ShardIndex, *, samples: int, seed: int,
     frames = tokens = windows = 0
     for batch in spread_batches(index, count=samples, batch_size=batch_size, with_frames=index.encoders is None):
         noisy = conditioned(predictor, objective, batch, draw=0)
-        with listening(policy.model, lambda name, measured: found.setdefault(name, []).append(measured)):
+        with listening(
+            policy.model, lambda name, k, g, beta: found.setdefault(name, []).append(contraction(k, g, beta))
+        ):
             policy.model(**noisy.model_inputs())
         frames, windows = noisy.latents.shape[2], windows + len(batch.keys)
     layers = []
@@ -99,41 +98,6 @@ def measure(predictor: Predictor, index: ShardIndex, *, samples: int, seed: int,
         "seconds_per_frame": TIME_STRIDE * index.window.action_video_freq_ratio / index.fps,
         "seed": seed,
     }
-
-
-def gated_layers(model: nn.Module) -> dict[str, GatedDeltaNet]:
-    """GATED layers by module name, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GatedDeltaNet)}
-
-
-@contextmanager
-def listening(model: nn.Module, tell: Callable[[str, Measured], None]) -> Iterator[None]:
-    """Within it, every GATED layer tells what its recurrence was given, by module name. What it computes stays."""
-    layers = gated_layers(model)
-    before = {name: layer.seams for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer.seams = _Listener(layer.seams, lambda measured, name=name: tell(name, measured))
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.seams = before[name]
-
-
-class _Listener:
-    """A layer's seams, with an ear on its recurrence: there the decays, strengths and keys pass as they are used."""
-
-    def __init__(self, seams: Seams, tell: Callable[[Measured], None]) -> None:
-        self._seams, self._tell = seams, tell
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._seams, name)
-
-    def start_recurrence(
-        self, rule: Recurrence, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
-    ) -> Callable[[], tuple[Tensor, Tensor]]:
-        self._tell(contraction(k, g, beta))
-        return self._seams.start_recurrence(rule, q, k, v, g, beta, state)
 
 
 def contraction(k: Tensor, g: Tensor, beta: Tensor) -> Measured:

@@ -30,6 +30,7 @@ from evaluation.report import EVALUATION, FORMAT, write_page
 from kairos_train.errors import UserError
 from kairos_train.inference.load import Policy, load
 from kairos_train.inference.predict import Predictor
+from kairos_train.model.listening import gated_layers
 
 PARTS = ("open_loop", "losses", "video", "memory")
 PROBED = 32
@@ -148,7 +149,7 @@ def obstacles(policy: Policy, index: ShardIndex) -> dict[str, str]:
         found["video"] = f"windows of {policy.latent_frames} latent frames leave nothing to sample behind those given"
     elif index.clips is not None:
         found["video"] = "the shards hold clips, no windows of episodes: nothing is recorded behind them"
-    if not memory_probe.gated_layers(policy.model):
+    if not gated_layers(policy.model):
         found["memory"] = "the model has no GATED layer"
     return found
 

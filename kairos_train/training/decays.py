@@ -10,15 +10,13 @@ its frames.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kairos_train.model.gated_delta_net import GatedDeltaNet
-from kairos_train.model.seams import Recurrence, Seams
+from kairos_train.model.listening import listening
 
 QUANTILES = {"q10": 0.1, "median": 0.5, "q90": 0.9}
 MOST = 1 << 18
@@ -39,7 +37,6 @@ class DecayProbe:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, GatedDeltaNet)}
         self._heard: dict[str, list[Tensor]] = {}
         self._forward = False
 
@@ -47,18 +44,14 @@ class DecayProbe:
     def listening(self) -> Iterator[None]:
         """Hear the forward passes that are made within; forget those of before."""
         self._heard = {}
-        before = {name: layer.seams for name, layer in self._layers.items()}
         hooks = [
             self._model.register_forward_pre_hook(lambda *_: self._inside(True)),
             self._model.register_forward_hook(lambda *_: self._inside(False), always_call=True),
         ]
         try:
-            for name, layer in self._layers.items():
-                layer.seams = _Listener(layer.seams, lambda g, name=name: self._hear(name, g))
-            yield
+            with listening(self._model, lambda name, k, g, beta: self._hear(name, g)):
+                yield
         finally:
-            for name, layer in self._layers.items():
-                layer.seams = before[name]
             for hook in hooks:
                 hook.remove()
             self._forward = False
@@ -97,19 +90,3 @@ class DecayProbe:
 def _stride(g: Tensor) -> int:
     """Of g (B, S, H), each so many-th token is kept."""
     return max(1, -(-g.numel() // MOST))
-
-
-class _Listener:
-    """A layer's seams, with an ear on its recurrence, where the decays pass as they are used."""
-
-    def __init__(self, seams: Seams, tell: Callable[[Tensor], None]) -> None:
-        self._seams, self._tell = seams, tell
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._seams, name)
-
-    def start_recurrence(
-        self, rule: Recurrence, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
-    ) -> Callable[[], tuple[Tensor, Tensor]]:
-        self._tell(g)
-        return self._seams.start_recurrence(rule, q, k, v, g, beta, state)

@@ -7,9 +7,10 @@ import torch
 from dataloaders.shards import read_index
 from evaluation.held_out import spread_batches
 from evaluation.losses import conditioned, objective_of
-from evaluation.memory_probe import contraction, gated_layers, horizon, listening, measure
+from evaluation.memory_probe import contraction, horizon, measure
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
+from kairos_train.model.listening import gated_layers, listening
 
 
 def tokens(*, strength=1.0, length=20, key_dim=4, seed=0):
@@ -97,12 +98,12 @@ def test_listening_changes_nothing_and_ends(exported, shards):
     batch = next(spread_batches(read_index(shards), count=2, batch_size=2, with_frames=True))
     inputs = conditioned(predictor, objective_of(predictor, seed=0), batch, draw=0).model_inputs()
     expected = model(**inputs)
-    with listening(model, lambda name, measured: told.append(name)):
+    with listening(model, lambda name, *given: told.append(name)):
         output = model(**inputs)
     assert told == ["video_dit.blocks.3.gated_delta"]
     assert torch.equal(output.video, expected.video)
     assert torch.equal(output.action, expected.action)
-    with pytest.raises(ZeroDivisionError), listening(model, lambda name, measured: None):
+    with pytest.raises(ZeroDivisionError), listening(model, lambda *given: None):
         raise ZeroDivisionError
     assert layer.seams is before
 
