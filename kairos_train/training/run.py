@@ -193,6 +193,7 @@ class Run:
         if self.guard.exceeded:
             self._went_back = True
             roll_back(self, where=f"{text}; samples {', '.join(keys)}")
+            self._reported = self.step
 
     def follow_up(self) -> None:
         """What comes after a step when it is time: report, validation, samples, checkpoint. The last step has all.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from kairos_train.config.schema import Config, DataConfig, TrainConfig
 from kairos_train.errors import RunStopped
-from kairos_train.training.run import _open_loader
+from kairos_train.training.opening import _open_loader
 from parallel.topology import Degrees, Topology
 
 
