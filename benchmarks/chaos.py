@@ -28,10 +28,11 @@ from pathlib import Path
 
 import torch
 from chaos_compare import compare_runs
-from chaos_faults import KINDS, Outcome, finish, run_with_faults, small_disk
-from chaos_pack import make_shards, pack_through_kills
+from chaos_faults import KINDS, STEPS, Outcome, finish, run_with_faults, small_disk
+from chaos_pack import EPISODES, make_shards, pack_through_kills
 
 FAULTS_PER_RUN = 5
+QUICK_STEPS = 10
 PACK_SHARE = 10
 """Of so many faults, one is in packing."""
 
@@ -71,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=100, help="in all")
     parser.add_argument("--seed", type=int, default=0, help="of kinds, steps and ranks")
-    parser.add_argument("--quick", action="store_true", help="2 faults")
+    parser.add_argument("--quick", action="store_true", help="one fault in a run of 10 steps")
     parser.add_argument("--verbose", action="store_true", help="a line for every fault")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -84,17 +85,18 @@ def main() -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         home = Path(folder)
-        shards = make_shards(home)
-        settings = [f"data.shards={shards}"]
+        shards = make_shards(home, episodes=1 if args.quick else EPISODES)
+        steps = QUICK_STEPS if args.quick else STEPS
+        settings = [f"data.shards={shards}", f"train.steps={steps}"]
         finish(home / "reference", settings)
         with small_disk(home / "disk") as mounted:
             kinds = [kind for kind in KINDS if mounted or kind != "disk_full"]
             if not mounted:
                 print("no small file system can be mounted here: disk_full is left out")
-            runs, packing = plan_faults(2 if args.quick else args.faults, kinds, rng)
+            runs, packing = plan_faults(1 if args.quick else args.faults, kinds, rng)
             for number, wanted in enumerate(runs):
                 run_dir = home / "disk" / f"run-{number}"
-                found = run_with_faults(run_dir, settings, wanted, rng)
+                found = run_with_faults(run_dir, settings, wanted, rng, steps=steps)
                 compared = compare_runs(run_dir, home / "reference")
                 outcomes += found
                 if not compared.identical:

@@ -144,6 +144,7 @@ def _rank(rank: int, port: int, words: list[str], log: str) -> None:
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
     }
+    multiprocessing.set_start_method("fork", force=True)  # as in any other rank: loader workers end with their parent
     sys.argv = ["kairos-train", *words]
     runpy.run_module("kairos_train.cli", run_name="__main__")
 
@@ -166,12 +167,18 @@ def finish(run_dir: Path, settings: Sequence[str] = ()) -> None:
     assert codes == [0] * RANKS, f"{codes}\n{life.log(0).read_text()[-3000:]}"
 
 
-def run_with_faults(run_dir: Path, settings: Sequence[str], kinds: Sequence[str], rng: random.Random) -> list[Outcome]:
-    """Train to the end through faults, one at a time, at growing random steps."""
-    steps = sorted(rng.sample(range(2, STEPS - 2), len(kinds)))
+def run_with_faults(
+    run_dir: Path, settings: Sequence[str], kinds: Sequence[str], rng: random.Random, *, steps: int = STEPS
+) -> list[Outcome]:
+    """Train to the end through faults, one at a time, at growing random steps.
+
+    Args:
+        settings: beyond `SETTINGS`.
+        steps: of the run, as the settings have it.
+    """
     outcomes: list[Outcome] = []
     life = Life(run_dir, settings)
-    for kind, step in zip(kinds, steps):
+    for kind, step in zip(kinds, sorted(rng.sample(range(2, steps - 2), len(kinds)))):
         life = _reach(life, settings, lambda step=step: steps_done(run_dir) >= step)
         outcome = Outcome(kind, steps_done(run_dir), "")
         outcomes.append(outcome)
@@ -179,12 +186,12 @@ def run_with_faults(run_dir: Path, settings: Sequence[str], kinds: Sequence[str]
         since = time.monotonic()
         if goes_on:
             here = steps_done(run_dir)
-            life = _reach(life, settings, lambda here=here: steps_done(run_dir) > min(here, STEPS - 1))
+            life = _reach(life, settings, lambda here=here: steps_done(run_dir) > min(here, steps - 1))
         else:
             outcome.exit_codes = outcome.exit_codes or life.end()
             starts = len(_starts(run_dir))
             life = Life(run_dir, settings)
-            life = _reach(life, settings, lambda starts=starts: _goes_on(run_dir, starts))
+            life = _reach(life, settings, lambda starts=starts: _goes_on(run_dir, starts, steps))
         outcome.recovered = time.monotonic() - since
     while (codes := life.wait(seconds=300)) == [RESTART] * RANKS:
         life = Life(run_dir, settings)
@@ -206,10 +213,10 @@ def _starts(run_dir: Path) -> list[int]:
     return [event["step"] for event in read_events(run_dir) if event["kind"] == "start"]
 
 
-def _goes_on(run_dir: Path, earlier: int) -> bool:
+def _goes_on(run_dir: Path, earlier: int, steps: int) -> bool:
     """Whether a life after so many earlier ones has done a step, or had none left to do."""
     starts = _starts(run_dir)
-    return len(starts) > earlier and (starts[-1] == STEPS or steps_done(run_dir) > starts[-1])
+    return len(starts) > earlier and (starts[-1] == steps or steps_done(run_dir) > starts[-1])
 
 
 # --- the faults; each tells whether the life goes on ---

@@ -15,13 +15,14 @@ from pathlib import Path
 from chaos_faults import SETTINGS, Outcome
 
 SHARD_SAMPLES = 16
+EPISODES = 4  # of each of the two tasks
 
 
-def make_shards(home: Path) -> Path:
+def make_shards(home: Path, *, episodes: int = EPISODES) -> Path:
     """A simulated dataset of the pushing task, packed with encodings into many small shards."""
     from dataloaders.simulators.collect import simulate
 
-    simulate(env="push2d", tasks=[], size=32, processes=1, episodes_per_task=4, out=home / "dataset")
+    simulate(env="push2d", tasks=[], size=32, processes=1, episodes_per_task=episodes, out=home / "dataset")
     out = home / "shards"
     subprocess.run(pack_command(home / "dataset", out), check=True, stdout=subprocess.DEVNULL)
     return out
