@@ -50,9 +50,10 @@ SETTINGS = (
     f"watch.heartbeat=0.2 watch.silence=4 watch.stuck={STUCK}"
 ).split()
 PRELOAD = (
-    *("torch.utils.tensorboard", "deepspeed", "kairos_train.training.opening", "kairos_train.training.loop"),
-    "kairos_train.commands.training",
+    *("torch._dynamo", "torch.utils.tensorboard", "deepspeed", "deepspeed.runtime.zero.muon.original_muon"),
+    *("kairos_train.training.opening", "kairos_train.training.loop", "kairos_train.commands.training"),
 )
+"""What a rank imports by and by, the optimisers' dependence on the compiler included: more than half of its start."""
 
 
 @dataclass
