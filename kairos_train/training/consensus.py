@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from kairos_train.operations.agreement import gather
 from parallel.topology import Topology
 
 
@@ -31,8 +32,4 @@ def from_first(value: Any, topology: Topology) -> Any:
 
 def from_all(value: Any, topology: Topology) -> list[Any]:
     """The plain values of all ranks, on all ranks. Collective."""
-    if topology.size == 1:
-        return [value]
-    values: list[Any] = [None] * topology.size
-    dist.all_gather_object(values, value)
-    return values
+    return gather(value, topology.size)
