@@ -234,7 +234,10 @@ class Liveness:
     def _look_into(self, seconds: float) -> Finding | None:
         """This rank's loop stands still: whose fault is it? Written down by the first rank that asks."""
         me, exchange = self._me, self._exchange
-        if exchange is None or exchange.finding:
+        heard = exchange.finding if exchange else None  # read once: another thread sets it
+        if heard and heard.kind != "end":
+            return heard
+        if exchange is None or heard:
             return stuck(self._roster, {me.rank: self._beat}, silent=[], seconds=seconds, state=process_state)
         now, holder = self._clock.now, self._roster[0]
         unanswered = now - self._answered[1]
@@ -247,7 +250,9 @@ class Liveness:
                 return None
         counted = self._census() if unanswered < self._patience else None
         if counted is None:
-            return exchange.finding or silent_hosts([holder], seconds=unanswered, state=self._state_of(holder))
+            if exchange.finding:
+                return None  # it is judged anew, with what has been heard
+            return silent_hosts([holder], seconds=unanswered, state=self._state_of(holder))
         beats, silent = counted
         if any(beat.patient for rank, beat in beats.items() if rank not in silent):
             return None  # they wait for a rank that may take its time

@@ -1,0 +1,37 @@
+"""A rank whose own limit ends in the moment in which another's finding arrives says what was found, not itself."""
+
+import time
+
+from kairos_train.config.operation_schema import WatchConfig
+from kairos_train.operations.exchange import FINDING, open_store
+from kairos_train.operations.findings import Beat, Finding
+from kairos_train.operations.liveness import Liveness
+from kairos_train.operations.roster import this_member
+
+FOUND = Finding("stuck", "rank 1 (elsewhere, pid 7) is stuck in step 3, data")
+
+
+def heard(finding: Finding, tmp_path) -> Liveness:
+    """A rank 0 that has heard of a finding; its watching thread, which would end the process, does not run."""
+    store = open_store("127.0.0.1", holds=True, seconds=10)
+    store.set(FINDING, finding.encode())
+    store.set("beat/1", Beat(1).encode())
+    roster = [this_member(0), this_member(1)]
+    liveness = Liveness(WatchConfig(heartbeat=0.05), roster=roster, rank=0, store=store, stacks=tmp_path)
+    liveness._exchange.start()
+    for _ in range(200):
+        if liveness._exchange.finding:
+            break
+        time.sleep(0.05)
+    assert liveness._exchange.finding == finding
+    return liveness
+
+
+def test_a_finding_that_has_just_arrived_is_believed(tmp_path):
+    assert heard(FOUND, tmp_path)._look_into(6.0) == FOUND
+
+
+def test_a_rank_that_is_left_alone_by_a_normal_end_names_itself(tmp_path):
+    finding = heard(Finding("end"), tmp_path)._look_into(6.0)
+    assert finding.text.startswith("rank 0 (")
+    assert "is stuck in step 0, start" in finding.text
