@@ -1,6 +1,6 @@
 """A training run of four processes through random faults, beside the same run without: same losses, weights, samples?
 
-    python benchmarks/chaos.py [--faults 100] [--seed 0] [--quick]
+    python benchmarks/chaos.py [--faults 100] [--seed 0] [--part runs|packing] [--quick]
 
 The faults: benchmarks/chaos_faults.py, and SIGKILL of `kairos-train data pack`, which is started again and must leave
 the same shards. Each run of 30 steps has a few of them; every run is compared with one that was left alone. Without the
@@ -72,6 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=100, help="in all")
     parser.add_argument("--seed", type=int, default=0, help="of kinds, steps and ranks")
+    parser.add_argument("--part", choices=("all", "runs", "packing"), default="all", help="of the faults, this part")
     parser.add_argument("--quick", action="store_true", help="one fault in a run of 10 steps")
     parser.add_argument("--verbose", action="store_true", help="a line for every fault")
     args = parser.parse_args()
@@ -88,13 +89,14 @@ def main() -> int:
         shards = make_shards(home, episodes=1 if args.quick else EPISODES)
         steps = QUICK_STEPS if args.quick else STEPS
         settings = [f"data.shards={shards}", f"train.steps={steps}"]
-        finish(home / "reference", settings)
+        if args.part != "packing":
+            finish(home / "reference", settings)
         with small_disk(home / "disk") as mounted:
             kinds = [kind for kind in KINDS if mounted or kind != "disk_full"]
             if not mounted:
                 print("no small file system can be mounted here: disk_full is left out")
             runs, packing = plan_faults(1 if args.quick else args.faults, kinds, rng)
-            for number, wanted in enumerate(runs):
+            for number, wanted in enumerate(runs if args.part != "packing" else []):
                 run_dir = home / "disk" / f"run-{number}"
                 found = run_with_faults(run_dir, settings, wanted, rng, steps=steps)
                 compared = compare_runs(run_dir, home / "reference")
@@ -106,9 +108,11 @@ def main() -> int:
                 if args.verbose:
                     for outcome in found:
                         print(f"  run {number}, {outcome}", flush=True)
-                print(f"run {number}: {', '.join(wanted)}: {'equal' if compared.identical else 'DIFFERS'}", flush=True)
+                samples = f"{compared.lost} samples lost, {compared.repeated} repeated"
+                equal = "equal" if compared.identical else "DIFFERS"
+                print(f"run {number}: {', '.join(wanted)}: {equal}, {samples}", flush=True)
                 _clear(home / "disk")
-        for number in range(packing):
+        for number in range(packing if args.part != "runs" else 0):
             outcome, same = pack_through_kills(home, shards, rng)
             outcomes.append(outcome)
             if not same:

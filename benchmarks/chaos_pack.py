@@ -46,10 +46,10 @@ def pack_through_kills(home: Path, expected: Path, rng: random.Random) -> tuple[
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    while process.poll() is None and len(list(home.rglob(f"*{out.name}*/*.tar"))) < wanted:
+    while process.poll() is None and _shards_written(home, out.name) < wanted:
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.1))
-    written = len(list(home.rglob(f"*{out.name}*/*.tar")))
+    written = _shards_written(home, out.name)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     begin = time.monotonic()
@@ -58,6 +58,12 @@ def pack_through_kills(home: Path, expected: Path, rng: random.Random) -> tuple[
     outcome.recovered = time.monotonic() - begin
     left = [path for path in home.iterdir() if out.name in path.name and path != out]
     return outcome, _digests(out) == _digests(expected) and not left
+
+
+def _shards_written(home: Path, name: str) -> int:
+    """Shards below all folders whose names have `name` in them; folders that go meanwhile are passed over."""
+    found = (files for folder, _, files in os.walk(home) if name in folder)
+    return sum(file.endswith(".tar") for files in found for file in files)
 
 
 def _digests(folder: Path) -> dict[str, str]:

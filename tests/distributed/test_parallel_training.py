@@ -19,7 +19,6 @@ LAYOUTS = {
 }
 CASES = [
     ("TP2xDP2", 0, ""),
-    ("TP2xDP2", 3, ""),
     ("TP2+SPxDP2", 2, ""),
     ("TP2+SPxDP2", 1, "streams=video"),
     ("CP2xDP2", 3, "train.recompute=block"),

@@ -35,3 +35,11 @@ def test_a_rank_that_is_left_alone_by_a_normal_end_names_itself(tmp_path):
     finding = heard(Finding("end"), tmp_path)._look_into(6.0)
     assert finding.text.startswith("rank 0 (")
     assert "is stuck in step 0, start" in finding.text
+
+
+def test_a_rank_that_ends_by_its_own_error_is_not_ended_by_what_that_looks_like_elsewhere(tmp_path):
+    liveness = heard(FOUND, tmp_path)
+    assert liveness._judge() == FOUND
+    liveness.last_words("ValueError: the tape ran out")
+    assert liveness._judge() is None
+    assert liveness.explain(RuntimeError("connection reset by peer"), wait=0.0) is None
