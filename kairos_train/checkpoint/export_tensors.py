@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kairos_train.checkpoint.adapters import MergedWeights
-from kairos_train.checkpoint.quantize import encode, find_scale
+from kairos_train.checkpoint.quantize import encode, find_scales
 from kairos_train.checkpoint.tensor_file import Stored, TensorFile
 from kairos_train.errors import UserError
-from kairos_train.inference.quantized import CODES, SCALE, SCALES, code_shape, dequantize, is_large, scale_shape
+from kairos_train.inference.quantized import dequantize, is_large, layout
 
 
 class ExportTensors:
@@ -65,25 +65,32 @@ class ExportTensors:
             if self.method is None or not is_large(name):
                 tensors[name] = Stored(self.dtype_of(name), shape, partial(self.read, name))
                 continue
-            codes, scales = code_shape(self.method, shape), scale_shape(self.method, shape)
-            tensors[name] = Stored(CODES[self.method], codes, partial(self._codes, name))
-            tensors[name + SCALE] = Stored(SCALES[self.method], scales, partial(self._scale, name))
+            for suffix, (dtype, part) in layout(self.method, shape).items():
+                tensors[name + suffix] = Stored(dtype, part, partial(self._part, name, suffix))
         return tensors
 
-    def _room(self) -> dict[str, Tensor]:
+    def _room(self) -> dict[str, dict[str, Tensor]]:
         """Memory for all scales, in one piece: many small tensors between large temporary ones would leave holes that
         the process keeps."""
-        shapes = {name: scale_shape(self.method, self.shape(name)) for name in self.names if is_large(name)}
-        sizes = [prod(shape) for shape in shapes.values()]
-        parts = torch.empty(sum(sizes), dtype=SCALES[self.method]).split(sizes)
-        return {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
+        layouts = {name: layout(self.method, self.shape(name)) for name in self.names if is_large(name)}
+        places = [(name, suffix, *part) for name, parts in layouts.items() for suffix, part in parts.items() if suffix]
+        places.sort(key=lambda place: -place[2].itemsize)  # so that each begins where its type may
+        sizes = [prod(shape) * dtype.itemsize for _, _, dtype, shape in places]
+        rooms: dict[str, dict[str, Tensor]] = {name: {} for name in layouts}
+        for room, (name, suffix, dtype, shape) in zip(torch.empty(sum(sizes), dtype=torch.uint8).split(sizes), places):
+            rooms[name][suffix] = room.view(dtype).view(shape)
+        return rooms
 
-    def _codes(self, name: str) -> Tensor:
-        return encode(self.method, self.read(name), self._scale(name))
+    def _part(self, name: str, suffix: str) -> Tensor:
+        if suffix == "":
+            return encode(self.method, self.read(name), self._find(name))
+        return self._find(name)[suffix]
 
-    def _scale(self, name: str) -> Tensor:
+    def _find(self, name: str) -> dict[str, Tensor]:
+        """The scales of a large weight."""
         if name not in self._found:
-            self._scales[name].copy_(find_scale(self.method, self.read(name)))
+            for suffix, part in find_scales(self.method, self.read(name)).items():
+                self._scales[name][suffix].copy_(part)
             self._found.add(name)
         return self._scales[name]
 
@@ -101,8 +108,7 @@ def computed_bytes(shapes: Mapping[str, tuple[int, ...]], itemsize: Callable[[st
         if method is None or not is_large(name):
             total += prod(shape) * itemsize(name)
         else:
-            total += prod(code_shape(method, shape)) * CODES[method].itemsize
-            total += prod(scale_shape(method, shape)) * SCALES[method].itemsize
+            total += sum(prod(part) * dtype.itemsize for dtype, part in layout(method, shape).values())
     return total
 
 
@@ -124,10 +130,10 @@ class WrittenTensors:
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A parameter as a loaded export has it, quantised ones widened to float32."""
-        tensor = self._files[name].read(name)
         if self._method is None or not is_large(name):
-            return tensor
-        return dequantize(self._method, tensor, self._files[name + SCALE].read(name + SCALE), shape[1])
+            return self._files[name].read(name)
+        parts = {suffix: self._files[name + suffix].read(name + suffix) for suffix in layout(self._method, shape)}
+        return dequantize(self._method, parts, shape[1])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

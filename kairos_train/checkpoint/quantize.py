@@ -9,32 +9,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kairos_train.config.schema import ModelConfig
-from kairos_train.inference.quantized import CODES, GROUP, SCALES, is_large, widen_scale
+from kairos_train.inference.quantized import (
+    CODES,
+    GROUP,
+    GROUP_DTYPE,
+    GROUPS,
+    SCALE,
+    is_large,
+    layout,
+    steps_and_centres,
+)
 from kairos_train.model import WorldActionModel
 
-TOPS = {"int8": (127.0,), "fp8": (448.0, 256.0), "int4": (8.0, 8.4, 8.8, 9.2, 9.6, 10.0)}
-"""The magnitudes that the largest weight of a row or group may be given, as a code; each takes the one of least squared
-error (*ours*). Above 8 an int4 code is clipped, in favour of the other weights; fp8 is finest, relative to the largest
-weight, where that is 256, a power of two."""
+TOPS = {"int8": (127.0,), "fp8": (448.0, 256.0)}
+"""The magnitudes that the largest weight of a row may be given, as a code; each row takes the one of least squared
+error (*ours*). fp8 is finest, relative to the largest weight, where that is 256, a power of two."""
+
+SPANS, ROUNDS = (1.0, 0.94, 0.86), 2
+"""An int4 group's codes span so much of what its weights do; then, so many times, weights are rounded and step and
+centre fitted to the codes by least squares. The group takes the best of all that was met (*ours*). Normal weights lose
+6.3 % in this way, uniform ones 5.2 %."""
 
 ROWS = 1024  # of a weight that are rounded at a time, to bound memory
 
 
-def find_scale(method: str, weight: Tensor) -> Tensor:
-    """The scales of a weight (out, in), any floating type: those of least squared error out of `TOPS`.
+def find_scales(method: str, weight: Tensor) -> dict[str, Tensor]:
+    """What the codes of a weight (out, in), any floating type, are to be read by, named as in `layout`: that of least
+    squared error out of some candidates."""
+    parts = (rows.float() for rows in weight.split(ROWS))
+    found = [_search_groups(part) if method == "int4" else _search_rows(method, part) for part in parts]
+    return {suffix: torch.cat([part[suffix] for part in found]) for suffix in found[0]}
 
-    int4 has one more negative code than positive ones: the sign of a group's scale is such that its largest weight gets
-    −8.
-    """
-    return torch.cat([_search(method, rows.float()) for rows in weight.split(ROWS)])
 
-
-def encode(method: str, weight: Tensor, scale: Tensor) -> Tensor:
+def encode(method: str, weight: Tensor, scales: dict[str, Tensor]) -> Tensor:
     """The codes of a weight (out, in) under its scales."""
-    parts = zip(weight.split(ROWS), scale.split(ROWS), strict=True)
-    codes = torch.cat([_round(method, w.float() / widen_scale(s, w.shape[1])) for w, s in parts])
+    dtype, shape = layout(method, tuple(weight.shape))[""]
+    codes = torch.empty(shape, dtype=dtype)
+    for begin in range(0, weight.shape[0], ROWS):
+        rows = slice(begin, begin + ROWS)
+        codes[rows] = _encode(method, weight[rows].float(), {suffix: part[rows] for suffix, part in scales.items()})
+    return codes
+
+
+def _encode(method: str, weight: Tensor, scales: dict[str, Tensor]) -> Tensor:
     if method != "int4":
-        return codes.to(CODES[method])
+        return _round(method, weight / scales[SCALE][:, None]).to(CODES[method])
+    steps, centres = steps_and_centres(scales[SCALE], scales[GROUPS])
+    codes = _round_groups(_grouped(weight), steps, centres).permute(1, 2, 0).flatten(1)[:, : weight.shape[1]]
     codes = F.pad((codes + 8).to(CODES["int4"]), (0, codes.shape[1] % 2))
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
@@ -43,27 +64,72 @@ def _round(method: str, scaled: Tensor) -> Tensor:
     """The codes of scaled weights, as float32."""
     if method == "fp8":
         return scaled.clamp(-448, 448).to(CODES["fp8"]).float()
-    low, high = (-8, 7) if method == "int4" else (-127, 127)
-    return scaled.round().clamp_(low, high)
+    return scaled.round().clamp_(-127, 127)
 
 
-def _search(method: str, weight: Tensor) -> Tensor:
-    """The scales of a float32 weight."""
-    groups, sign = weight[:, None], 1
-    if method == "int4":
-        groups, sign = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP)), -1  # zeros stay zeros
-    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    largest = largest if method == "int4" else largest.abs()
+def _search_rows(method: str, weight: Tensor) -> dict[str, Tensor]:
+    largest = weight.abs().amax(1, keepdim=True)
     best, least = None, None
     for top in TOPS[method]:
-        scale = (largest * (sign / top)).to(SCALES[method])
+        scale = largest / top
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        error = _round(method, groups / scale.float()).mul_(scale.float()).sub_(groups).square_().sum(2, keepdim=True)
+        error = _round(method, weight / scale).mul_(scale).sub_(weight).square_().sum(1, keepdim=True)
         if best is None:
             best, least = scale, error
         else:
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best.squeeze(2) if method == "int4" else best.flatten()
+    return {SCALE: best.flatten()}
+
+
+def _grouped(weight: Tensor) -> Tensor:
+    """(columns, out, groups), the order in which groups are computed with fastest. The last group is filled up with its
+    last weight, which widens no span."""
+    missing = -weight.shape[1] % GROUP
+    filled = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1)
+    return filled.unflatten(1, (-1, GROUP)).permute(2, 0, 1).contiguous()
+
+
+def _round_groups(groups: Tensor, steps: Tensor, centres: Tensor) -> Tensor:
+    """The codes of weights (columns, out, groups), −8 to 7, as float32. Where the step is zero all weights are the
+    centre."""
+    steps = torch.where(steps == 0, torch.ones_like(steps), steps)
+    return (groups - centres).div_(steps).round_().clamp_(-8, 7)
+
+
+def _search_groups(weight: Tensor) -> dict[str, Tensor]:
+    groups = _grouped(weight)
+    low, high = groups.aminmax(dim=0)
+    limit = torch.finfo(GROUP_DTYPE).max
+    # The largest centre and the largest step that a row can need are its group values' largest number.
+    largest = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny * limit * 16)
+    scale = torch.stack([largest * (2 / 15), largest], dim=1) / limit
+    best, least = torch.zeros(*low.shape, 2), torch.full_like(low, torch.inf)
+
+    def stored(steps: Tensor, centres: Tensor) -> Tensor:
+        return (torch.stack([steps, centres], dim=2) / scale[:, None]).clamp_(-limit, limit).to(GROUP_DTYPE)
+
+    for span in SPANS:
+        steps = (high - low) * (span / 15)
+        candidate = stored(steps, (low + high + steps) / 2)  # the codes' own centre is −1/2
+        for round_ in range(ROUNDS + 1):
+            steps, centres = steps_and_centres(scale, candidate)
+            codes = _round_groups(groups, steps, centres)
+            error = (codes * steps).add_(centres).sub_(groups).square_().sum(0)
+            best = torch.where((error < least)[..., None], candidate.float(), best)
+            least = torch.minimum(error, least)
+            if round_ < ROUNDS:
+                candidate = stored(*_fit(codes, groups, steps))
+    return {SCALE: scale, GROUPS: best.to(GROUP_DTYPE)}  # numbers of that type: nothing is rounded
+
+
+def _fit(codes: Tensor, groups: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Step and centre of least squared error for codes that are given; codes that are all equal keep the step."""
+    mean_code, mean = codes.mean(0), groups.mean(0)
+    from_mean = codes - mean_code
+    spread = from_mean.square().sum(0)
+    fitted = from_mean.mul_(groups).sum(0) / spread.clamp(min=1e-6)  # the groups' mean drops out
+    steps = torch.where(spread > 0, fitted, steps)
+    return steps, mean - steps * mean_code
 
 
 # --- what it does to the outputs ---

@@ -2,19 +2,21 @@
 
 A quantised layer is plain tensors under its name, `out` rows of `in` columns:
 
-    method   NAME.weight                      NAME.weight_scale          a weight is
-    int8     int8 (out, in)                   float32 (out,)             code · scale of its row
-    fp8      float8 e4m3 (out, in)            float32 (out,)             code · scale of its row
-    int4     uint8 (out, ⌈in / 2⌉)            bfloat16 (out, ⌈in / 64⌉)  (code − 8) · scale of its group
+    method   NAME.weight              NAME.weight_scale   NAME.weight_groups               a weight is
+    int8     int8 (out, in)           float32 (out,)                                       code · scale
+    fp8      float8 e4m3 (out, in)    float32 (out,)                                       code · scale
+    int4     uint8 (out, ⌈in / 2⌉)    float32 (out, 2)    float8 e4m3 (out, ⌈in / 16⌉, 2)  (code − 8) · step + centre
 
-Two int4 codes share a byte: even columns in the lower four bits, odd ones in the upper. A group is 64 consecutive
-columns of a row; the last group of a row has what is left. `NAME.bias` stays as it is. Only weights are in few bits:
-activations and sums have the precision of the layer's input.
+A group is 16 consecutive columns of a row; the last group of a row has what is left. Its step and its centre are its
+two values in `weight_groups` times the two of its row in `weight_scale`. Two int4 codes share a byte: even columns in
+the lower four bits, odd ones in the upper. `NAME.bias` stays as it is. Only weights are in few bits: activations and
+sums have the precision of the layer's input.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +24,12 @@ from torch import Tensor, nn
 
 METHODS = ("int8", "fp8", "int4")
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
-SCALES = {"int8": torch.float32, "fp8": torch.float32, "int4": torch.bfloat16}
-GROUP = 64
-"""Columns of an int4 group."""
+GROUP_DTYPE = torch.float8_e4m3fn
+GROUP = 16
+"""Columns of an int4 group. With step and centre in 8 bits each that makes 5 bits a weight."""
 
-SCALE = "_scale"
-"""What a scale's name adds to its weight's."""
+SCALE, GROUPS = "_scale", "_groups"
+"""What is added to a weight's name for what its codes are read by."""
 
 LARGE = re.compile(
     r"(video|action)_dit\.blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02]|gated_delta\.[qkvo]_proj)\.weight"
@@ -41,31 +43,34 @@ def is_large(name: str) -> bool:
     return LARGE.fullmatch(name) is not None
 
 
-def code_shape(method: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Shape of the codes of a weight (out, in)."""
+def layout(method: str, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What stands for a weight (out, in): by addition to its name ("" for the codes) type and shape."""
     rows, columns = shape
-    return (rows, -(-columns // 2)) if method == "int4" else (rows, columns)
+    if method != "int4":
+        return {"": (CODES[method], (rows, columns)), SCALE: (torch.float32, (rows,))}
+    return {
+        "": (CODES[method], (rows, -(-columns // 2))),
+        SCALE: (torch.float32, (rows, 2)),
+        GROUPS: (GROUP_DTYPE, (rows, -(-columns // GROUP), 2)),
+    }
 
 
-def scale_shape(method: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the scales of a weight (out, in)."""
-    rows, columns = shape
-    return (rows, -(-columns // GROUP)) if method == "int4" else (rows,)
+def steps_and_centres(scale: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of every int4 group, float32 (out, groups), from `weight_scale` and `weight_groups`."""
+    steps, centres = (groups.float() * scale[:, None]).unbind(-1)
+    return steps, centres
 
 
-def widen_scale(scale: Tensor, columns: int) -> Tensor:
-    """Scales as float32 that multiply codes (out, columns)."""
-    if scale.ndim == 1:
-        return scale.float()[:, None]
-    return scale.float().repeat_interleave(GROUP, dim=1)[:, :columns]
-
-
-def dequantize(method: str, codes: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """The weight (out, columns) that codes and scales stand for, float32."""
-    if method == "int4":
-        pairs = torch.stack([codes & 15, codes >> 4], dim=-1)
-        codes = pairs.flatten(1)[:, :columns].to(torch.int8) - 8
-    return codes.float() * widen_scale(scale, columns)
+def dequantize(method: str, parts: Mapping[str, Tensor], columns: int) -> Tensor:
+    """The weight (out, columns) that its parts, named as in `layout`, stand for; float32."""
+    codes = parts[""]
+    if method != "int4":
+        return codes.float() * parts[SCALE][:, None]
+    codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, :columns].float() - 8
+    steps, centres = (
+        part.repeat_interleave(GROUP, dim=1)[:, :columns] for part in steps_and_centres(parts[SCALE], parts[GROUPS])
+    )
+    return codes.mul_(steps).add_(centres)
 
 
 class QuantizedLinear(nn.Module):
@@ -80,13 +85,15 @@ class QuantizedLinear(nn.Module):
     def __init__(self, method: str, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
         self.method, self.in_features, self.out_features = method, in_features, out_features
-        shape = (out_features, in_features)
-        self.register_buffer("weight", torch.empty(code_shape(method, shape), dtype=CODES[method]))
-        self.register_buffer("weight_scale", torch.empty(scale_shape(method, shape), dtype=SCALES[method]))
+        parts = layout(method, (out_features, in_features))
+        for suffix, (dtype, shape) in parts.items():
+            self.register_buffer(f"weight{suffix}", torch.empty(shape, dtype=dtype))
+        self._suffixes = tuple(parts)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = dequantize(self.method, self.weight, self.weight_scale, self.in_features)
+        parts = {suffix: getattr(self, f"weight{suffix}") for suffix in self._suffixes}
+        weight = dequantize(self.method, parts, self.in_features)
         return F.linear(x, weight.to(x.dtype), self.bias)
 
 
