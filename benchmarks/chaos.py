@@ -32,7 +32,7 @@ from chaos_faults import KINDS, STEPS, Outcome, finish, run_with_faults, small_d
 from chaos_pack import EPISODES, make_shards, pack_through_kills
 
 FAULTS_PER_RUN = 5
-QUICK_STEPS = 10
+QUICK_STEPS = 8
 PACK_SHARE = 10
 """Of so many faults, one is in packing."""
 
@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=100, help="in all")
     parser.add_argument("--seed", type=int, default=0, help="of kinds, steps and ranks")
     parser.add_argument("--part", choices=("all", "runs", "packing"), default="all", help="of the faults, this part")
-    parser.add_argument("--quick", action="store_true", help="one fault in a run of 10 steps")
+    parser.add_argument("--quick", action="store_true", help="one fault in a run of 8 steps")
     parser.add_argument("--verbose", action="store_true", help="a line for every fault")
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
