@@ -6,10 +6,10 @@ bfloat16. Weights are the initial ones; the last layers, which start at zero, ar
 
     python benchmarks/quantization.py [--models tiny small kairos_4b] [--layers 32] [--methods int8 fp8 int4] [--quick]
 
-`--layers N` also takes `small` with N layers, 0 does not. kairos_4b takes 14 GB of memory and a quarter of an hour for
-each method; --quick leaves it and the deep model out. The last line is one JSON object: machine, and by model and
-method `video`, `action` (relative L2) and `size_ratio` (bytes over those of bfloat16); `within` says of each method
-whether all models stay within its limit of 1 %, 4 % or 12 %. Exit code 1 when one does not.
+`--layers N` also takes `small` with N layers, 0 does not. kairos_4b takes 14 GB of memory and has not been timed;
+--quick leaves it and the deep model out. The last line is one JSON object: machine, and by model and method `video`,
+`action` (relative L2) and `size_ratio` (bytes over those of bfloat16); `within` says of each method whether all models
+stay within its limit of 1 %, 4 % or 12 %. Exit code 1 when one does not.
 """
 
 from __future__ import annotations
