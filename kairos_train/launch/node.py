@@ -5,6 +5,7 @@
   handles no signals, and the main thread passes them on.
 - The exit code is that of the ranks (`outcome`), which torchrun makes a 1.
 - Each rank writes to files of its own, named by its number in the world.
+- The launchers of all nodes leave together (`farewell`).
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from typing import Any
 
 from kairos_train.errors import Interrupted, MachineFault
 from kairos_train.launch.environment import NodeLaunch
-from kairos_train.launch.outcome import Ended, describe, exit_code
+from kairos_train.launch.farewell import hold_store, leave_together
+from kairos_train.launch.outcome import MACHINE_FAULT, Ended, describe, exit_code
 
 FORWARDED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 PATIENT = (signal.SIGUSR1, signal.SIGUSR2)
 """Requests that wait until a rank listens: one that is still starting would die of them."""
 
 POLL = 0.1  # seconds
+LEAVE_SECONDS = 30.0
+"""For the ranks of other nodes to end when this one's have: what Slurm gives a task that it asks to end (KillWait)."""
 
 
 class Forwarder:
@@ -42,24 +46,24 @@ class Forwarder:
         self._ranks, self._size = ranks, size
         self._came: list[int] = []
         self._waiting: dict[int, set[int]] = {}
+        self._started = False
 
     def note(self, number: int, frame: Any = None) -> None:
         """A signal came; a handler."""
         self._came.append(number)
 
     def deliver(self) -> None:
-        """Pass on what has come.
+        """Pass on what has come. Called again and again: it must have seen the ranks to know that they have ended.
 
         Raises:
             Interrupted: asked to end before there was a rank.
         """
         while self._came:
             self._waiting[self._came.pop(0)] = set()
-        if not self._waiting:
-            return
         ranks = set(self._ranks())
+        self._started = self._started or bool(ranks)
         for number, told in list(self._waiting.items()):
-            if number not in PATIENT and not ranks:
+            if number not in PATIENT and not self._started:
                 raise Interrupted(f"{signal.Signals(number).name} before the processes had started; start it again")
             for pid in ranks - told:
                 if number in PATIENT and not listens(pid, number):
@@ -119,19 +123,22 @@ def run_node(node: NodeLaunch, command: Sequence[str], *, logs: Path) -> int:
         time.sleep(POLL)
     for number in FORWARDED:
         signal.signal(number, signal.SIG_IGN)  # the end of another node's task must not take this one's exit code away
-    if "error" in result:
-        raise MachineFault(f"{node.name}: the nodes of job {node.job} lost each other: {result['error']}")
-    ended: dict[int, Ended] = result["ended"]
-    code = exit_code(ended)
+    ended: dict[int, Ended] = result.get("ended", {})
+    code = exit_code(ended) if "ended" in result else MACHINE_FAULT
     _write(logs / f"node-{node.node}", f"{code}\n")
     if ended:
         ends = "; ".join(describe(rank, ended[rank]) for rank in sorted(ended))
         print(f"{node.name}: {ends}: exit code {code}", file=sys.stderr, flush=True)
+    leave_together(node, result.get("store"), seconds=LEAVE_SECONDS)
+    if "ended" not in result:
+        raise MachineFault(
+            f"{node.name}: the nodes of job {node.job} lost each other: {result.get('error', 'see the traceback')}"
+        )
     return code
 
 
 def _run_agent(node: NodeLaunch, command: Sequence[str], logs: Path, result: dict[str, Any]) -> None:
-    """What the thread does; leaves `ended` or `error` in `result`."""
+    """What the thread does; leaves `ended` or `error` in `result`, and `store`, which must outlive the agent."""
     import logging
 
     import torch
@@ -144,6 +151,7 @@ def _run_agent(node: NodeLaunch, command: Sequence[str], logs: Path, result: dic
     # It warns that it handles no signals in a thread, which is why it is in one; how ranks end is told by `run_node`.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
+        result["store"] = hold_store(node)
         config = LaunchConfig(
             **node.rendezvous,
             monitor_interval=POLL,
@@ -154,7 +162,7 @@ def _run_agent(node: NodeLaunch, command: Sequence[str], logs: Path, result: dic
         result["ended"] = {}
     except ChildFailedError as error:
         result["ended"] = {rank: Ended(failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
-    except (RendezvousError, torch.distributed.DistError) as error:  # told by the main thread
+    except (MachineFault, RendezvousError, torch.distributed.DistError) as error:  # told by the main thread
         result["error"] = error
 
 

@@ -101,14 +101,18 @@ class Exchange:
         if self._rank == 0:
             self.publish(Finding("end"), seconds=seconds)
             self._released.wait(seconds)
-        self._stop = True
-        self._wake.set()
-        self._thread.join(seconds)
+        self.stop(seconds=seconds)
 
     def linger(self, *, seconds: float) -> None:
         """The holder of the store waits until all others have heard of the finding."""
         if self._rank == 0:
             self._released.wait(seconds)
+
+    def stop(self, *, seconds: float) -> None:
+        """End the thread, without a goodbye. An interpreter that ends while it is in torch's client aborts."""
+        self._stop = True
+        self._wake.set()
+        self._thread.join(seconds)
 
     # The thread.
 
@@ -117,12 +121,11 @@ class Exchange:
             while not self._stop:
                 self._round()
                 if self._rank and self.finding and self.finding.kind == "end":
-                    return  # the store goes with rank 0
+                    break
                 self._wake.wait(self._heartbeat)
                 self._wake.clear()
             self._store.set(_key(self._rank), self._own_beat().encode())
-            self._release()
-            self._store.get(FINDING)  # an answer: what was sent has arrived
+            self._release()  # the last request, and one with an answer: the store may be gone as soon as it is counted
         except RuntimeError as error:  # of torch.distributed: all of its store's errors are
             self.lost = str(error).splitlines()[0]
             for event in (self._found, self._released, self._claimed, self._counted):
@@ -136,8 +139,10 @@ class Exchange:
         found, *texts = store.multi_get([FINDING, *map(_key, self._watched)])
         self.beats = {rank: Beat.decode(text) for rank, text in zip(self._watched, texts)}
         if found and self.finding is None:
-            self._release()
-            self.finding = Finding.decode(found)
+            finding = Finding.decode(found)
+            if finding.kind != "end":  # it may end this process at any moment
+                self._release()
+            self.finding = finding
             self._found.set()
         if self._rank == 0 and self.finding and store.add(RELEASED, 0) >= self._size - 1:
             self._released.set()

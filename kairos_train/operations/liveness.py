@@ -143,6 +143,7 @@ class Liveness:
         else:
             if self._exchange:
                 self._exchange.linger(seconds=self._linger)
+                self._exchange.stop(seconds=self._linger)
             self._left.set()
         if explained is not None:
             raise explained from error

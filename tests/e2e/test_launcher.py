@@ -34,20 +34,35 @@ time.sleep(60)
 
 
 @pytest.fixture
-def launched(tmp_path):
+def launch(tmp_path):
+    """`launch(rank, *changes)`: launchers of a job, one for each change of its variables, with two ranks each that are
+    there; and their numbers."""
+    started = []
+
+    def run(rank, *changes):
+        words = [sys.executable, "-c", LAUNCHER, str(tmp_path / "logs"), rank]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        for change in changes:
+            started.append(subprocess.Popen(words, env={**environment(), **JOB, **change}, **pipes))
+        logs = [tmp_path / "logs" / f"rank-{rank:04d}.out" for rank in range(2 * len(changes))]
+        end = time.monotonic() + 120
+        while not all(log.is_file() and log.read_text().endswith("\n") for log in logs):
+            assert all(process.poll() is None for process in started)
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        return started, [int(log.read_text().split()[0]) for log in logs]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def launched(launch):
     """A launcher with two ranks that are there, and their numbers."""
-    words = [sys.executable, "-c", LAUNCHER, str(tmp_path / "logs"), RANK]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(words, env={**environment(), **JOB}, **pipes)
-    logs = [tmp_path / "logs" / f"rank-{rank:04d}.out" for rank in range(2)]
-    end = time.monotonic() + 120
-    while not all(log.is_file() and log.read_text().endswith("\n") for log in logs):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    yield process, [int(log.read_text().split()[0]) for log in logs]
-    process.kill()
-    process.communicate()
+    (process,), ranks = launch(RANK, {})
+    return process, ranks
 
 
 def test_a_request_to_the_launcher_reaches_its_ranks_and_their_exit_code_is_its_own(launched, tmp_path):
@@ -71,6 +86,20 @@ def test_a_rank_that_is_killed_is_named_and_asks_for_another_start(launched, tmp
     assert process.returncode == 4
     assert re.search(r"rank 1: SIGKILL.*: exit code 4$", err, re.M)
     assert (tmp_path / "logs/node-0").read_text() == "4\n"
+
+
+def test_no_launcher_leaves_before_the_ranks_of_all_nodes_have_ended(launch, tmp_path):
+    """Not even node 0's, which holds the rendezvous: the other agent would lose it, and Slurm end the other task."""
+    slow = RANK.replace("time.sleep(1)", "time.sleep(4 * int(os.environ['SLURM_NODEID']))")
+    job = {"SLURM_JOB_NODELIST": "localhost,elsewhere", "SLURM_NTASKS": "2"}
+    nodes = [{**job, "SLURM_NODEID": str(node), "SLURMD_NODENAME": f"n{node}"} for node in range(2)]
+    launchers, ranks = launch(slow, *nodes)
+    for pid in ranks:
+        os.kill(pid, signal.SIGUSR1)
+    ended = [launcher.communicate(timeout=60) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [75, 75], ended
+    assert [(tmp_path / f"logs/node-{node}").read_text() for node in range(2)] == ["75\n", "75\n"]
+    assert not any("not waiting any longer" in err for _, err in ended)
 
 
 def test_the_health_check_runs_in_the_processes_of_the_job(tmp_path):

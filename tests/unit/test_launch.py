@@ -226,6 +226,16 @@ def test_a_job_that_is_asked_to_end_before_its_ranks_are_there_says_so():
         forwarder.deliver()
 
 
+def test_a_job_that_is_asked_to_end_when_its_ranks_have_ended_goes_on_to_say_how():
+    """As Slurm does when another node's task has ended, while torchrun's agent still tidies up."""
+    ranks = [os.getpid()]
+    forwarder = Forwarder(lambda: ranks, size=1)
+    forwarder.deliver()
+    ranks.clear()
+    forwarder.note(signal.SIGTERM)
+    forwarder.deliver()
+
+
 def test_a_process_that_is_gone_does_not_listen():
     gone = subprocess.Popen(["true"])
     gone.wait()
