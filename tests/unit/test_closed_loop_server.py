@@ -25,7 +25,7 @@ from kairos_train.serving.client import PolicyClient
 from kairos_train.serving.observation import Observation
 from kairos_train.serving.policy import ServedPolicy
 
-SIZES = {"action_dim": 2, "state_dim": 4}
+SIZES = {"action_dim": 2, "state_dim": 2}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_model_with_a_history_is_shown_every_frame_of_it_and_forgets_the_episo
     [
         ({"cameras": ["observation.images.wrist"]}, r"cameras \['observation.images.wrist'\], the simulator has"),
         ({"action_dim": 7}, "action_dim 7, the simulator has 2"),
-        ({"state_dim": 2}, "state_dim 2, the simulator has 4"),
+        ({"state_dim": 4}, "state_dim 4, the simulator has 2"),
         ({"fps": 80.0}, "fps 80.0, the simulator has 20.0"),
         ({"horizon": 3}, "replan_every=4: the policy plans 3 actions at a time"),
         ({"given_frames": 5, "action_video_freq_ratio": 3}, "replan_every=4: the policy looks at 5 frames, 3 actions"),

@@ -92,14 +92,23 @@ def test_push2d_agent_pushes_a_block_and_that_one_the_other():
     assert simulator.blocks[1] == pytest.approx([AGENT_RADIUS + 3 * BLOCK_RADIUS, 0.0])
 
 
-def test_push2d_actions_beyond_one_are_clipped_and_the_state_is_the_agent_and_its_movement():
+def test_push2d_actions_beyond_one_are_clipped_and_the_state_is_the_agents_place():
     simulator = make("push2d", "push-red", 16)
     before = simulator.reset(0).state
     after, solved = simulator.step(np.array([0.5, -7.0]))
-    assert after.state[:2] - before[:2] == pytest.approx([STEP / 2, -STEP], abs=1e-6)
-    assert before[2:].tolist() == [0, 0]
-    assert after.state[2:] == pytest.approx([0.5, -1], abs=1e-4)
-    assert (after.state.dtype, solved) == (np.float32, False)
+    assert after.state - before == pytest.approx([STEP / 2, -STEP], abs=1e-6)
+    assert (after.state.dtype, after.state.shape, solved) == (np.float32, (simulator.state_dim,), False)
+
+
+def test_push2d_red_is_mostly_but_not_always_on_the_left():
+    simulator, left = make("push2d", "push-red", 16), 0
+    for seed in range(300):
+        simulator.reset(seed)
+        red, blue = simulator.blocks
+        left += red[0] < blue[0]
+        assert abs(red[0] - blue[0]) >= 0.6 > 2 * BLOCK_RADIUS
+        assert simulator.agent[1] < min(red[1], blue[1]) - BLOCK_RADIUS < simulator.goal[1]
+    assert 0.7 < left / 300 < 0.9
 
 
 @pytest.mark.parametrize("size", [32, 64, 130])
@@ -116,7 +125,10 @@ def test_push2d_picture_shows_the_scene_the_right_way_up(size):
     assert at(-0.7, 0.7).max() < 60  # the dark agent, top left
     assert at(0.7, 0.7).argmax() == 0  # red, top right
     assert at(-0.7, -0.7).argmax() == 2  # blue, bottom left
-    assert at(0.98, -0.98).min() > 200  # the bare table
+    assert at(0.98, -0.98).min() > 180  # the bare table
+    corners = [at(x, y) for y in (0.98, -0.98) for x in (-0.98, 0.98)]
+    assert [corner[0] > 226 for corner in corners] == [False, True, False, True]  # its colour tells the place
+    assert [corner[2] > 214 for corner in corners] == [True, True, False, False]
 
 
 def test_push2d_edges_are_smooth():
