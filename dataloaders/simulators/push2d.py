@@ -2,8 +2,10 @@
 
 The table is the square [-1, 1]², x to the right and y up. A round agent moves by its action; contacts are quasi-static:
 what is overlapped is moved out of the way along the line of centres, the agent moves blocks, blocks move blocks, walls
-stop everything. Both tasks have the same layouts, so whoever ignores the instruction pushes the wrong block half of the
-time. Lengths are in table units (the table is 2 wide).
+stop everything. The agent is rough: by Coulomb's law what it pushes goes its way, and slides off where that way is
+farther aside of the line of centres than `FRICTION` allows (blocks are smooth and do not turn). Both tasks have the
+same layouts, so whoever ignores the instruction pushes the wrong block half of the time. Lengths are in table units,
+of which the table is 2 wide.
 
 Made so that a model of the demo's size learns it in minutes. The layouts vary within bounds. The table's colour tells
 where on it one looks, as a real scene does. Red is mostly on the left: with sides drawn evenly neither the picture nor
@@ -24,6 +26,7 @@ AGENT_RADIUS = 0.07
 BLOCK_RADIUS = 0.12
 GOAL_RADIUS = 0.13
 STEP = 0.04  # way of the agent in one step at full action
+FRICTION = 0.7  # coefficient between agent and blocks: 35 degrees either way
 SUCCESS_DISTANCE = 0.06
 _SUBSTEPS = 4  # small against the radii, so that nothing is jumped over
 _RING = 0.035  # thickness of the goal's ring
@@ -82,9 +85,11 @@ class Push2D:
         """As `step`, without a picture."""
         dx, dy = (min(max(float(value), -1.0), 1.0) * STEP / _SUBSTEPS for value in action)
         for _ in range(_SUBSTEPS):
+            before = tuple(self.agent)
             self.agent[0] += dx
             self.agent[1] += dy
-            self._resolve_contacts()
+            _keep_inside(self.agent, AGENT_RADIUS)
+            self._resolve_contacts((self.agent[0] - before[0], self.agent[1] - before[1]))
         return math.dist(self.blocks[self._named], self.goal) < SUCCESS_DISTANCE
 
     def observe(self) -> Observation:
@@ -112,11 +117,11 @@ class Push2D:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def _resolve_contacts(self) -> None:
-        _keep_inside(self.agent, AGENT_RADIUS)
+    def _resolve_contacts(self, way: tuple[float, float]) -> None:
+        """Make room where the agent has come by `way`."""
         first, second = sorted(self.blocks, key=lambda block: math.dist(block, self.agent))
         for block in (first, second):
-            _push_out(block, self.agent, AGENT_RADIUS + BLOCK_RADIUS)
+            _push_out(block, self.agent, AGENT_RADIUS + BLOCK_RADIUS, way)
             _keep_inside(block, BLOCK_RADIUS)
         _push_out(second, first, 2 * BLOCK_RADIUS)
         _keep_inside(second, BLOCK_RADIUS)
@@ -143,15 +148,19 @@ def _keep_inside(point: list[float], radius: float) -> None:
     point[1] = min(max(point[1], -limit), limit)
 
 
-def _push_out(moved: list[float], by: list[float], distance: float) -> None:
-    """Move one disc along the line of centres until it only touches the other."""
+def _push_out(moved: list[float], by: list[float], distance: float, way: tuple[float, float] = (0.0, 0.0)) -> None:
+    """Move one disc along the line of centres until it only touches the other, and as far aside as the `way` of a rough
+    one takes it: at most `FRICTION` times as far as along the line."""
     dx, dy = moved[0] - by[0], moved[1] - by[1]
     now = math.hypot(dx, dy)
     if now >= distance:
         return
     if now < 1e-9:  # the centres coincide: any direction is as good
-        dx, dy, now = 1.0, 0.0, 1.0
-    moved[0], moved[1] = by[0] + dx / now * distance, by[1] + dy / now * distance
+        dx, dy, now = 1e-9, 0.0, 1e-9
+    dx, dy = dx / now, dy / now
+    bound = FRICTION * (distance - now)
+    aside = min(max(dx * way[1] - dy * way[0], -bound), bound)
+    moved[0], moved[1] = by[0] + dx * distance - dy * aside, by[1] + dy * distance + dx * aside
 
 
 def _draw(

@@ -1,4 +1,4 @@
-"""The scripted expert of the pushing task: round the block to the point behind it, then push, steering by the drift.
+"""The scripted expert of the pushing task: round the block to the point behind it, then push; the rough block follows.
 
 Positions are float (2,) arrays in table units. The expert is a function of the scene alone, so it recovers from noise
 on its actions.
@@ -7,6 +7,8 @@ on its actions.
 from __future__ import annotations
 
 import numpy as np
+
+_BEHIND = 0.92  # cosine of the angle, 23 degrees, within which the agent is behind the block; the contact bears 35
 
 
 def expert_action(
@@ -34,14 +36,10 @@ def expert_action(
     if np.hypot(*(goal - block)) < 0.01:
         return np.zeros(2, np.float32)
     ahead = to_target / max(remaining, 1e-9)
-    aside = np.array([-ahead[1], ahead[0]])
     offset = agent - block
-    drift = float(offset @ aside)
-    if offset @ ahead < -0.75 * reach and abs(drift) < 0.5 * reach and np.hypot(*offset) < reach + 1.5 * step:
-        # The block moves along the line of centres: get behind its middle, and ahead only as far as one is there.
-        gap = max(float(np.hypot(*offset)) - reach, 0.0)
-        forward = min(remaining + gap, step) * max(1 - abs(drift) / (0.4 * reach), 0.0)
-        move = ahead * forward - aside * 0.8 * drift
+    distance = float(np.hypot(*offset))
+    if offset @ ahead < -_BEHIND * distance and distance < reach + 1.5 * step:
+        move = ahead * min(remaining + max(distance - reach, 0.0), step)
     else:
         behind = np.clip(block - ahead * (reach + 0.25 * step), -limit, limit)
         move = _towards(agent, behind, (block, other), reach + 0.01, step)

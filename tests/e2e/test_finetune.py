@@ -60,7 +60,7 @@ def test_every_command_of_the_page_runs(world, shards, published, tmp_path):
         words = [str(places.get(word, word)) for word in line.split()]
         words = [word for word in words if not word.startswith("encoders.")]
         words = [{"model.action.action_dim=7": "model.action.action_dim=2"}.get(word, word) for word in words]
-        words = [{"model.action.state_dim=8": "model.action.state_dim=4"}.get(word, word) for word in words]
+        words = [{"model.action.state_dim=8": "model.action.state_dim=2"}.get(word, word) for word in words]
         words += {"train": [*SIZES, "stage.lora.rank=2"], "data": SIZES}.get(words[0], [])
         if words[0] == "serve":
             serving = [*words, "--port", "0", "--steps", "2"]
@@ -100,7 +100,7 @@ def _check_serving(words: list[str], folder: Path) -> None:
                 break
         assert url, "the server did not start"
         with PolicyClient(url) as policy:
-            observation = {CAMERA: np.zeros((32, 32, 3), np.uint8), "observation.state": np.zeros(4, np.float32)}
+            observation = {CAMERA: np.zeros((32, 32, 3), np.uint8), "observation.state": np.zeros(2, np.float32)}
             actions = policy.infer({**observation, "prompt": "push the red block", "seed": 1})["actions"]
         assert actions.shape == (8, 2)
         assert np.isfinite(actions).all()

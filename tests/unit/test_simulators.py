@@ -92,6 +92,24 @@ def test_push2d_agent_pushes_a_block_and_that_one_the_other():
     assert simulator.blocks[1] == pytest.approx([AGENT_RADIUS + 3 * BLOCK_RADIUS, 0.0])
 
 
+@pytest.mark.parametrize(("degrees", "follows"), [(0, True), (30, True), (-30, True), (45, False), (-45, False)])
+def test_push2d_a_pushed_block_goes_the_agents_way_until_it_slides_off(degrees, follows):
+    simulator = make("push2d", "push-red", 16)
+    simulator.reset(0)
+    angle, reach = math.radians(degrees), AGENT_RADIUS + BLOCK_RADIUS
+    simulator.agent = [-reach * math.cos(angle), -reach * math.sin(angle)]  # of the block in the middle
+    simulator.blocks = [[0.0, 0.0], [0.8, 0.8]]
+    for _ in range(3):
+        simulator.step(np.array([1.0, 0.0]))
+    x, y = simulator.blocks[0]
+    if follows:
+        assert (x, y) == pytest.approx((3 * STEP, 0.0), abs=2e-3)
+    else:
+        assert x < 3 * STEP - 1e-3
+        assert y * degrees > 0, "out of the way, to its own side"
+        assert abs(math.atan2(y, x)) < abs(angle), "and less so than a smooth one"
+
+
 def test_push2d_actions_beyond_one_are_clipped_and_the_state_is_the_agents_place():
     simulator = make("push2d", "push-red", 16)
     before = simulator.reset(0).state
