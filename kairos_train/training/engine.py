@@ -36,6 +36,9 @@ from parallel.sharding import Shape, ShardingTable, set_attributes
 from parallel.topology import TIMEOUT, Degrees, Topology
 
 LARGEST_BUCKET = 500_000_000  # elements reduced at once
+LINEAR = nn.functional.linear
+"""torch's own. DeepSpeed puts another one, of other rounding, in its place when an engine of stage 3 is made, and
+leaves it there for all that the process does afterwards."""
 
 
 @dataclass(frozen=True)
@@ -192,10 +195,11 @@ class TrainingEngine:
         set_lr(self.optimizer, lr)
 
     def close(self) -> None:
-        """Release hooks and DeepSpeed's buffers; the process groups stay."""
+        """Release hooks and DeepSpeed's buffers, give torch its `linear` back; the process groups stay."""
         for hook in self._hooks:
             hook.remove()
         self.deepspeed.destroy()
+        nn.functional.linear = LINEAR
 
 
 def build_engine(

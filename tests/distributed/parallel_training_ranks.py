@@ -13,7 +13,7 @@ from kairos_train.config.schema import Config
 from kairos_train.training.parity import Trace, reference_config, run_steps
 from parallel.topology import Degrees, Topology
 
-STEPS = 5
+STEPS = 3
 SIZES = (
     "model.num_layers=4 model.num_heads=4 model.text_dim=12 model.freq_dim=16 encoders.text.text_dim=12 "
     "model.video.dim=24 model.video.ffn_dim=32 model.video.gdn_key_dim=6 model.video.gdn_value_dim=8 "

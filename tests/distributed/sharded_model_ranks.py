@@ -43,6 +43,10 @@ class Case:
         return config
 
 
+UNSHARDED = ("frames", "history", "streams", "actions", "video")
+"""What of a case the whole model knows."""
+
+
 @cache
 def topology(tensor: int, context: int) -> Topology:
     size = dist.get_world_size()
@@ -78,25 +82,33 @@ def noise_like(x: Tensor, seed: int) -> Tensor:
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
 
 
+@cache
+def computed_whole(case: Case) -> tuple[WorldActionModel, dict[str, Any], Tensor]:
+    """The whole model with its gradients, what it was given and its loss; the same for all layouts of a case."""
+    config = case.config().model
+    whole = make_model(replace(config, action=config.action if case.streams == "joint" else None))
+    inputs = make_inputs(case.frames, case.history, actions=case.actions and case.streams == "joint")
+    loss = loss_of(whole, inputs, list(range(len(case.history))), 1)
+    loss.backward()
+    return whole, inputs, loss.detach()
+
+
 def deviations(case: Case) -> dict[str, float]:
     """Relative deviation of the loss and of every gradient from the whole model's, worst over tensor slices here."""
     config, place = case.config(), topology(case.tensor, case.context)
-    whole = make_model(replace(config.model, action=config.model.action if case.streams == "joint" else None))
-    inputs = make_inputs(case.frames, case.history, actions=case.actions and case.streams == "joint")
-    expected = loss_of(whole, inputs, list(range(len(case.history))), 1)
-    expected.backward()
-
+    whole, inputs, expected = computed_whole(Case(**{name: getattr(case, name) for name in UNSHARDED}))
     model = shard(whole, config, place)
     samples = list(range(place.data_rank, len(case.history), place.degrees.data))
     loss = loss_of(model, inputs, samples, case.context)
     loss.backward()
-    total = loss.detach().clone()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    parts = [loss.detach(), *(p.grad for p in model.parameters())]
+    flat = torch.cat([part.flatten() for part in parts])
     if place.gradient_group is not None:
-        for x in (total, *gradients.values()):
-            dist.all_reduce(x, group=place.gradient_group)
+        dist.all_reduce(flat, group=place.gradient_group)
+    summed = [x.view_as(part) for x, part in zip(flat.split([part.numel() for part in parts]), parts)]
+    total, gradients = summed[0], dict(zip((name for name, _ in model.named_parameters()), summed[1:]))
 
-    table, out = model_table(config, model), {"loss": abs(float(total / expected.detach()) - 1)}
+    table, out = model_table(config, model), {"loss": abs(float(total / expected) - 1)}
     largest = max(float(p.grad.abs().max()) for p in whole.parameters())
     for name, p in whole.named_parameters():
         want = p.grad[table.slices(name, p.shape, place.tensor_rank)]

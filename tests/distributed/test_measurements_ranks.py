@@ -64,7 +64,7 @@ def test_norms_by_kind_are_those_of_one_process_and_make_up_the_whole(world, exp
     ],
 )
 def test_every_collective_of_a_step_counts_once(world, ranks, layout, groups, stage):
-    for answer in world(ranks).run(collectives, f"{layout} train.zero_stage={stage}"):
+    for answer in world(ranks).run(collectives, f"{layout} train.zero_stage={stage} train.accumulation=1"):
         assert groups <= answer["seconds"].keys() <= groups | {"world"}
         assert all(answer["seconds"][kind] > 0 and answer["calls"][kind] > 0 for kind in groups)
         assert sum(answer["seconds"].values()) < answer["elapsed"]
@@ -95,7 +95,7 @@ def test_a_late_rank_is_named_and_the_others_waited_for_it(world):
 
 
 def test_a_report_has_what_was_measured_in_its_last_step_once(world):
-    answers = world(4).run(monitored, f"parallel.tensor=2 {CYCLE} train.zero_stage=3")
+    answers = world(4).run(monitored, f"parallel.tensor=2 {CYCLE} train.zero_stage=3 train.accumulation=1")
     for answer in answers:
         values, again = answer["values"], answer["again"]
         assert values["communication/tensor"] > 0

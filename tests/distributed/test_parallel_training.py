@@ -1,8 +1,8 @@
-"""Five optimiser steps in a layout are five optimiser steps of one process: losses, norms, gradients, weights.
+"""Optimiser steps in a layout are optimiser steps of one process: losses, norms, gradients, weights.
 
 Clipping is active, accumulation is 2, the frames are odd in number, conditions differ per sample; one micro-batch has
 no actions and one is single images, of which there are fewer frames than context ranks. All combinations are run by
-benchmarks/parity.py; here a subset in which every degree meets every ZeRO stage.
+benchmarks/parity.py, for five steps; here a subset, for three, in which every degree meets every ZeRO stage.
 """
 
 import pytest

@@ -27,6 +27,13 @@ def compiled_by_deepspeed() -> object:
     return comm.comm.cdb.shm_comm_op
 
 
+def linear_is_torchs() -> bool:
+    """Whether `torch.nn.functional.linear` is torch's own function."""
+    import torch
+
+    return torch.nn.functional.linear is torch._C._nn.linear
+
+
 def _command(words: list[str], cwd: Path) -> CompletedProcess:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

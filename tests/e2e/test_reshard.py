@@ -18,9 +18,9 @@ LAYOUTS = {
     "one_process": (1, "train.zero_stage=0 train.accumulation=4"),
     "TP4": (4, "parallel.tensor=4 parallel.sequence=true train.zero_stage=1 train.accumulation=4"),
 }
-SAVED, STEPS = 3, 6
+SAVED, STEPS = 2, 4
 SETTINGS = (
-    "stage=joint train.micro_batch=2 train.precision=fp32 train.checkpoint_every=3 model.num_heads=4 "
+    f"stage=joint train.micro_batch=2 train.precision=fp32 train.checkpoint_every={SAVED} model.num_heads=4 "
     f"train.validate_every=0 train.ema_decay=0.9 data.workers=0 train.steps={STEPS}"
 )
 

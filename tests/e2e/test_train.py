@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_ranks import compiled_by_deepspeed
+from command_ranks import compiled_by_deepspeed, linear_is_torchs
 from commands import kill_at, losses, run, train_command, train_overrides
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -46,6 +46,12 @@ def test_nothing_is_compiled_at_the_start_of_a_run(train, world, tmp_path):
     """A process that is killed while compiling leaves a lock for which all later ones wait."""
     train(tmp_path / "run", "stage=joint", "train.steps=1", "data.validation_shards=null")
     assert world(1).run(compiled_by_deepspeed) == [None]
+
+
+def test_a_run_in_stage_3_leaves_torchs_linear_as_it_was(train, world, tmp_path):
+    """DeepSpeed puts one of other rounding in its place; a later stage in the same process would go on with it."""
+    train(tmp_path / "run", "stage=joint", "train.steps=1", "train.zero_stage=3", "data.validation_shards=null")
+    assert world(1).run(linear_is_torchs) == [True]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(train, whole, tmp_path):
