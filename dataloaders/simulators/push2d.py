@@ -10,7 +10,8 @@ of which the table is 2 wide.
 Made so that a model of the demo's size learns it in minutes. The layouts vary within bounds. The table's colour tells
 where on it one looks, as a real scene does. Red is mostly on the left: with sides drawn evenly neither the picture nor
 the instruction says anything without the other, an exclusive or, which small models do not find in thousands of steps.
-There is no velocity in the state: whoever imitates and knows the last movement repeats it.
+There is no velocity in the state: whoever imitates and knows the last movement repeats it. Smooth discs roll off each
+other, so that an error of a pixel loses the block: that is what the friction is for.
 """
 
 from __future__ import annotations
