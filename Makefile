@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo finetune-demo test test-unit test-processes test-waiting lint format clean
+.PHONY: help setup demo finetune-demo test test-unit test-processes lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,21 +35,18 @@ demo: setup ## simulate, pack, train, export and evaluate: make demo ENV=metawor
 finetune-demo: setup ## published weights → joint training → export → closed loop: within half an hour on two cores
 	$(BIN)/kairos-train finetune-demo
 
-# At a time: the tests of one process; those that start several; and those of them that mostly wait, for ranks to be
-# missed, for jobs to be scheduled.
-WAITING := tests/distributed/test_liveness.py tests/e2e/test_chaos.py tests/e2e/test_launcher.py tests/e2e/test_slurm.py
+# Two at a time, about equally long: the tests of one process, with those of several that mostly wait (for ranks to be
+# missed, for jobs to be scheduled); and the other tests of several processes.
+WAITING := tests/distributed/test_liveness.py tests/e2e/test_launcher.py tests/e2e/test_slurm.py
 
 test: lint ## lint, then all tests
-	$(MAKE) --no-print-directory --jobs 3 --keep-going test-unit test-processes test-waiting
+	$(MAKE) --no-print-directory --jobs 2 --keep-going test-unit test-processes
 
 test-unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(WAITING)
 
 test-processes: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/e2e $(WAITING:%=--ignore=%)
-
-test-waiting: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WAITING)
 
 lint: setup ## check rules and formatting
 	$(BIN)/ruff check .

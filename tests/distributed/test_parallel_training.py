@@ -14,7 +14,9 @@ LAYOUTS = {
     "TP2xDP2": (4, "parallel.tensor=2"),
     "TP2+SPxDP2": (4, "parallel.tensor=2 parallel.sequence=true"),
     "CP2xDP2": (4, "parallel.context=2"),
+    "CP4": (4, "parallel.context=4"),
     "CP4xDP2": (8, "parallel.context=4"),
+    "TP2+SPxCP2": (4, "parallel.tensor=2 parallel.sequence=true parallel.context=2"),
     "TP2+SPxCP2xDP2": (8, "parallel.tensor=2 parallel.sequence=true parallel.context=2"),
 }
 CASES = [
@@ -24,10 +26,10 @@ CASES = [
     ("CP2xDP2", 3, "train.recompute=block"),
     ("CP2xDP2", 1, "train.precision=bf16"),
     ("CP2xDP2", 2, "stage.lora.rank=2"),
-    ("CP4xDP2", 0, "streams=video"),
+    ("CP4", 0, "streams=video"),
     ("CP4xDP2", 2, ""),
-    ("TP2+SPxCP2xDP2", 0, ""),
-    ("TP2+SPxCP2xDP2", 1, "train.recompute=selective"),
+    ("TP2+SPxCP2", 0, ""),
+    ("TP2+SPxCP2", 1, "train.recompute=selective"),
     ("TP2+SPxCP2xDP2", 2, "streams=video train.recompute=block train.offload_activations=true"),
     ("TP2+SPxCP2xDP2", 3, ""),
 ]
