@@ -36,7 +36,7 @@ from kairos_train.checkpoint.canonical import (
     manifest_digest,
     to_json,
 )
-from kairos_train.checkpoint.tensor_file import Stored, write_tensors
+from kairos_train.checkpoint.tensor_file import Stored, sync_file, write_tensors
 from kairos_train.errors import UserError
 
 FILE_BYTES = 2 * 1024**3
@@ -137,12 +137,15 @@ def write_part(
         for number, group in enumerate(_split(pieces, file_bytes), 1):
             file = f"{section}-{rank:05d}-{number:05d}.safetensors"
             tensors_of = {piece.key: Stored.of(piece.tensor) for piece in group}
-            files[file] = write_tensors(folder / file, tensors_of, two_threads=two_threads)
+            files[file] = write_tensors(folder / file, tensors_of, two_threads=two_threads, sync=False)
             for piece in group:
                 dtype = str(piece.tensor.dtype).removeprefix("torch.")
                 info = tensors.setdefault(piece.name, {"dtype": dtype, "shape": list(piece.shape), "pieces": []})
                 box = {"offset": list(piece.offset), "shape": list(piece.tensor.shape)}
                 info["pieces"].append({"file": file, "key": piece.key, **box})
+    # Once all are written: waiting for one file after the other leaves the disk idle in between.
+    for file in files:
+        sync_file(folder / file)
     return {"sections": described, "files": files}
 
 

@@ -76,6 +76,21 @@ def test_files_are_split_at_the_size_limit(tmp_path):
     assert torch.equal(CheckpointReader(path).read("model", "half"), make_sections()["model"]["half"])
 
 
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    synced, sync = {}, os.fsync
+
+    def recording(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced[path.name] = (path.stat().st_size, (tmp_path / "step-00000003").exists())
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    folder = write(tmp_path, 3, file_bytes=300)
+    sizes = {path.name: (path.stat().st_size, False) for path in folder.iterdir()}
+    assert len(sizes) > 4
+    assert {name: synced.get(name) for name in sizes} == sizes
+
+
 def test_a_slice_is_read_alone(tmp_path):
     reader = CheckpointReader(write(tmp_path))
     whole = make_sections()["model"]["video_dit.blocks.0.weight"]
