@@ -77,12 +77,25 @@ def load_config(
         raise _one_line(error) from error
     except AssertionError as error:
         raise _below_null(texts, error) from error
+    check(config, sections)
+    return config
+
+
+def check(config: Config, sections: Sequence[str] | None = None) -> None:
+    """What `load_config` asks of the settings, for such as were composed for fewer sections.
+
+    Args:
+        config: composed.
+        sections: as for `load_config`.
+
+    Raises:
+        UserError: a missing value, a broken rule of `validate`, a path that does not exist.
+    """
     used = None if sections is None else {section.partition(".")[0] for section in sections}
     sections = [""] if sections is None else sections
     _require(config, sections)
     validate(config, used)
     _check_paths(config, sections)
-    return config
 
 
 def to_yaml(config: Config) -> str:

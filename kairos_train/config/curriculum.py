@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kairos_train.config.compose import load_config
+from kairos_train.config.compose import check, load_config
 from kairos_train.config.schema import Config, CurriculumConfig, CurriculumStage
 from kairos_train.config.stage_rules import LENGTHS
 from kairos_train.errors import UserError
@@ -50,7 +50,8 @@ def load_curriculum(overrides: Sequence[str] = (), **where: Any) -> Curriculum:
     root = load_config(overrides, sections=(), **where)
     entries = root.curriculum.stages
     if not entries:
-        return Curriculum([load_config(overrides, **where)], (), range(1), root.prepare)
+        check(root)
+        return Curriculum([root], (), range(1), root.prepare)
     names = tuple(entry.name for entry in entries)
     first = names.index(root.curriculum.first or names[0])
     last = names.index(root.curriculum.last or names[-1])

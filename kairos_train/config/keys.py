@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import types
 import typing
@@ -20,6 +21,7 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a t
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
 
 
+@functools.cache
 def children(kind: Any) -> dict[str, Any]:
     """Key -> annotation of a schema dataclass, forward references resolved."""
     hints = typing.get_type_hints(kind)

@@ -52,10 +52,10 @@ def held(overrides: list[str]) -> tuple[dict[str, int], dict[str, float]]:
     gc.freeze()  # what was there before is not looked through again: there are a million objects
     engine, ema = _engine(config, topology)
     counted: Counter[str] = Counter()
-    for _ in range(2):
+    for step in range(2):
         for last in (False, True):
             _backward(engine, config, last=last)
-            for name, size in _categories(engine, ema, others).items():
+            for name, size in _categories(engine, ema, others).items() if step else ():
                 counted[name] = max(counted[name], size)
         engine.step()
         ema.update()

@@ -18,6 +18,7 @@ from chaos_pack import make_shards  # noqa: E402
 from kairos_train.operations.events import read_events  # noqa: E402
 
 SEED = 11
+STEPS = 16  # a checkpoint is due every 4
 FAULTS = ["kill_rank", "disk_full", "stop_rank", "corrupt"]
 
 
@@ -31,7 +32,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def settings(home: Path) -> list[str]:
-    return [f"data.shards={home / 'shards'}"]
+    return [f"data.shards={home / 'shards'}", f"train.steps={STEPS}"]
 
 
 def test_faults_leave_no_trace_in_losses_weights_and_samples(home):
@@ -39,7 +40,7 @@ def test_faults_leave_no_trace_in_losses_weights_and_samples(home):
     with small_disk(home / "disk") as mounted:
         kinds = FAULTS if mounted else ["kill_in_save" if kind == "disk_full" else kind for kind in FAULTS]
         run_dir = home / "disk" / "run"
-        outcomes = run_with_faults(run_dir, settings(home), kinds, rng)
+        outcomes = run_with_faults(run_dir, settings(home), kinds, rng, steps=STEPS)
         compared = compare_runs(run_dir, home / "reference")
         events = read_events(run_dir)
     assert compared.identical, compared

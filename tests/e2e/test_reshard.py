@@ -11,17 +11,17 @@ from reshard_ranks import save_again, train_run
 
 from kairos_train.cli import main
 
-FIRST = "parallel.tensor=2 parallel.context=2 train.zero_stage=1 train.accumulation=2"
+FIRST = "parallel.tensor=2 parallel.context=2 train.zero_stage=1"
 LAYOUTS = {
-    "CP4xDP2-ZeRO2": (8, "parallel.context=4 train.zero_stage=2 train.accumulation=2"),
-    "DP4-ZeRO3": (4, "train.zero_stage=3 train.accumulation=1"),
-    "one_process": (1, "train.zero_stage=0 train.accumulation=4"),
-    "TP4": (4, "parallel.tensor=4 parallel.sequence=true train.zero_stage=1 train.accumulation=4"),
+    "CP4xDP2-ZeRO2": (8, "parallel.context=4 train.zero_stage=2"),
+    "DP4-ZeRO3": (4, "train.zero_stage=3 train.micro_batch=1"),
+    "one_process": (1, "train.zero_stage=0 train.accumulation=2"),
+    "TP4": (4, "parallel.tensor=4 parallel.sequence=true train.zero_stage=1 train.accumulation=2"),
 }
 SAVED, STEPS = 2, 4
 SETTINGS = (
     f"stage=joint train.micro_batch=2 train.precision=fp32 train.checkpoint_every={SAVED} model.num_heads=4 "
-    f"train.validate_every=0 train.ema_decay=0.9 data.workers=0 train.steps={STEPS}"
+    f"train.validate_every=0 train.ema_decay=0.9 train.dry_run=false data.workers=0 train.steps={STEPS}"
 )
 
 

@@ -21,7 +21,7 @@ from kairos_train.launch.submit import submit as send
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no Slurm of our own here: {missing()}")
 
-STEPS = 40
+STEPS = 16
 CHAIN = """# @package _global_
 defaults:
   - demo_push2d

@@ -145,8 +145,7 @@ def test_the_checkpoint_with_the_lowest_validation_loss_stays(train, tmp_path):
 def test_two_processes_train_resume_and_validate_like_one_run(shards, train, tmp_path):
     run_dir = tmp_path / "run"
     settings = ["stage=joint", "train.zero_stage=1", "train.checkpoint_every=2", "train.micro_batch=2"]
-
-    settings.append("optimizer.schedule=constant")
+    settings += ["optimizer.schedule=constant", "train.sample_every=0"]
     overrides = train_overrides(shards, run_dir, *settings, "train.steps=2")
     run([*TORCHRUN, "2", "-m", "kairos_train.cli", "train", *overrides])
     train(run_dir, *settings, "train.steps=4", ranks=2)

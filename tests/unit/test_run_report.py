@@ -44,10 +44,10 @@ class Page(HTMLParser):
         return [Image.open(io.BytesIO(base64.b64decode(image.split(",")[1]))) for image in self.images]
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     """Killed once, with dropped steps, a changed setting and measurements that only some runs have."""
-    run = RunFolder(tmp_path / "first")
+    run = RunFolder(tmp_path_factory.mktemp("runs") / "first")
     run.start()
     run.go(57)
     run.event("skipped", step=57, why="a loss spike", loss=9.0, grad_norm=3.0, samples=["a<b"])
@@ -60,11 +60,10 @@ def run(tmp_path):
     return run
 
 
-@pytest.fixture
-def board(run):
+def write_board(folder):
     """Samples of two steps in TensorBoard, scalars between them."""
     rng = np.random.default_rng(0)
-    with SummaryWriter(str(run.folder / "tensorboard")) as writer:
+    with SummaryWriter(str(folder)) as writer:
         for step in (20, 40):
             writer.add_scalar("loss/total", 1.0, step)
             frames = rng.integers(0, 255, (2, 3, 8, 16, 3), dtype=np.uint8)
@@ -72,7 +71,19 @@ def board(run):
             show(Samples(frames=frames, actions=actions, valid=np.ones((2, 5), bool)), writer, step)
             writer.add_text("curriculum/stages", "samples/ are not pictures here", step)
         writer.add_scalar("loss/total", 1.0, 60)
-    return run.folder / "tensorboard"
+    return folder
+
+
+@pytest.fixture
+def board(tmp_path):
+    return write_board(tmp_path / "tensorboard")
+
+
+@pytest.fixture(scope="module")
+def page(run, tmp_path_factory):
+    """The run's page, samples included."""
+    write_board(run.folder / "tensorboard")
+    return page_of(tmp_path_factory.mktemp("page"), run.folder)
 
 
 def page_of(tmp_path, *folders, code=0):
@@ -82,15 +93,13 @@ def page_of(tmp_path, *folders, code=0):
     return Page(out)
 
 
-def test_the_page_needs_nothing_beside_it(run, board, tmp_path):
-    page = page_of(tmp_path, run.folder)
+def test_the_page_needs_nothing_beside_it(page):
     assert page.fetched == []
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert all(min(picture.size) > 1 for picture in page.pictures())
 
 
-def test_the_page_shows_what_the_run_measured_and_what_happened_to_it(run, board, tmp_path):
-    page = page_of(tmp_path, run.folder)
+def test_the_page_shows_what_the_run_measured_and_what_happened_to_it(page):
     for heading in ("Lives", "Goodput", "Losses", "Validation", "Gradients and learning rate", "Speed and memory"):
         assert heading in page.headings
     for heading in ("Memory of the GATED layers", "Further measurements", "Newest samples", "What happened"):
@@ -101,8 +110,7 @@ def test_the_page_shows_what_the_run_measured_and_what_happened_to_it(run, board
         assert text in page.text
 
 
-def test_the_newest_samples_are_inside_and_move(run, board, tmp_path):
-    page = page_of(tmp_path, run.folder)
+def test_the_newest_samples_are_inside_and_move(page):
     assert "step 40" in page.headings
     assert "step 20" not in page.headings
     moving = [picture for picture in page.pictures() if picture.format == "GIF"]
