@@ -7,7 +7,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -22,10 +22,10 @@ _PLURALS = {int: "integers", float: "numbers", str: "texts"}
 
 
 @functools.cache
-def children(kind: Any) -> dict[str, Any]:
+def children(kind: Any) -> Mapping[str, Any]:
     """Key -> annotation of a schema dataclass, forward references resolved."""
     hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
+    return types.MappingProxyType({field.name: hints[field.name] for field in fields(kind)})
 
 
 def dataclass_in(annotation: Any) -> Any:
@@ -47,7 +47,7 @@ def annotation_of(key: str) -> Any:
         part = re.sub(r"\[\d+\]$", "", name)
         kind, prefix = dataclass_in(annotation), ".".join(done)
         if prefix in MAPPINGS:
-            legal: dict[str, Any] = dict.fromkeys(MAPPINGS[prefix], float)
+            legal: Mapping[str, Any] = dict.fromkeys(MAPPINGS[prefix], float)
         elif is_dataclass(kind):
             legal = children(kind)
         else:
@@ -84,7 +84,7 @@ def all_keys(kind: Any = Config, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _nearest_key(key: str, prefix: str, part: str, legal: dict[str, Any]) -> str:
+def _nearest_key(key: str, prefix: str, part: str, legal: Mapping[str, Any]) -> str:
     """The same name in another section; else a sibling that is spelt alike; else whatever whole key is nearest."""
     known = list(all_keys())
     for other in known:

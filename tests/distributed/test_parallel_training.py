@@ -30,8 +30,8 @@ CASES = [
     ("CP4xDP2", 2, ""),
     ("TP2+SPxCP2", 0, ""),
     ("TP2+SPxCP2", 1, "train.recompute=selective"),
-    ("TP2+SPxCP2", 3, ""),
     ("TP2+SPxCP2xDP2", 2, "streams=video train.recompute=block train.offload_activations=true"),
+    ("TP2+SPxCP2xDP2", 3, ""),
 ]
 
 
