@@ -64,5 +64,5 @@ def test_bytes_of_every_group_are_what_collectives_bring(world, layout):
     ids=" ".join,
 )
 def test_activations_of_a_rank_are_within_15_percent_of_its_peak(world, overrides):
-    for measured, planned in world(2).run(plan_ranks.activations_here, [*SHARDED, *overrides]):
+    for measured, planned in world(1).run(plan_ranks.activations_here, [*SHARDED, *overrides], 2)[0]:
         assert planned == pytest.approx(measured, rel=0.15)
