@@ -40,8 +40,8 @@ def _unset(weight: Tensor) -> None:
     raise AssertionError("parameters are initialised by the model")
 
 
-class _NoExtraState(nn.Module):
-    """Takes back the empty `_extra_state` entry that Megatron adds to state dicts."""
+class _ShardedLinear(nn.Module):
+    """What is not as in Megatron-core. It takes back the empty `_extra_state` entry of state dicts."""
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
@@ -49,8 +49,26 @@ class _NoExtraState(nn.Module):
     def _forget_extra_state(self) -> None:
         self._load_state_dict_pre_hooks.clear()  # Megatron's only one puts the entry into what is loaded
 
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (…, in) Wᵀ + b of this rank's shares, before any sum over ranks.
 
-class ColumnLinear(_NoExtraState, ColumnParallelLinear):
+        By Megatron's autograd function, which flattens three dimensions and no others.
+        """
+        out = self._forward_impl(
+            input=x.reshape(1, -1, x.shape[-1]),
+            weight=self.weight,
+            bias=bias,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=False,
+            sequence_parallel=False,
+            grad_output_buffer=None,
+            wgrad_deferral_limit=None,
+            tp_group=self.tp_group,
+        )
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class ColumnLinear(_ShardedLinear, ColumnParallelLinear):
     """A share of the output features. The way in (`copy_to`, `gather_tokens`) is the caller's."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, group: dist.ProcessGroup) -> None:
@@ -68,10 +86,10 @@ class ColumnLinear(_NoExtraState, ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D), whole on every rank → (…, W/ranks)."""
-        return _product(self, x, self.bias)
+        return self.product(x, self.bias)
 
 
-class RowLinear(_NoExtraState, RowParallelLinear):
+class RowLinear(_ShardedLinear, RowParallelLinear):
     """A share of the input features; the outputs are summed over the group, then the bias is added once.
 
     Args:
@@ -97,25 +115,9 @@ class RowLinear(_NoExtraState, RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, F, L, W/ranks) → (B, F, l, D), or (…, W/ranks) → (…, D) without `tokens_dim`."""
-        partial = _product(self, x, None)
+        partial = self.product(x, None)
         if self.tokens_dim is None:
             out = reduce_from(partial, self.tp_group)
         else:
             out = scatter_sums(partial, self.tokens_dim, self.tp_group)
         return out if self.bias is None else out + self.bias
-
-
-def _product(layer: ColumnLinear | RowLinear, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b by Megatron's autograd function, which flattens three dimensions and no others."""
-    out = layer._forward_impl(
-        input=x.reshape(1, -1, x.shape[-1]),
-        weight=layer.weight,
-        bias=bias,
-        gradient_accumulation_fusion=False,
-        allreduce_dgrad=False,
-        sequence_parallel=False,
-        grad_output_buffer=None,
-        wgrad_deferral_limit=None,
-        tp_group=layer.tp_group,
-    )
-    return out.view(*x.shape[:-1], out.shape[-1])

@@ -44,11 +44,6 @@ def adapters_fit(config: Config) -> None:
         raise UserError(f"stage.lora.streams={lora.streams}; name each once, out of {', '.join(streams)}")
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         raise UserError(f"stage.lora.targets={lora.targets}; name each layer once, as in [self_attn.q, self_attn.v]")
-    if config.parallel.tensor > 1:
-        raise UserError(
-            f"stage.lora with parallel.tensor={config.parallel.tensor}: adapters are not split over tensor ranks; use "
-            "parallel.tensor=1 (frozen weights have neither gradients nor moments: context and ZeRO will do)"
-        )
     if config.precision.fp8.recipe is not None:
         raise UserError(f"stage.lora with precision.fp8.recipe={config.precision.fp8.recipe}; use recipe=null")
     if "video" in lora.streams and not config.stage.train_video:

@@ -335,7 +335,7 @@ COMPARED = {
     joint_has_an_action_stream: ("stage", "model"),
     history_leaves_a_frame_to_generate: ("stage", "data"),
     joint_sees_history: ("stage", "model"),
-    adapters_fit: ("stage", "parallel", "precision"),
+    adapters_fit: ("stage", "precision"),
     joint_window_has_actions: ("stage", "data"),
     action_weights_fit: ("stage", "model"),
     tensor_ranks_share_heads_and_channels: ("parallel", "model", "stage"),

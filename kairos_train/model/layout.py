@@ -8,7 +8,8 @@ import torch
 
 from kairos_train.config.schema import Config, stage_model
 from kairos_train.model.activations import ActivationPolicy
-from kairos_train.model.lora import add_adapters
+from kairos_train.model.lora import adapter_shapes, add_adapters
+from kairos_train.model.public_keys import public_keys
 from kairos_train.model.seams import ModelSeams, single_device
 from kairos_train.model.sharding_rules import sharding_table
 from kairos_train.model.world_action import WorldActionModel
@@ -62,8 +63,10 @@ def full_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def check_fp8(config: Config) -> None:
-    """Raise UserError if `precision.fp8` cannot run here, before any device is taken."""
+def check_layers(config: Config) -> None:
+    """Raise UserError if `precision.fp8` or `stage.lora` cannot be had here, before any device is taken."""
     policy = Fp8Policy(config.precision.fp8, config.model.num_layers)
     check_widths(policy, stage_model(config), config.parallel.tensor)
     require(policy, recompute=config.train.recompute, context=config.parallel.context)
+    if config.stage.lora.rank is not None:
+        adapter_shapes(public_keys(stage_model(config)), config.stage.lora)

@@ -2,9 +2,20 @@
 
 A: (r, in), B: (out, r). B starts at zero, so that the model starts as it is. The adapted layer keeps the names of its
 weight and bias; beside them stand `lora_a` and `lora_b`. What inference is given has them merged: W + (α/r)·B·A.
+
+Where tensor ranks split a layer they split its adapter, and send nothing more: of ranks i,
+
+    column layer    y_i = W_i x + (α/r)·B_i (A x)            B by rows, A on every rank
+    row layer       y   = Σ_i [W_i x_i + (α/r)·B (A_i x_i)]  A by columns, B on every rank
+
+What is on every rank gets its gradient from this rank's features: it is `replicated_partial` in the sharding table.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,43 +26,71 @@ from kairos_train.errors import UserError
 
 A, B = "lora_a", "lora_b"
 
+Shape = tuple[int, ...]
 
-class LoraLinear(nn.Linear):
-    """A linear layer with an adapter."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, rank: int, scale: float) -> None:
-        super().__init__(in_features, out_features, bias=bias)
+class _Adapter:
+    """What an adapter puts before a class of linear layers that has `product(x, bias)`: x Wᵀ + b of what is here."""
+
+    def add(self, rank: int, scale: float) -> None:
+        """Make the factors, without values, on the device that the weight is on."""
+        rows, columns = self.weight.shape
         self.scale = scale
-        self.lora_a = nn.Parameter(torch.empty(rank, in_features))
-        self.lora_b = nn.Parameter(torch.empty(out_features, rank))
+        self.lora_a = nn.Parameter(self.weight.new_empty(rank, columns))
+        self.lora_b = nn.Parameter(self.weight.new_empty(rows, rank))
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return super().product(x, bias) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+class _WholeLinear(nn.Linear):
+    """torch's layer in the terms of `parallel.megatron_linear`'s."""
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return self.product(x, self.bias)
 
 
 def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     """Adapt the targets in the blocks of the streams, on the device the model is on, without values.
 
     Raises:
-        UserError: a target that no block has.
+        UserError: a target that no stream has, a stream without a target, or one that computes in FP8.
     """
-    for stream in lora.streams:
-        blocks = getattr(model, f"{stream}_dit").blocks
-        names = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
-        for target in lora.targets:
-            found = [name for name in names if name.partition(".")[2] == target]
-            if not found:
-                there = ", ".join(sorted({name.partition(".")[2] for name in names}))
-                raise UserError(f"stage.lora.targets holds {target!r}; a layer of the {stream} stream has {there}")
-            for name in found:
-                _adapt(blocks, name, lora)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in adapter_shapes(shapes, lora):
+        if name.endswith(f".{A}"):
+            _adapt(model, name.removesuffix(f".{A}"), lora)
 
 
-def freeze_adapted(model: nn.Module, lora: LoraConfig) -> None:
-    """Leave nothing of the adapted streams to train but the adapters."""
-    for stream in lora.streams:
-        for name, parameter in getattr(model, f"{stream}_dit").named_parameters():
-            parameter.requires_grad_(is_adapter(name))
+def adapter_shapes(shapes: Mapping[str, Shape], lora: LoraConfig) -> dict[str, Shape]:
+    """Names and shapes of the adapters that a model needs.
+
+    Args:
+        shapes: of its own parameters by name, whole or as a tensor rank has them.
+
+    Raises:
+        UserError: a target that no stream has, or a stream without a target.
+    """
+    linear = {stream: _linear_layers(shapes, stream) for stream in lora.streams}
+    for target in lora.targets:
+        if not any(target in layers.values() for layers in linear.values()):
+            there = ", ".join(sorted(set().union(*(layers.values() for layers in linear.values()))))
+            raise UserError(f"stage.lora.targets holds {target!r}; a layer of {_streams(lora.streams)} has {there}")
+    found: dict[str, Shape] = {}
+    for stream, layers in linear.items():
+        adapted = [module for module, layer in layers.items() if layer in lora.targets]
+        if not adapted:
+            there = ", ".join(sorted(set(layers.values())))
+            raise UserError(
+                f"stage.lora.targets={lora.targets} leaves {_streams([stream])} nothing; add one of {there}"
+            )
+        for module in adapted:
+            rows, columns = shapes[f"{module}.weight"]
+            found |= {f"{module}.{A}": (lora.rank, columns), f"{module}.{B}": (rows, lora.rank)}
+    return found
 
 
 def is_adapter(name: str) -> bool:
@@ -69,17 +108,27 @@ def scale_of(lora: LoraConfig) -> float:
     return lora.alpha / lora.rank
 
 
-def _adapt(blocks: nn.Module, name: str, lora: LoraConfig) -> None:
-    linear = blocks.get_submodule(name)
-    if type(linear) is not nn.Linear:
+def _linear_layers(shapes: Mapping[str, Shape], stream: str) -> dict[str, str]:
+    """Linear layers of a stream's blocks: name in the model → name in the block."""
+    module = re.compile(rf"({stream}_dit\.blocks\.\d+\.(.+))\.weight")
+    fits = [module.fullmatch(name) for name, shape in shapes.items() if len(shape) == 2]
+    return {fit[1]: fit[2] for fit in fits if fit is not None}
+
+
+def _streams(names: Sequence[str]) -> str:
+    return f"the {' and '.join(names)} stream{'s' if len(names) > 1 else ''}"
+
+
+def _adapt(model: nn.Module, name: str, lora: LoraConfig) -> None:
+    linear = model.get_submodule(name)
+    if type(linear) is not nn.Linear and not hasattr(linear, "product"):
         raise UserError(f"stage.lora: {name} is a {type(linear).__name__}; use precision.fp8.recipe=null")
-    with torch.device(linear.weight.device):
-        adapted = LoraLinear(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            rank=lora.rank,
-            scale=scale_of(lora),
-        )
-    parent, _, child = name.rpartition(".")
-    blocks.get_submodule(parent).register_module(child, adapted)
+    linear.__class__ = _adapted(type(linear))  # all else of it stays: parameters, process group, hooks
+    linear.add(lora.rank, scale_of(lora))
+
+
+@cache
+def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of linear layers, with an adapter."""
+    whole = _WholeLinear if kind is nn.Linear else kind
+    return type(f"Lora{kind.__name__}", (_Adapter, whole), {})

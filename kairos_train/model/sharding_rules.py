@@ -3,7 +3,8 @@
 Heads and FFN channels are split. What is left is on every rank, and its gradient is complete there when its input and
 what is done with its output are whole. Two things make them partial:
 
-- The output norm of GATED layers is shared by all heads and applied to this rank's.
+- The output norm of GATED layers is shared by all heads and applied to this rank's. The factor of an adapter that is on
+  every rank, A of a column layer and B of a row layer, meets this rank's features only.
 - Under sequence parallelism the video's residual stream is this rank's tokens between `split_tokens` and `join_tokens`:
   modulations and what makes them (the timestep MLPs), norms, biases of row layers, the head. Patch and text embeddings
   come before that or go around it, and the action stream is never split by tokens.
@@ -20,17 +21,17 @@ _ACTION_BLOCK = r"action_dit\.blocks\.\d+"
 _GATED = rf"{_VIDEO_BLOCK}\.gated_delta"
 _ATTENTION = r"(self_attn|cross_attn)"
 _WHOLE_IN_BLOCK = rf"(modulation|cross_attn_norm\.{_LINEAR}|{_ATTENTION}\.o\.bias|ffn\.2\.bias)"
+_COLUMN = rf"({_BLOCK}\.({_ATTENTION}\.[qkv]|ffn\.0)|{_GATED}\.[qkvabg]_proj)"
+_ROW = rf"({_BLOCK}\.({_ATTENTION}\.o|ffn\.2)|{_GATED}\.o_proj)"
 
 SPLIT = (
-    Rule(rf"{_BLOCK}\.{_ATTENTION}\.[qkv]\.{_LINEAR}", "column"),
+    Rule(rf"{_COLUMN}\.{_LINEAR}", "column"),
+    Rule(rf"{_COLUMN}\.lora_b", "column"),
+    Rule(rf"{_ROW}\.weight", "row"),
+    Rule(rf"{_ROW}\.lora_a", "row"),
     Rule(rf"{_BLOCK}\.{_ATTENTION}\.norm_[qk]\.weight", "head"),
-    Rule(rf"{_BLOCK}\.{_ATTENTION}\.o\.weight", "row"),
-    Rule(rf"{_BLOCK}\.ffn\.0\.{_LINEAR}", "column"),
-    Rule(rf"{_BLOCK}\.ffn\.2\.weight", "row"),
-    Rule(rf"{_GATED}\.[qkvabg]_proj\.weight", "column"),
     Rule(rf"{_GATED}\.[qkv]_conv1d\.weight", "head"),
     Rule(rf"{_GATED}\.(A_log|dt_bias)", "head"),
-    Rule(rf"{_GATED}\.o_proj\.weight", "row"),
 )
 """Split over tensor ranks in both streams."""
 
@@ -40,9 +41,15 @@ WHOLE = (
     Rule(rf"action_dit\.(action_encoder|proprio_encoder\.[02]|head)\.{_LINEAR}", "replicated_full"),
     Rule(rf"action_dit\.(time_embedding\.[02]|time_projection\.1)\.{_LINEAR}", "replicated_full"),
     Rule(rf"{_ACTION_BLOCK}\.{_WHOLE_IN_BLOCK}", "replicated_full"),
-    Rule(rf"{_BLOCK}\..+\.lora_[ab]", "replicated_full"),  # there are none where tensor ranks split their layers
 )
 """On every rank with their whole gradients, in any layout."""
+
+OF_SOME_FEATURES = (
+    Rule(rf"{_GATED}\.o_norm\.weight", "replicated_partial"),
+    Rule(rf"{_COLUMN}\.lora_a", "replicated_partial"),
+    Rule(rf"{_ROW}\.lora_b", "replicated_partial"),
+)
+"""On every rank, with gradients of what that rank computes with them, in any layout."""
 
 BETWEEN_LAYERS = (
     rf"video_dit\.(time_embedding\.[02]|time_projection\.1)\.{_LINEAR}",
@@ -67,7 +74,7 @@ def sharding_table(*, tensor: int, sequence: bool, names: Iterable[str]) -> Shar
     rules = (
         *SPLIT,
         *WHOLE,
+        *OF_SOME_FEATURES,
         *(Rule(pattern, between) for pattern in BETWEEN_LAYERS),
-        Rule(rf"{_GATED}\.o_norm\.weight", "replicated_partial"),
     )
     return ShardingTable.of(rules, names, tensor=tensor)

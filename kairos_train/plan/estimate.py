@@ -122,7 +122,7 @@ def _notes(plan: Plan) -> list[str]:
             f"of a sample of {layout.sample.frames} latent frames"
         )
     if layout.parameters.frozen:
-        notes.append("the frozen video stream is planned with the FLOPs and activations of a trained one")
+        notes.append("frozen weights are planned with the FLOPs and activations of trained ones")
     if layout.config.precision.fp8.recipe is not None:
         notes.append("FP8 is planned with the time and memory of bf16")
     if train.offload_activations:

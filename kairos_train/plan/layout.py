@@ -13,9 +13,11 @@ from math import prod
 from kairos_train.config.schema import ActionStreamConfig, Config, ModelConfig, VideoStreamConfig, stage_model
 from kairos_train.errors import UserError
 from kairos_train.model.flops import forward_flops
+from kairos_train.model.lora import adapter_shapes
 from kairos_train.model.public_keys import public_keys
 from kairos_train.model.sharding_rules import sharding_table
 from kairos_train.model.streams import layer_kinds
+from kairos_train.model.trained import trains
 from kairos_train.model.windows import WindowRule, frames_read, key_frames
 from parallel.fp8 import Fp8Policy, check_widths
 from parallel.frame_plan import FramePlan, plan_frames
@@ -242,27 +244,21 @@ def _copied(rule: WindowRule, frames: int, history: int, queries: tuple[int, ...
 
 
 def _parameters(config: Config) -> Parameters:
-    if config.stage.lora.rank is not None:
-        raise UserError(
-            "stage.lora: adapters are not planned; plan with stage.lora.rank=null, which needs more of everything"
-        )
-    return _counted(
-        tuple(public_keys(stage_model(config)).items()),
-        config.parallel.tensor,
-        config.parallel.sequence,
-        config.stage.train_video,
-    )
+    shapes, lora = public_keys(stage_model(config)), config.stage.lora
+    if lora.rank is not None:
+        shapes |= adapter_shapes(shapes, lora)
+    sizes = tuple((name, shape, trains(name, config.stage)) for name, shape in shapes.items())
+    return _counted(sizes, config.parallel.tensor, config.parallel.sequence)
 
 
 @lru_cache(maxsize=64)
-def _counted(
-    shapes: tuple[tuple[str, tuple[int, ...]], ...], tensor: int, sequence: bool, train_video: bool
-) -> Parameters:
-    table = sharding_table(tensor=tensor, sequence=sequence, names=[name for name, _ in shapes])
+def _counted(sizes: tuple[tuple[str, tuple[int, ...], bool], ...], tensor: int, sequence: bool) -> Parameters:
+    """Of parameters by name, with their full shapes and whether they train."""
+    table = sharding_table(tensor=tensor, sequence=sequence, names=[name for name, _, _ in sizes])
     trained = frozen = whole_trained = whole_frozen = partial = 0
-    for name, shape in shapes:
+    for name, shape, trains_here in sizes:
         here = prod(table.local_shape(name, shape))
-        if train_video or not name.startswith("video_dit."):
+        if trains_here:
             trained, whole_trained = trained + here, whole_trained + prod(shape)
             partial += here if table[name].kind == "replicated_partial" and tensor > 1 else 0
         else:

@@ -23,7 +23,8 @@ from kairos_train.errors import UserError
 from kairos_train.model import WorldActionModel
 from kairos_train.model.initialise import Place, initial_value, initialise, whole
 from kairos_train.model.layout import empty_model, model_table
-from kairos_train.model.lora import freeze_adapted, is_adapter
+from kairos_train.model.lora import is_adapter
+from kairos_train.model.trained import trains
 from parallel.topology import Topology
 
 VIDEO, ACTION = "video_dit.", "action_dit."
@@ -36,8 +37,8 @@ def build_model(
 ) -> WorldActionModel:
     """This rank's part of the model of a stage with its initial weights, float32 on the CPU.
 
-    A video stage has no action stream. Fresh weights depend on `seed` alone. With `stage.train_video=false` the video
-    stream does not require gradients.
+    A video stage has no action stream. Fresh weights depend on `seed` alone. What does not train
+    (`kairos_train.model.trained`) does not require gradients.
 
     Args:
         encoders: identity of the encoders that this run is conditioned with; a checkpoint that was trained with others
@@ -59,10 +60,8 @@ def build_model(
     given = initial_weights(config, "ema" if config.stage.init_weights == "ema" else "model", encoders)
     if given is not None:
         load_initial(model, given, place)
-    if not config.stage.train_video:
-        model.video_dit.requires_grad_(False)
-    if config.stage.lora.rank is not None:
-        freeze_adapted(model, config.stage.lora)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains(name, config.stage))
     return model
 
 

@@ -22,7 +22,8 @@ from kairos_train.checkpoint.intact import find_intact
 from kairos_train.config.compose import save_config
 from kairos_train.config.schema import Config
 from kairos_train.errors import UserError
-from kairos_train.model.layout import check_fp8, full_shapes, model_table
+from kairos_train.model.layout import check_layers, full_shapes, model_table
+from kairos_train.model.trained import trains
 from kairos_train.operations.agreement import agree, first_does
 from kairos_train.operations.events import EventLog, next_life, read_events
 from kairos_train.operations.findings import Finding
@@ -65,7 +66,7 @@ def open_run(config: Config, place: Place | None = None) -> Run:
     begun = time.time()
     indices = [read_index(source.shards) for source in sources_of(config.data)]
     _check_data(config, indices)
-    check_fp8(config)
+    check_layers(config)
     reader, damaged = persist.find_resumable(config)
     changes = persist.changed_settings(config, reader) if reader else []
 
@@ -115,7 +116,7 @@ def _take_ground(config: Config, topology: Topology, outer: ExitStack) -> _Groun
     lock = first_does(lambda: RunLock(run_dir, say=say), rank=topology.rank, size=topology.size)
     if lock is not None:
         outer.enter_context(lock)
-    versions = agree(config, checkpoint_bytes=_least_checkpoint_bytes(config), size=topology.size)
+    versions = agree(config, checkpoint_bytes=_checkpoint_bytes(config), size=topology.size)
     past, life = from_first((read_events(run_dir), next_life(run_dir)), topology)
     prometheus = None
     if first and config.monitor.prometheus_file is not None:
@@ -131,14 +132,10 @@ def _take_ground(config: Config, topology: Topology, outer: ExitStack) -> _Groun
     return _Ground(watch, log[0], prometheus, versions, life, rollbacks)
 
 
-def _least_checkpoint_bytes(config: Config) -> float:
-    """Of a checkpoint of this stage: float32 weights and averages of all, moments of what trains.
-
-    With adapters or a frozen stream most does not train; counted is what there is in any case.
-    """
-    elements = sum(torch.Size(shape).numel() for shape in full_shapes(config).values())
-    everything = config.stage.train_video and config.stage.lora.rank is None
-    return elements * (16 if everything else 8)
+def _checkpoint_bytes(config: Config) -> int:
+    """Of a checkpoint of this stage: float32 weights and averages of all, moments of what trains."""
+    shapes, stage = full_shapes(config), config.stage
+    return sum(torch.Size(shape).numel() * (16 if trains(name, stage) else 8) for name, shape in shapes.items())
 
 
 def _build_state(

@@ -25,11 +25,12 @@ CASES = [
     ("TP2+SPxDP2", 1, "streams=video"),
     ("CP2xDP2", 3, "train.recompute=block"),
     ("CP2xDP2", 1, "train.precision=bf16"),
-    ("CP2xDP2", 2, "stage.lora.rank=2"),
+    ("TP2xDP2", 3, "stage.lora.rank=2"),
     ("CP4", 0, "streams=video"),
     ("CP4xDP2", 2, ""),
     ("TP2+SPxCP2", 0, ""),
     ("TP2+SPxCP2", 1, "train.recompute=selective"),
+    ("TP2+SPxCP2", 2, "stage.lora.rank=2"),
     ("TP2+SPxCP2xDP2", 2, "streams=video train.recompute=block train.offload_activations=true"),
     ("TP2+SPxCP2xDP2", 3, ""),
 ]

@@ -14,6 +14,7 @@ HELD = {
         ["train.zero_stage=1", BF16, "parallel.tensor=2", "parallel.sequence=true"],
         ["train.zero_stage=1", FP32],
         ["train.zero_stage=1", BF16, "stage.train_video=false"],
+        ["train.zero_stage=2", BF16, "parallel.tensor=2", "stage.lora.rank=4", "stage.lora.streams=[video,action]"],
         ["train.zero_stage=2", BF16, "parallel.context=2", "data.window.frames=9"],
         # Stage 2 in fp32 keeps a whole tensor where a partition ends in it: little beside enough layers.
         ["train.zero_stage=2", FP32, "model.num_layers=12"],

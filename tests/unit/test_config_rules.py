@@ -140,11 +140,6 @@ RULE_CASES = [
     ("adapters_fit", {"stage.lora.rank": 0}, r"stage\.lora\.rank=0 is not positive"),
     ("adapters_fit", {"stage.lora": LoraConfig(4, streams=["sound"])}, r"\['sound'\]; name each once, out of video"),
     ("adapters_fit", {"stage.lora": LoraConfig(4, targets=[])}, r"targets=\[\]; name each layer once"),
-    (
-        "adapters_fit",
-        {"stage.lora.rank": 4, "parallel.tensor": 2},
-        r"with parallel\.tensor=2: .*use parallel\.tensor=1",
-    ),
     ("adapters_fit", {"stage.lora.rank": 4, "precision.fp8.recipe": "emulated"}, r"use recipe=null"),
     ("adapters_fit", {"stage.lora.rank": 4, "stage.train_video": False}, r"freezes the video stream .* use true"),
     ("history_leaves_a_frame_to_generate", {"stage.history_frames": 2}, r"=2 leaves nothing .*frames=9 or more"),

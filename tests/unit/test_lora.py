@@ -10,7 +10,7 @@ from kairos_train.checkpoint.writing import write_checkpoint
 from kairos_train.config.compose import to_yaml
 from kairos_train.config.schema import LoraConfig
 from kairos_train.errors import UserError
-from kairos_train.model.layout import full_shapes
+from kairos_train.model.layout import check_layers, full_shapes
 from kairos_train.model.lora import is_adapter
 from kairos_train.training.initial_weights import InitialWeights, build_model, load_initial
 
@@ -65,7 +65,16 @@ def test_targets_and_streams_are_chosen():
     assert adapters == {f"action_dit.blocks.{i}.ffn.2.lora_{x}" for i in range(4) for x in "ab"}
     assert all(p.requires_grad for p in model.video_dit.parameters())
     with pytest.raises(UserError, match=r"targets holds 'ffn\.3'; a layer of the video stream has cross_attn\.k, "):
-        build_model(adapted_config(targets=["ffn.3"]))
+        check_layers(adapted_config(targets=["ffn.3"]))
+
+
+def test_streams_are_adapted_together_where_each_has_a_target():
+    model = build_model(adapted_config(streams=["video", "action"]))  # GATED targets are the video's only
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(is_adapter(name) for name in trained)
+    assert {name.split("_dit.")[0] for name in trained} == {"video", "action"}
+    with pytest.raises(UserError, match=r"leaves the action stream nothing; add one of cross_attn\.k, "):
+        build_model(adapted_config(targets=["gated_delta.q_proj"], streams=["video", "action"]))
 
 
 @pytest.fixture
