@@ -273,6 +273,8 @@ class TrainConfig:
     accumulation: int = 1  # micro-batches per optimiser step
     precision: str = "bf16"  # bf16 | fp32
     zero_stage: int = 1
+    stage3_param_persistence_threshold: int = 100_000  # parameters of fewer numbers stay whole in ZeRO stage 3
+    stage3_max_live_parameters: int = 1_000_000_000  # numbers that stage 3 keeps gathered for their next use
     device: str = "auto"  # auto | cpu | cuda
     ema_decay: float = 0.999  # ours
     checkpoint_every: int = 500

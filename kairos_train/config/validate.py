@@ -122,6 +122,7 @@ NOT_NEGATIVE = (
     *("stage.weight_decay", "optimizer.weight_decay", "optimizer.warmup_steps"),
     *("train.keep_every", "train.validate_every", "train.sample_every", "cluster.max_restarts"),
     *("train.failed_checkpoints", "train.deadline_margin", "guard.skips", "guard.rollbacks"),
+    *("train.stage3_param_persistence_threshold", "train.stage3_max_live_parameters"),
 )
 
 FRACTIONS = ("data.max_corrupt", "stage.cfg_dropout", "optimizer.min_lr_ratio", "train.ema_decay")

@@ -7,7 +7,18 @@ from torch import Tensor, nn
 
 def upcast(x: Tensor) -> Tensor:
     """float16 and bfloat16 to float32; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(wide(x.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What `upcast` makes of a type."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The type of a module's parameters, for who is not that module: `module.weight` there would make ZeRO 3 gather it,
+    on this rank alone if the others go another way."""
+    return next(module.parameters()).dtype
 
 
 class UpcastLinear(nn.Linear):

@@ -13,7 +13,7 @@ from kairos_train.errors import UserError
 from kairos_train.model import rotary, timestep
 from kairos_train.model.block import Block
 from kairos_train.model.gated_delta_net import GatedDeltaNet
-from kairos_train.model.precision import LayerNorm, upcast
+from kairos_train.model.precision import LayerNorm, dtype_of, upcast, wide
 from kairos_train.model.seams import Seams
 
 
@@ -197,4 +197,4 @@ class ActionStream(nn.Module):
 
 def _sinusoid(times: Tensor, freq_dim: int, mlp: nn.Sequential) -> Tensor:
     """Sinusoids in the precision that the MLP computes in."""
-    return timestep.sinusoid(times, freq_dim).to(upcast(mlp[0].weight[:0]).dtype)
+    return timestep.sinusoid(times, freq_dim).to(wide(dtype_of(mlp)))

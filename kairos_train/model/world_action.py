@@ -18,6 +18,7 @@ from kairos_train.errors import UserError
 from kairos_train.model import attention
 from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.initialise import initialise
+from kairos_train.model.precision import dtype_of
 from kairos_train.model.seams import ModelSeams, single_device
 from kairos_train.model.streams import ActionStream, VideoStream, layer_kinds
 from kairos_train.model.windows import WindowRule, frames_read
@@ -115,7 +116,7 @@ class WorldActionModel(nn.Module):
         everything = self.training and self.action_dit is not None  # parameters that this batch leaves unused as well
         context, context_mask = self.with_state(context, context_mask, state)
         if everything and state is None:
-            context = context + self._dummy_state()
+            context = context + self._dummy_state(context)
         shared = 0 if action is None else max(history)
         video = _VideoPass(self, latents, context, context_mask, video_timestep, history, shared)
         actions = None
@@ -199,13 +200,12 @@ class WorldActionModel(nn.Module):
         in the order in which modules ran, the outermost one's outputs included, and frees them where gradients went
         through: so the context is a real one, of which gradients are wanted.
         """
-        like, config = self.action_dit.action_encoder.weight, self.config
-        token = like.new_zeros(1, 1, config.action.action_dim)
+        token = context.new_zeros(1, 1, self.config.action.action_dim)
         return _ActionPass(self, token, token.new_zeros(1).float(), context[:1], None, None)
 
-    def _dummy_state(self) -> Tensor:
+    def _dummy_state(self, like: Tensor) -> Tensor:
         """Exactly zero, but a function of the state encoder; see `_dummy_actions`."""
-        state = self.action_dit.action_encoder.weight.new_zeros(1, 1, self.config.action.state_dim)
+        state = like.new_zeros(1, 1, self.config.action.state_dim)
         return 0.0 * self.action_dit.proprio_encoder(state).sum()
 
     def _check_history(self, latents: Tensor, history_frames: Sequence[int]) -> tuple[int, ...]:
@@ -217,7 +217,7 @@ class WorldActionModel(nn.Module):
 
     def with_state(self, context: Tensor, mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Append the state token, whose mask is true, to the context."""
-        context = context.to(self.video_dit.text_embedding[0].weight.dtype)
+        context = context.to(dtype_of(self.video_dit.text_embedding))
         if state is None:
             return context, mask
         if self.action_dit is None:
@@ -319,7 +319,7 @@ class _ActionPass:
             )
         self.model, self.stream = model, model.action_dit
         encoder = self.stream.action_encoder
-        self.x = encoder(action.to(encoder.weight.dtype))[:, None]  # (B, 1, A, D)
+        self.x = encoder(action.to(dtype_of(encoder)))[:, None]  # (B, 1, A, D)
         self.modulation = self.stream.embed_time(timestep)
         if isinstance(context, Tensor):
             self.contexts = [self.stream.embed_context(context)] * len(model.kinds)

@@ -1,17 +1,17 @@
 """Bytes on one GPU by category, as `kairos_train.training.engine` and DeepSpeed allocate them.
 
 n numbers of trained parameters on a tensor rank, f of frozen ones, P ranks that partition (context × data),
-b bytes of a weight (2 in bf16, 4 in fp32):
+b bytes of a weight (2 in bf16, 4 in fp32), L = `train.stage3_max_live_parameters`:
 
     ZeRO stage       0 bf16     0 fp32     1 bf16     1 fp32     2            3
-    weights          b(n + f)   b(n + f)   b(n + f)   b(n + f)   b(n + f)     b(n + f)/P + b·min(n + f, 1e9)
+    weights          b(n + f)   b(n + f)   b(n + f)   b(n + f)   b(n + f)     b(n + f)/P + b·min(n + f, L)
     gradients        4n         4n         4n + 2n    4n         4n/P         4n/P
     optimizer        12n        8n         12n/P      12n/P      12n/P        12n/P
     ema              4n         4n         4n/P       4n/P       4n/P         4n/P
 
 Gradients are accumulated in float32; stage 1 in bf16 holds all of them on every rank, and the bf16 gradients of the
 last backward pass beside them. In stage 0 in fp32 the weights are the masters. Stage 3 keeps gathered weights that are
-used again within 1e9 numbers, on two ranks or more.
+used again within L numbers, on two ranks or more.
 
 "working" is what DeepSpeed and AdamW hold for a moment, where it is more than the activations that are gone by then:
 a bucket of gradients on their way (in backward), a copy of what is reduced after it, one tensor as large as the masters
@@ -31,9 +31,6 @@ from parallel.state_exchange import resolve_method
 
 LARGEST_BUCKET = 500_000_000
 """Numbers that are reduced at once (`kairos_train.training.engine.LARGEST_BUCKET`)."""
-
-LIVE_PARAMETERS = 1_000_000_000
-"""Numbers that ZeRO stage 3 keeps gathered (DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance)."""
 
 FLOAT = 4
 
@@ -82,9 +79,10 @@ def busiest(layout: Layout) -> Memory:
 def weights(layout: Layout) -> float:
     """What the model computes with."""
     numbers, ranks = layout.parameters.trained + layout.parameters.frozen, layout.gradient_ranks
-    if layout.config.train.zero_stage < 3 or ranks == 1:
+    train = layout.config.train
+    if train.zero_stage < 3 or ranks == 1:
         return layout.compute_bytes * numbers
-    return layout.compute_bytes * (numbers / ranks + min(numbers, LIVE_PARAMETERS))
+    return layout.compute_bytes * (numbers / ranks + min(numbers, train.stage3_max_live_parameters))
 
 
 def gradients(layout: Layout) -> float:

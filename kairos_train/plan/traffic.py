@@ -27,9 +27,6 @@ from parallel.state_exchange import resolve_method
 
 FLOAT = 4
 
-REUSED = 1_000_000_000
-"""DeepSpeed's stage3_max_reuse_distance: numbers between two uses up to which a gathered weight stays."""
-
 
 @dataclass(frozen=True)
 class Received:
@@ -148,14 +145,15 @@ def _states(layout: Layout, rank: int) -> float:
 def _gathered_weights(layout: Layout) -> float:
     """Stage 3: weights for forward and for backward of every micro-batch of a step.
 
-    Those that are used again within REUSED numbers stay: where forward turns into backward and the other way round.
+    Those that are used again within `train.stage3_max_live_parameters` numbers stay: where forward turns into backward
+    and the other way round.
     """
     train = layout.config.train
     if train.zero_stage < 3:
         return 0.0
     numbers = layout.parameters.trained + layout.parameters.frozen
     turns = 2 * train.accumulation - 1
-    fetched = numbers + turns * (numbers - min(numbers, REUSED // 2))
+    fetched = numbers + turns * (numbers - min(numbers, train.stage3_max_live_parameters // 2))
     return share_of_others(layout.compute_bytes * fetched, layout.gradient_ranks)
 
 

@@ -285,7 +285,13 @@ def _deepspeed_config(model: nn.Module, config: Config) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,  # plain gradient descent, tested here
         # Buckets are allocated at full size: for a small model DeepSpeed's default would be 2 GB.
-        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": bucket},
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_bucket_size": bucket,
+            "stage3_param_persistence_threshold": train.stage3_param_persistence_threshold,
+            "stage3_max_live_parameters": train.stage3_max_live_parameters,
+            "stage3_max_reuse_distance": train.stage3_max_live_parameters,
+        },
         "timers": {"throughput": {"enabled": False}},  # it synchronises the device in every step
     }
     if train.precision == "bf16" and train.zero_stage > 0:

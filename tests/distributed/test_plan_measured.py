@@ -7,6 +7,8 @@ BF16, FP32 = "train.precision=bf16", "train.precision=fp32"
 LONGER = "data.window.frames=21"
 SHARDED = [LONGER, "data.window.height=128", "data.window.width=160"]
 
+RELEASED = ("train.stage3_param_persistence_threshold=0", "train.stage3_max_live_parameters=0")
+
 HELD = {
     1: [[f"train.zero_stage={stage}", precision] for precision in (BF16, FP32) for stage in range(4)],
     2: [
@@ -19,7 +21,7 @@ HELD = {
         # Stage 2 in fp32 keeps a whole tensor where a partition ends in it: little beside enough layers.
         ["train.zero_stage=2", FP32, "model.num_layers=12"],
         ["train.zero_stage=3", BF16],
-        ["train.zero_stage=3", FP32, "stage=physical"],
+        ["train.zero_stage=3", FP32, "stage=physical", *RELEASED],
     ],
 }
 
