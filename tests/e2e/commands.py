@@ -24,7 +24,14 @@ TINY = [
     "data.window.stride=1",
     "train.micro_batch=4",
     "train.log_every=5",
+    "train.sample_every=0",
 ]
+SAMPLED = "train.sample_every=500"
+"""Windows are sampled at the end of a run."""
+
+RELEASED = ["train.stage3_param_persistence_threshold=0", "train.stage3_max_live_parameters=0"]
+"""ZeRO 3 keeps nothing gathered; weights as small as these would otherwise stay."""
+
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from commands import losses
+from commands import RELEASED, losses
 
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.operations.events import read_events
@@ -35,7 +35,8 @@ def state(run_dir: Path, step: int) -> dict:
 def test_a_bad_step_and_the_dry_run_change_nothing_but_their_own_step(train, tmp_path, stage):
     """Beside the same run without a dry run, whose learning rate is nothing in the bad step: the same but for EMA and
     moments, which the dropped update does not touch; so the losses of the next step are the ones to look at."""
-    common = [*SETTINGS, "train.steps=4", "train.checkpoint_every=1", "train.keep_last=9", f"train.zero_stage={stage}"]
+    common = [*SETTINGS, *RELEASED, "train.steps=4", "train.checkpoint_every=1", "train.keep_last=9"]
+    common.append(f"train.zero_stage={stage}")
     spoiled = "faults.inject=[{kind: nan, step: 3, rank: 1}]"
     train(tmp_path / "bad", *common, spoiled, ranks=2)
     train(tmp_path / "good", *common, "train.dry_run=false", ranks=2)

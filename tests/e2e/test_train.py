@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_ranks import compiled_by_deepspeed, linear_is_torchs
-from commands import kill_at, losses, run, train_command, train_overrides
+from commands import RELEASED, SAMPLED, kill_at, losses, run, train_command, train_overrides
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -24,7 +24,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def whole(shards, tmp_path_factory) -> Path:
     """A joint run of 14 steps that nothing interrupted."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run(train_command(shards, run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5"))
+    run(train_command(shards, run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5", SAMPLED))
     return run_dir
 
 
@@ -79,13 +79,13 @@ def shown(run_dir: Path) -> dict[str, np.ndarray]:
 
 def test_samples_do_not_depend_on_the_layout(train, tmp_path):
     settings = ["stage=joint", "train.steps=1", "train.micro_batch=2", "stage.lr=1e-12", "train.precision=fp32"]
-    settings.append("train.validate_every=0")
+    settings += ["train.validate_every=0", SAMPLED]
     # Fresh heads give zeros, in every layout: from weights that have moved.
     moved = ["stage=joint", "train.steps=3", "stage.lr=0.02", "optimizer.warmup_steps=0", "train.precision=fp32"]
     train(tmp_path / "base", *moved, "data.validation_shards=null")
     settings += [f"stage.init_from={tmp_path / 'base'}", "stage.init_weights=raw"]
     train(tmp_path / "1", *settings)
-    train(tmp_path / "2", *settings, "parallel.context=2", "train.zero_stage=3", ranks=2)
+    train(tmp_path / "2", *settings, "parallel.context=2", "train.zero_stage=3", *RELEASED, ranks=2)
     one, two = shown(tmp_path / "1"), shown(tmp_path / "2")
     assert set(one) == set(two)
     for tag, pictures in one.items():
@@ -145,7 +145,7 @@ def test_the_checkpoint_with_the_lowest_validation_loss_stays(train, tmp_path):
 def test_two_processes_train_resume_and_validate_like_one_run(shards, train, tmp_path):
     run_dir = tmp_path / "run"
     settings = ["stage=joint", "train.zero_stage=1", "train.checkpoint_every=2", "train.micro_batch=2"]
-    settings += ["optimizer.schedule=constant", "train.sample_every=0"]
+    settings.append("optimizer.schedule=constant")
     overrides = train_overrides(shards, run_dir, *settings, "train.steps=2")
     run([*TORCHRUN, "2", "-m", "kairos_train.cli", "train", *overrides])
     train(run_dir, *settings, "train.steps=4", ranks=2)
@@ -156,7 +156,7 @@ def test_two_processes_train_resume_and_validate_like_one_run(shards, train, tmp
 
 def test_a_run_goes_on_in_another_layout(train, whole, tmp_path):
     """The samples of a step stay, however they are split; the numbers differ by rounding. (More: test_reshard.py.)"""
-    overrides = ["parallel.tensor=2", "parallel.sequence=true", "train.zero_stage=3"]
+    overrides = ["parallel.tensor=2", "parallel.sequence=true", "train.zero_stage=3", *RELEASED, SAMPLED]
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     for step in (10, 14):
