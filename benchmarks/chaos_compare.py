@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kairos_train.checkpoint.canonical import CheckpointReader, find_latest
-from kairos_train.training.sample_log import SAMPLES
+from kairos_train.training.measure.sample_log import SAMPLES
 
 SECTIONS = ("model", "ema", "exp_avg", "exp_avg_sq")
 

@@ -51,7 +51,7 @@ SETTINGS = (
 ).split()
 PRELOAD = (
     *("torch._dynamo", "torch.utils.tensorboard", "deepspeed", "deepspeed.runtime.zero.muon.original_muon"),
-    *("kairos_train.training.opening", "kairos_train.training.loop", "kairos_train.commands.training"),
+    *("kairos_train.training.build_run", "kairos_train.training.loop", "kairos_train.commands.training"),
 )
 """What a rank imports by and by, the optimisers' dependence on the compiler included: more than half of its start."""
 

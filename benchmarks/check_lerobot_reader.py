@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.lerobot.reader import LeRobotDataset
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 LEROBOT = "lerobot==0.4.4"
 LEVELS = 0.5  # largest difference of mean level allowed between the two decodings of a picture

@@ -30,9 +30,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from kairos_train.model.windows import WindowRule, frames_read
-from parallel.frame_exchange import FrameExchange
-from parallel.frame_plan import FramePlan, plan_frames
+from kairos_train.model.kernels.windows import WindowRule, frames_read
+from parallel.exchange.frame_exchange import FrameExchange
+from parallel.exchange.frame_plan import FramePlan, plan_frames
 
 FULL_SIZE = 1560 * 2560
 """Numbers of one frame's hidden state at 480p; K and V have twice as many. Two bytes each."""

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from kairos_train.config.schema import ActionStreamConfig, KernelsConfig, ModelConfig, VideoStreamConfig
 from kairos_train.model import WorldActionModel
-from kairos_train.model.attention import Windows, window_attention
-from kairos_train.model.delta_rule import gated_delta_rule
-from kairos_train.model.windows import WindowRule
+from kairos_train.model.kernels.attention import Windows, window_attention
+from kairos_train.model.kernels.delta_rule import gated_delta_rule
+from kairos_train.model.kernels.windows import WindowRule
 from parallel.fp8_emulated import BACKWARD, FORWARD, EmulatedFp8Linear
 
 Entries = Iterator[tuple[str, Entry]]
@@ -103,7 +103,7 @@ def gated_delta(setting: Setting) -> Entries:
             errors = {n: measure(ours[n], oracle[n]) for n in oracle}
             yield label, check(errors, FLOAT32 if exact else RULE_BF16, measure.__name__)
     if no_fla(setting) is None:
-        from kairos_train.model.fla_hopper import replace_miscompiled_kernel
+        from kairos_train.model.kernels.fla_hopper import replace_miscompiled_kernel
 
         yield "fla's backward step replaced by torch's", {"replaced": replace_miscompiled_kernel()}
 
@@ -140,7 +140,7 @@ def behind(result: dict[str, Tensor], cut: int) -> dict[str, Tensor]:
 
 def in_two_shards(x: dict[str, Tensor], cotangents: tuple[Tensor, Tensor], cut: int, backend: str) -> dict[str, Tensor]:
     """What two context ranks compute, one after the other in this process."""
-    from parallel import state_exchange, state_passing
+    from parallel.exchange import state_exchange, state_passing
 
     rule = partial(gated_delta_rule, backend=backend)
     d_out, d_state = cotangents
@@ -352,8 +352,8 @@ def transformer_engine(
     setting: Setting, x: Tensor, weight: Tensor, grad: Tensor, expected: tuple[Tensor, ...]
 ) -> Entries:
     """Recipe `current` is the emulated arithmetic; the others have finer scales and are compared with no rounding."""
+    from kairos_train.basics.errors import UserError
     from kairos_train.config.schema import Fp8Config
-    from kairos_train.errors import UserError
     from parallel import fp8
 
     exact = (x.double() @ weight.double().T, grad.double() @ weight.double(), grad.double().T @ x.double())

@@ -20,14 +20,15 @@ from gpu_conformance import no_fla
 from gpu_harness import Entry, Setting, absent, check, interleaved, ratio, rms_ratio
 from torch import Tensor, nn
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config, Fp8Config, KernelsConfig, ModelConfig, VideoStreamConfig
-from kairos_train.errors import UserError
-from kairos_train.model import WorldActionModel, attention
+from kairos_train.model import WorldActionModel
 from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.flops import forward_flops, training_flops
+from kairos_train.model.kernels import attention
+from kairos_train.model.kernels.windows import key_frames
 from kairos_train.model.layout import model_seams
 from kairos_train.model.seams import ModelSeams
-from kairos_train.model.windows import key_frames
 from kairos_train.model.world_action import _VideoPass
 from kairos_train.training.describe import PEAK_TFLOPS
 from parallel import fp8

@@ -63,7 +63,7 @@ def _inputs(setting: Setting, tokens: int) -> tuple[dict[str, torch.Tensor], tor
 
 
 def _whole(setting: Setting, tokens: int, backend: str) -> dict[str, torch.Tensor]:
-    from kairos_train.model.delta_rule import gated_delta_rule
+    from kairos_train.model.kernels.delta_rule import gated_delta_rule
 
     x, cotangent = _inputs(setting, tokens)
     leaves = {name: t.requires_grad_() for name, t in x.items()}
@@ -73,8 +73,8 @@ def _whole(setting: Setting, tokens: int, backend: str) -> dict[str, torch.Tenso
 
 
 def _rank(rank: int, folder: str, setting: Setting, cut: int, tokens: int, backend: str) -> None:
-    from kairos_train.model.delta_rule import gated_delta_rule
-    from parallel import state_passing
+    from kairos_train.model.kernels.delta_rule import gated_delta_rule
+    from parallel.exchange import state_passing
 
     torch.set_float32_matmul_precision("highest")
     if os.path.exists("/sys/class/net/lo"):

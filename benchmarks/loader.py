@@ -35,9 +35,9 @@ import av
 import numpy as np
 import torch
 
-from dataloaders.loader import ShardLoader
+from dataloaders.files.video import encode_mp4
+from dataloaders.loading.loader import ShardLoader
 from dataloaders.shards import INDEX, ShardIndex, sample_block, write_json, write_shard
-from dataloaders.video import encode_mp4
 from kairos_train.config.schema import WindowConfig
 
 SMALL_SAMPLES = 50_000

@@ -3,9 +3,9 @@ optimiser, five steps each on a small model of all kinds of layers.
 
     python benchmarks/parity.py [--quick] [--steps 5]
 
-What a step holds: `kairos_train.training.parity`. Clipping is active, accumulation is 2, 5 latent frames on 2 and 4
-context ranks. Printed: the worst deviation of losses, gradient norms, first gradients and last weights, as a table.
-Processes are kept over all cases (gloo, one thread each).
+What a step holds: `kairos_train.training.parity.compare`. Clipping is active, accumulation is 2, 5 latent frames on 2
+and 4 context ranks. Printed: the worst deviation of losses, gradient norms, first gradients and last weights, as a
+table. Processes are kept over all cases (gloo, one thread each).
 
 The last line is one JSON object: machine, `cases`, `failed`, `worst_loss`, `worst_norm`, `worst_weights_sgd`,
 `worst_weights_adamw`.
@@ -29,7 +29,7 @@ import torch.multiprocessing as mp
 
 from kairos_train.config.compose import load_config
 from kairos_train.config.schema import Config
-from kairos_train.training.parity import Deviation, Trace, compare, reference_config, run_steps
+from kairos_train.training.parity.compare import Deviation, Trace, compare, reference_config, run_steps
 from parallel.topology import Degrees, Topology
 
 MODEL = (

@@ -24,13 +24,13 @@ import time
 import torch
 from torch import Tensor
 
-from kairos_train.checkpoint.export_tensors import computed_bytes
-from kairos_train.checkpoint.quantize import encode, find_scales, output_error
 from kairos_train.config.compose import load_config
 from kairos_train.config.schema import ModelConfig
 from kairos_train.inference.quantized import METHODS, dequantize, is_large
 from kairos_train.model.initialise import LAST_LAYERS, initial_value
 from kairos_train.model.public_keys import public_keys
+from kairos_train.weights.export_tensors import computed_bytes
+from kairos_train.weights.quantize import encode, find_scales, output_error
 
 ROBOT = ["model.action.action_dim=7", "model.action.state_dim=8"]
 LIMITS = {"int8": 0.01, "fp8": 0.04, "int4": 0.12}

@@ -35,13 +35,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kairos_train.checkpoint.export import export
 from kairos_train.checkpoint.writing import write_checkpoint
 from kairos_train.conditioning.build import build_encoders
 from kairos_train.config.compose import load_config, to_yaml
 from kairos_train.model import WorldActionModel
 from kairos_train.model.initialise import initialise
 from kairos_train.serving.client import PolicyClient
+from kairos_train.weights.export import export
 
 LIBERO = ("observation.images.image", "observation.images.wrist_image")
 SECTIONS = ("model", "encoders", "stage")

@@ -40,7 +40,7 @@ from benchmarks.state_passing_rivals import HeadAllToAll, Sizes, StatePassing
 from benchmarks.step_time import keep_freed_memory
 from kairos_train.model.initialise import initialise
 from kairos_train.model.seams import SingleDevice
-from parallel.state_exchange import resolve_method
+from parallel.exchange.state_exchange import resolve_method
 from parallel.traffic import Traffic
 
 FULL = Sizes()

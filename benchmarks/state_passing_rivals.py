@@ -18,10 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kairos_train.model.delta_rule import gated_delta_rule
 from kairos_train.model.gated_delta_net import GatedDeltaNet
+from kairos_train.model.kernels.delta_rule import gated_delta_rule
 from kairos_train.model.seams import SingleDevice
-from parallel import halo, state_passing
+from parallel.exchange import halo, state_passing
 from parallel.traffic import Traffic
 
 GATE_BY_HEADS_FROM = 5

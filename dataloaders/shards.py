@@ -1,7 +1,7 @@
 """The shard folder: WebDataset tar files of training windows and the index that describes them.
 
     DIR/index.json           what the shards hold and were made with, the number, size and sha256 of each
-    DIR/dataset_stats.json   statistics of states and actions (see `dataloaders.statistics`)
+    DIR/dataset_stats.json   statistics of states and actions (see `dataloaders.packing.statistics`)
     DIR/shard-000000.tar …   members KEY.mp4, KEY.action.npy, KEY.state.npy, KEY.json and, when encoded,
                              KEY.latents.npy, KEY.context.npy
     DIR/empty_context.npy    optional: context of the empty prompt, float16 (N, C)
@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.sources.urls import is_url, join, open_url, read_url, size_of
+from dataloaders.files.urls import is_url, join, open_url, read_url, size_of
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ClipConfig, WindowConfig, from_dict
-from kairos_train.errors import UserError
 
 FORMAT = "kairos-shards-1"
 INDEX, STATISTICS, EMPTY_CONTEXT = "index.json", "dataset_stats.json", "empty_context.npy"

@@ -17,7 +17,7 @@ from typing import Any
 
 from evaluation import plots
 from evaluation.report import SECTIONS, drawn, heading, note, ordered, read, successes, table, text_of, write_html
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 PLOTS = {"open_loop": plots.open_loop, "losses": plots.losses, "video": plots.drift, "memory": plots.memory}
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataloaders.batch import Sample, decode_sample
+from dataloaders.loading.batch import Sample, decode_sample
 from dataloaders.shards import CorruptData, ShardIndex, read_shard
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 
 @dataclass(frozen=True)

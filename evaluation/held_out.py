@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloaders.batch import Batch, Sample, collate, decode_sample
+from dataloaders.loading.batch import Batch, Sample, collate, decode_sample
 from dataloaders.shards import CorruptData, ShardIndex, read_index, read_shard
 from dataloaders.windows import POLICY_FIELDS
+from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.interfaces import TIME_STRIDE, identities_match
-from kairos_train.errors import UserError
 from kairos_train.inference.load import Policy
 from kairos_train.inference.predict import Predictor
 from kairos_train.inference.sampler import Conditions

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataloaders.batch import Batch
+from dataloaders.loading.batch import Batch
 from dataloaders.shards import ShardIndex
 from evaluation.held_out import observe, spread_batches
 from evaluation.intervals import ratio_half_width

@@ -38,8 +38,8 @@ from evaluation.held_out import spread_batches
 from evaluation.losses import conditioned, objective_of
 from kairos_train.conditioning.interfaces import TIME_STRIDE
 from kairos_train.inference.predict import Predictor
-from kairos_train.model.delta_rule import gated_delta_rule
-from kairos_train.model.listening import listening
+from kairos_train.model.capture import listening
+from kairos_train.model.kernels.delta_rule import gated_delta_rule
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LEAST_DECAY = 1e-12

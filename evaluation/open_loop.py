@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataloaders.batch import Batch
+from dataloaders.loading.batch import Batch
 from dataloaders.shards import ShardIndex
 from evaluation.held_out import given_frames, mean_of, observe, open_shards, spread_batches, window_seed
 from evaluation.intervals import ratio_half_width
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
 from kairos_train.inference.sampler import Conditions

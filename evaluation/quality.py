@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 from kairos_train.inference.load import one_line
 
 WINDOW, SIGMA = 11, 1.5

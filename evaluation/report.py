@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from evaluation.pictures import draw, write_whole
 from evaluation.plots import LABELS, OPEN_LOOP_ROWS, STREAMS, VIDEO_ROWS
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 FORMAT = "kairos-evaluation-1"
 EVALUATION, CLOSED_LOOP, PAGE = "evaluation.json", "closed_loop.json", "report.html"

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataloaders.batch import Batch
+from dataloaders.loading.batch import Batch
 from evaluation.held_out import given_frames, observe, open_shards, spread_batches, window_seed
 from evaluation.pictures import action_curves, contact_sheet, side_by_side
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
 from kairos_train.inference.sampler import MODES
@@ -154,7 +154,7 @@ def _write_video(
     out: Path, name: str, predicted: np.ndarray, recorded: np.ndarray, entry: dict[str, Any], fps: float
 ) -> list[str]:
     """The clip and the contact sheet of one window; returns their names."""
-    from dataloaders.video import encode_mp4
+    from dataloaders.files.video import encode_mp4
 
     beyond = np.zeros((len(predicted) - len(recorded), *recorded.shape[1:]), np.uint8)
     recorded = np.concatenate([recorded, beyond])

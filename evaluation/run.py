@@ -27,10 +27,10 @@ from evaluation.held_out import open_shards
 from evaluation.pictures import contact_sheet, save_figure, write_whole
 from evaluation.quality import Judge
 from evaluation.report import EVALUATION, FORMAT, write_page
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 from kairos_train.inference.load import Policy, load
 from kairos_train.inference.predict import Predictor
-from kairos_train.model.listening import gated_layers
+from kairos_train.model.capture import gated_layers
 
 PARTS = ("open_loop", "losses", "video", "memory")
 PROBED = 32

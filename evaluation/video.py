@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataloaders.batch import Batch, collate
+from dataloaders.loading.batch import Batch, collate
 from dataloaders.shards import ShardIndex
 from evaluation.episodes import Recording, choose, places, read
 from evaluation.held_out import given_frames, observe, window_seed
 from evaluation.intervals import ratio_half_width
 from evaluation.quality import Judge, frechet, ssim
 from evaluation.rollout import psnr
+from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.interfaces import TIME_STRIDE
-from kairos_train.errors import UserError
 from kairos_train.inference.predict import Predictor
 
 BATCH = 8

@@ -1,7 +1,7 @@
 """The command line: exit codes, and all subcommands in one parser.
 
 What a subcommand needs is imported inside it, so that `--help` and a typing error cost nothing. The exceptions of
-`kairos_train.errors` become one line on stderr and their exit codes; any other exception keeps its traceback.
+`kairos_train.basics.errors` become one line on stderr and their exit codes; any other exception keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from kairos_train import __version__
+from kairos_train.basics.errors import EXIT_CODES, MachineFault, UserError
 from kairos_train.commands import (
     benchmarks,
     closed_loop,
@@ -25,7 +26,6 @@ from kairos_train.commands import (
     training,
 )
 from kairos_train.commands.parsing import Parser, command, nearest
-from kairos_train.errors import EXIT_CODES, MachineFault, UserError
 
 PROGRAM = "kairos-train"
 

@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Fp8Config, ModelConfig
-from kairos_train.errors import UserError
 from parallel.fp8_emulated import EmulatedFp8Linear
 
 if TYPE_CHECKING:

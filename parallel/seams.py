@@ -8,9 +8,9 @@
     enter_context     identity / all-reduce backward
     split, join                                             own tokens / all-gather
     local_frames                                                                           contiguous share
-    exchange_frames                                                                        `parallel.frame_exchange`
-    previous_tokens                                                                        `parallel.halo`
-    start_recurrence                                                                       `parallel.state_passing`
+    exchange_frames                                                                        `exchange.frame_exchange`
+    previous_tokens                                                                        `exchange.halo`
+    start_recurrence                                                                       `exchange.state_passing`
 
 The action stream has tensor ranks only: its tokens are few, and every context rank computes all of them.
 
@@ -26,12 +26,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ParallelConfig
-from kairos_train.errors import UserError
-from parallel import collectives, halo, linear, state_passing
+from parallel import collectives, linear
+from parallel.exchange import halo, state_passing
+from parallel.exchange.frame_exchange import FrameExchange
+from parallel.exchange.frame_plan import plan_frames
 from parallel.fp8 import Fp8Policy, make_linear
-from parallel.frame_exchange import FrameExchange
-from parallel.frame_plan import plan_frames
 from parallel.topology import Topology, split_frames
 from parallel.traffic import Traffic
 

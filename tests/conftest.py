@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pool import Pool
+from support.pool import Pool
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

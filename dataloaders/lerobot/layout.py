@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataloaders.sources.urls import join
-from kairos_train.errors import UserError
+from dataloaders.files.urls import join
+from kairos_train.basics.errors import UserError
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 INFO_PATH = "meta/info.json"

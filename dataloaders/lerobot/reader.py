@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dataloaders.files.urls import join
+from dataloaders.files.video import TOLERANCE_S, decode_mp4
 from dataloaders.lerobot.layout import (
     EpisodeEntry,
     VideoPlace,
@@ -23,9 +25,7 @@ from dataloaders.lerobot.layout import (
     read_table,
     read_tasks,
 )
-from dataloaders.sources.urls import join
-from dataloaders.video import TOLERANCE_S, decode_mp4
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 MODALITY_PATH = "meta/modality.json"
 _COLUMNS = {"state": "observation.state", "action": "action"}  # that modality.json means where it names none

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dataloaders.files.video import CODECS, Mp4Encoder
 from dataloaders.lerobot.layout import (
     DATA_PATH,
     EPISODE_COLUMNS,
@@ -30,8 +31,7 @@ from dataloaders.lerobot.layout import (
     VIDEO_PATH,
 )
 from dataloaders.lerobot.stats import STATISTICS, number_statistics, picture_histogram, picture_statistics
-from dataloaders.video import CODECS, Mp4Encoder
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 CHUNK_FILES = 1000  # most files of a chunk folder
 DATA_FILE_MB = 100

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 CAMERA_KEY = "observation.images.top"
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.simulators.base import CAMERA_KEY, DEFAULT_TASKS, TASKS, Simulator, check_task, make
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 STEPS_AFTER_SUCCESS = 5
 _AHEAD = 2  # jobs handed to a worker at a time: it need not wait for the writer

@@ -14,7 +14,7 @@ import warnings
 import numpy as np
 
 from dataloaders.simulators.base import CAMERA_KEY, TASKS, Observation
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 _CAMERA = "corner2"
 _CAMERA_POSITION = (0.75, 0.075, 0.7)  # LeRobot's: nearer than the scene file has it

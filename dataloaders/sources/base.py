@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dataloaders.sources.urls import is_url
+from dataloaders.files.urls import is_url
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ClipConfig, WindowConfig
-from kairos_train.errors import UserError
 
 
 @dataclass(frozen=True)

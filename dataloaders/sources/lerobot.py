@@ -32,7 +32,7 @@ from dataloaders.windows import (
     picture_size,
     windows_of,
 )
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 FRAME_CHUNK = 256  # raw frames decoded at once
 INSTRUCTION = "instruction"  # the variant that the task gives

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataloaders.files.urls import read_url, reason_of
 from dataloaders.sources.base import Bad
-from dataloaders.sources.urls import read_url, reason_of
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 _NAME = re.compile(r"[a-z][a-z0-9]*")
 _KNOWN = ("path", "caption", "captions", "start", "end", "scores")

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dataloaders.files.urls import base_name, is_url, open_url, parent, reason_of, size_of
 from dataloaders.sources.base import Bad, Clip, SourceSettings, Unit
 from dataloaders.sources.clips import IMAGES, VIDEOS, cut_video, read_image
 from dataloaders.sources.rows import Row, plain_name, row_of
-from dataloaders.sources.urls import base_name, is_url, open_url, parent, reason_of, size_of
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]+)")
 _MEDIA = tuple(suffix[1:] for suffix in (*VIDEOS, *IMAGES))

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dataloaders.files.urls import is_url, join, parent, read_url, reason_of
 from dataloaders.sources.base import Bad, Clip, SourceSettings, Unit
 from dataloaders.sources.clips import IMAGES, VIDEOS, cut_video, read_image
 from dataloaders.sources.rows import Row, plain_name, read_manifest
-from dataloaders.sources.urls import is_url, join, parent, read_url, reason_of
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 ROWS_PER_UNIT = 8
 MANIFESTS = ("manifest.jsonl", "manifest.csv")

@@ -11,9 +11,9 @@ from typing import Any
 
 import av
 
-from dataloaders.video import decode_mp4
+from dataloaders.files.video import decode_mp4
 from evaluation.benchmarks.interface import Job, VideoBenchmark, read_json
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 MANIFEST = "kairos_benchmark.json"
 """What `write` says of how a folder's videos were made; the only file of ours among them."""

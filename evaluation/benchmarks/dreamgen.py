@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from evaluation.benchmarks.interface import Job, PlainBenchmark, check_jobs, listed, read_text, same_set, yes_or_no
 from evaluation.benchmarks.scores import rate
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 PARSER_WORDS = ("cogvideo", "hunyuan", "wan")
 IMAGES = (".png", ".jpg")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from dataloaders.video import encode_mp4
+from dataloaders.files.video import encode_mp4
 from dataloaders.windows import cover
 from evaluation.benchmarks.completeness import MANIFEST, missing_images, read_manifest, video_fault
 from evaluation.benchmarks.interface import (
@@ -27,8 +27,8 @@ from evaluation.benchmarks.interface import (
     write_json,
 )
 from evaluation.held_out import mean_of
+from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.interfaces import TIME_STRIDE
-from kairos_train.errors import UserError
 from kairos_train.inference.load import Policy, load
 from kairos_train.inference.predict import Predictor
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 LONGEST_NAME = 255  # bytes of a file name on the usual file systems
 

@@ -15,7 +15,7 @@ from typing import Any
 from evaluation.benchmarks.interface import listed, read_json, read_text, same_set, sha256, write_json
 from evaluation.benchmarks.libero_client import FORMAT
 from evaluation.benchmarks.scores import rate
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 STANDARD = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 """The four suites that are averaged by everybody; LIBERO-Plus has these alone."""

@@ -25,7 +25,7 @@ import numpy as np
 
 from evaluation.benchmarks.interface import repeated
 from evaluation.benchmarks.replanning import ActionStream
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 FORMAT = "kairos-libero-1"
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}

@@ -29,7 +29,7 @@ from evaluation.benchmarks.interface import (
     text_field,
 )
 from evaluation.benchmarks.scores import grouped, mean
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 CATEGORIES = ("av", "common_sense", "human", "industry", "misc", "physics", "robot")
 MOST_SAMPLES = 5  # evaluate_vqa.py looks for seeds 0 to 4

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from evaluation.benchmarks.interface import noise_seed
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 
 class Policy(Protocol):

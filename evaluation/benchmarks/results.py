@@ -19,7 +19,7 @@ from typing import Any
 from evaluation.benchmarks.completeness import check
 from evaluation.benchmarks.interface import Job, VideoBenchmark, listed, sha256, write_json
 from evaluation.benchmarks.scores import grouped, mean, rate
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 Judge = Callable[[Path, Job], Mapping[str, bool | int | float]]
 """(video, job) -> names and scores of this video. True and False make a rate, numbers a mean."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from evaluation.benchmarks.interface import listed, read_text, sha256, write_file, write_json
 from evaluation.benchmarks.scores import counted
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 CONFIGS = ("demo_clean", "demo_randomized")
 EPISODES = 100  # test_num of the script

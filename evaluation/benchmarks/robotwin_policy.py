@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.benchmarks.replanning import ActionStream, Policy
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 DIMENSIONS = 14
 CAMERAS = {

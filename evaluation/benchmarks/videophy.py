@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 from evaluation.benchmarks.interface import Job, PlainBenchmark, check_jobs, number, read_rows, read_table, same_set
 from evaluation.benchmarks.scores import mean, rate
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 TABLE = "videos.csv"
 YES = 0.5  # VideoPhy: probability from which a video counts

@@ -26,7 +26,7 @@ from evaluation.benchmarks.interface import (
     yes_or_no,
 )
 from evaluation.benchmarks.scores import grouped, mean, rate
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 PARTS = {
     "instruction": ("instruction",),

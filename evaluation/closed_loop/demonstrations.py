@@ -14,7 +14,7 @@ import numpy as np
 from dataloaders.lerobot.reader import LeRobotDataset
 from dataloaders.simulators.base import TASKS, Observation, Simulator
 from dataloaders.windows import cover
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 SEED = "seed"  # what `data simulate` writes beside each episode
 SIDE = 16  # pixels in which pictures are compared: things that do not overlap are near or far by more than yes and no

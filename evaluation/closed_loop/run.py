@@ -19,7 +19,7 @@ from evaluation.closed_loop.demonstrations import open_demonstrations, picture_s
 from evaluation.closed_loop.episodes import Episode, Outcome
 from evaluation.closed_loop.policies import POLICIES, SERVED, ServedKeys, served_keys
 from evaluation.closed_loop.workers import Setup, play_all
-from kairos_train.errors import RunStopped, UserError
+from kairos_train.basics.errors import RunStopped, UserError
 
 VALIDATION_SEEDS, EVALUATION_SEEDS = 5_000, 10_000  # first ones; demonstrations have those below
 SIZE = 128  # pixels, where neither demonstrations nor an export say

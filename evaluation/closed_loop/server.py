@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kairos_train.errors import RunStopped, UserError
+from kairos_train.basics.errors import RunStopped, UserError
 from kairos_train.inference.load import CONFIG_FILE, STATISTICS_FILE, read_json
 from kairos_train.serving.client import PolicyClient, PolicyLost
 

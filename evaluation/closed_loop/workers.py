@@ -20,7 +20,7 @@ from dataloaders.simulators.base import Simulator, make
 from evaluation.closed_loop import policies
 from evaluation.closed_loop.demonstrations import Demonstrations
 from evaluation.closed_loop.episodes import Episode, Game, Outcome, play
-from kairos_train.errors import RunStopped
+from kairos_train.basics.errors import RunStopped
 from kairos_train.serving.client import PolicyClient
 
 REPLY_SECONDS = 600.0  # for one plan: a large model on a CPU, behind the requests of others

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kairos_train.basics.errors import UserError
 from kairos_train.checkpoint import boxes
 from kairos_train.checkpoint.boxes import Box
 from kairos_train.checkpoint.tensor_file import TensorFile
-from kairos_train.errors import UserError
 
 FORMAT = "kairos-checkpoint-1"
 MANIFEST = "manifest.json"

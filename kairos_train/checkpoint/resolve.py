@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kairos_train.basics.errors import UserError
 from kairos_train.checkpoint.canonical import (
     MANIFEST,
     CheckpointReader,
@@ -11,7 +12,6 @@ from kairos_train.checkpoint.canonical import (
     find_latest,
     find_problem,
 )
-from kairos_train.errors import UserError
 
 
 def resolve_checkpoint(path: Path) -> Path:

@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from kairos_train.basics.errors import UserError
 from kairos_train.checkpoint.canonical import TEMPORARY, find_problem, list_checkpoints, step_of
-from kairos_train.errors import UserError
 
 
 def prune(parent: Path, keep_last: int, keep_every: int, *, keep: Collection[int] = ()) -> list[Path]:

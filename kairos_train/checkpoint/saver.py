@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kairos_train.basics.errors import MachineFault
 from kairos_train.checkpoint.canonical import TEMPORARY, checkpoint_path
 from kairos_train.checkpoint.writing import (
     FILE_BYTES,
@@ -32,7 +33,6 @@ from kairos_train.checkpoint.writing import (
     remove_leftovers,
     write_part,
 )
-from kairos_train.errors import MachineFault
 
 PATIENCE = 300.0  # seconds in which nothing grows in the folder, after which rank 0 takes a missing rank for dead
 GRACE = 10.0  # the same when the run has failed: others may have died with it

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 CODES = {
     torch.float64: "F64",

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import kairos_train
+from kairos_train.basics.errors import UserError
 from kairos_train.checkpoint.canonical import (
     FORMAT,
     MANIFEST,
@@ -37,7 +38,6 @@ from kairos_train.checkpoint.canonical import (
     to_json,
 )
 from kairos_train.checkpoint.tensor_file import Stored, sync_file, write_tensors
-from kairos_train.errors import UserError
 
 FILE_BYTES = 2 * 1024**3
 

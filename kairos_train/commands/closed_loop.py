@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kairos_train.basics.errors import UserError
 from kairos_train.commands.parsing import command, count, print_json
-from kairos_train.errors import UserError
 
 POLICIES = "model,random,hold,replay,expert,wrong"
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kairos_train.basics.errors import UserError
 from kairos_train.commands.parsing import command, config_of, count, device_of, group, print_json, with_overrides
-from kairos_train.errors import UserError
 
 
 def run_data_simulate(args: argparse.Namespace) -> int:
@@ -65,7 +65,7 @@ def prepare(commands: Sequence[str]) -> None:
 
 
 def run_data_pack(args: argparse.Namespace) -> int:
-    from dataloaders.pack import pack
+    from dataloaders.packing.pack import pack
 
     config = config_of(args, sections=("data.window", "data.clips", "data.prompt_template", "encoders"))
     index = pack(
@@ -86,7 +86,7 @@ def run_data_pack(args: argparse.Namespace) -> int:
 
 
 def run_data_inspect(args: argparse.Namespace) -> int:
-    from dataloaders.inspection import inspect
+    from dataloaders.packing.inspection import inspect
 
     config = config_of(args, sections=("data.window", "data.clips", "data.prompt_template"))
     lines = inspect(args.source, args.out, data=config.data, samples=args.samples)
@@ -95,7 +95,7 @@ def run_data_inspect(args: argparse.Namespace) -> int:
 
 
 def run_data_verify(args: argparse.Namespace) -> int:
-    from dataloaders.verification import verify
+    from dataloaders.packing.verification import verify
 
     progress = _show_progress if sys.stderr.isatty() else None
     verdict = verify(args.shards, decode=not args.no_decode, processes=args.processes, progress=progress)

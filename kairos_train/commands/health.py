@@ -12,8 +12,8 @@ from kairos_train.commands.parsing import command, print_json
 
 
 def run_healthcheck(args: argparse.Namespace) -> int:
-    from kairos_train.operations.health import check_health
-    from kairos_train.training.engine import stop_processes
+    from kairos_train.operations.preflight.health import check_health
+    from kairos_train.training.engine.deepspeed_engine import stop_processes
 
     report = check_health(args.device, args.dir)
     if int(os.environ.get("RANK", 0)) == 0:

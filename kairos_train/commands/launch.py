@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kairos_train.basics.errors import UserError
 from kairos_train.commands.parsing import command, count, with_overrides
-from kairos_train.errors import UserError
 
 if TYPE_CHECKING:
     from kairos_train.config.curriculum import Curriculum

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kairos_train.basics.errors import UserError
 from kairos_train.commands.parsing import command, count, print_json
-from kairos_train.errors import UserError
 
 
 def run_status(args: argparse.Namespace) -> int:
-    from kairos_train.operations import status
-    from kairos_train.operations.history import read_histories
+    from kairos_train.operations.reports import status
+    from kairos_train.operations.reports.history import read_histories
 
     if args.watch and (args.json or args.svg):
         raise UserError("--watch shows the terminal again and again; leave it away with --json and --svg")
@@ -31,8 +31,8 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from kairos_train.operations.history import read_histories
-    from kairos_train.operations.run_report import write_report
+    from kairos_train.operations.reports.history import read_histories
+    from kairos_train.operations.reports.html_report import write_report
 
     histories = read_histories(args.runs)
     write_report(histories, args.out)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,19 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kairos_train.basics.errors import UserError
 from kairos_train.commands.parsing import command, count, device_of, print_json, with_overrides
-from kairos_train.errors import UserError
 
 
 def run_import(args: argparse.Namespace) -> int:
-    from kairos_train.checkpoint.import_public import import_weights
+    from kairos_train.weights.import_public import import_weights
 
     return print_json(import_weights(args.file, args.out, args.overrides, config_dirs=args.config_dir))
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from kairos_train.checkpoint.export import export
     from kairos_train.checkpoint.resolve import resolve_best
+    from kairos_train.weights.export import export
 
     summary = export(
         resolve_best(args.checkpoint) if args.best else args.checkpoint,

@@ -16,7 +16,7 @@ def run_train(args: argparse.Namespace) -> int:
     curriculum = load_curriculum(args.overrides, config_dirs=args.config_dir)
     prepare(curriculum.prepare)  # before the heavy import: an error shows at once
     from kairos_train.training.curriculum import train_curriculum
-    from kairos_train.training.engine import stop_processes
+    from kairos_train.training.engine.deepspeed_engine import stop_processes
 
     print(f"last checkpoint: {train_curriculum(curriculum)}")
     stop_processes()
@@ -70,7 +70,7 @@ def run_verify_golden(args: argparse.Namespace) -> int:
 def run_verify_parallel(args: argparse.Namespace) -> int:
     args.overrides = ["experiment=demo", "train.precision=fp32", "optimizer.warmup_steps=1", *args.overrides]
     config = config_of(args, sections=("model", "stage", "optimizer", "parallel", "precision", "train", "data.window"))
-    from kairos_train.training.verify_parallel import report, verify_parallel
+    from kairos_train.training.parity.verify import report, verify_parallel
 
     deviations = verify_parallel(config, steps=args.steps, ranks=args.nproc)
     if deviations is None:

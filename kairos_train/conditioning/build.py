@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.interfaces import Encoders, TextEncoder, VideoEncoder
 from kairos_train.config.schema import EncodersConfig, TextEncoderConfig, VideoEncoderConfig
-from kairos_train.errors import UserError
 
 
 def build_encoders(config: EncodersConfig, device: str | torch.device = "cpu") -> Encoders:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 LONGEST_NGRAM = 4
 PAIR_WEIGHT = 0.5

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 LATENT_CHANNELS = 16
 TIME_STRIDE = 4

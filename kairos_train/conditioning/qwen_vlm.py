@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.interfaces import config_sha256, weights_sha256
-from kairos_train.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

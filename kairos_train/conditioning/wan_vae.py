@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.interfaces import LATENT_CHANNELS, config_sha256, latent_shape, weights_sha256
-from kairos_train.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config
-from kairos_train.errors import UserError
 
 DERIVED = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),

@@ -27,6 +27,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.keys import MAPPINGS, annotation_of, describe, nearest, type_of
 from kairos_train.config.schema import (
     MISSING,
@@ -39,7 +40,6 @@ from kairos_train.config.schema import (
     from_dict,
 )
 from kairos_train.config.validate import validate, value_of
-from kairos_train.errors import UserError
 
 # --- composing and storing ---
 

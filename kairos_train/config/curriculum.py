@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.compose import check, load_config
 from kairos_train.config.schema import Config, CurriculumConfig, CurriculumStage
 from kairos_train.config.stage_rules import LENGTHS
-from kairos_train.errors import UserError
 
 INIT = "stage.init_from"
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import CONDITIONS, IMAGE_CONDITIONS, Config
-from kairos_train.errors import UserError
 
 MAPPINGS = {"stage.conditions": CONDITIONS, "stage.image_conditions": IMAGE_CONDITIONS}
 """The fields that are mappings, with the names they may hold."""

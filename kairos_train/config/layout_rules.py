@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config
-from kairos_train.errors import UserError
 
 
 def tensor_ranks_share_heads_and_channels(config: Config) -> None:

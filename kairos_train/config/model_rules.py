@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ATTENTION_KINDS, Config
-from kairos_train.errors import UserError
 
 LATENT_CHANNELS = 16
 """Of the Wan2.1 VAE and of the weight-free codec alike."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config
-from kairos_train.errors import UserError
 
 FAULT_KINDS = ("kill", "hang", "raise", "nan", "spike", "slow", "stall")
 

@@ -353,7 +353,7 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     import dataclasses
     import typing
 
-    from kairos_train.errors import UserError
+    from kairos_train.basics.errors import UserError
 
     hints = typing.get_type_hints(cls)
     names = {f.name for f in dataclasses.fields(cls)}

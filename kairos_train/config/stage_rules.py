@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import CONDITIONS, IMAGE_CONDITIONS, MISSING, Config
-from kairos_train.errors import UserError
 
 LENGTHS = ("steps", "epochs", "samples", "tokens")
 """What a stage's length is given in."""

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.cluster_rules import (
     container_or_venv,
     environment_has_names,
@@ -64,7 +65,6 @@ from kairos_train.config.stage_rules import (
     only_a_joint_stage_freezes_the_video,
     some_loss_counts,
 )
-from kairos_train.errors import UserError
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.video.window_semantics": WINDOW_SEMANTICS,

@@ -13,8 +13,8 @@ import shutil
 import time
 from pathlib import Path
 
+from kairos_train.basics.errors import RunStopped
 from kairos_train.demos.steps import UNSEEN_SEEDS, run_command
-from kairos_train.errors import RunStopped
 
 EXPERIMENT = "finetune_demo"
 ROOT = Path("runs") / EXPERIMENT

@@ -16,8 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from kairos_train.basics.errors import RunStopped
 from kairos_train.demos.steps import UNSEEN_SEEDS, argv, run_command
-from kairos_train.errors import RunStopped
 
 
 @dataclass(frozen=True)

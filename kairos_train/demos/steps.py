@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 
-from kairos_train.errors import RunStopped, UserError
+from kairos_train.basics.errors import RunStopped, UserError
 
 UNSEEN_SEEDS = 10_000
 """First seed of the episodes that a policy is judged on; demonstrations start at 0, validation at 5,000."""

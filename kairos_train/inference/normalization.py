@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 MODES = ("minmax", "quantile", "zscore", "none")
 _FIELDS = {"minmax": ("min", "max"), "quantile": ("q01", "q99"), "zscore": ("mean", "std"), "none": ("mean", "std")}

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.build import build_encoders
 from kairos_train.conditioning.interfaces import LATENT_CHANNELS, SPACE_STRIDE, TIME_STRIDE, Encoders, identities_match
-from kairos_train.errors import UserError
 from kairos_train.inference.compiled import CompiledModel
 from kairos_train.inference.load import Policy
 from kairos_train.inference.normalization import Normalizer, from_statistics

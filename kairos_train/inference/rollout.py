@@ -4,7 +4,7 @@ Two ways to remember, with one interface: `observe` clean latents, `sample` the 
 
 - `SlidingHistory` keeps the last K latent frames and gives them to the model anew with every chunk, as in training.
 - `CarriedHistory` runs every frame through the model as history once and carries the GATED states and the keys in
-  reach over (`kairos_train.model.carried`); for models trained with `model.video.history_causal`.
+  reach over (`kairos_train.model.streaming`); for models trained with `model.video.history_causal`.
 
 Both take the same work and memory for every chunk, but for FA layers of the video under a carried history, which reach
 back to the first frame.
@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 from kairos_train.inference.sampler import (
     Conditions,
     Sample,
@@ -37,7 +37,7 @@ from kairos_train.inference.sampler import (
     tokens_per_frame,
     video_sigmas,
 )
-from kairos_train.model import HistoryCache, carried
+from kairos_train.model import HistoryCache, streaming
 
 
 @dataclass(frozen=True)
@@ -154,20 +154,20 @@ class CarriedHistory:
     """
 
     def __init__(self, model: nn.Module, config: SamplerConfig, chunk: ChunkSize) -> None:
-        carried.check_causal(model)
+        streaming.check_causal(model)
         self.model, self.config, self.chunk = model, config, chunk.check()
         self.latents: Tensor | None = None
-        self._past: carried.Past | None = None
-        self._negative: carried.Past | None = None
+        self._past: streaming.Past | None = None
+        self._negative: streaming.Past | None = None
 
     @torch.no_grad()
     def observe(self, latents: Tensor, conditions: Conditions) -> None:
         """See `History`."""
         options = {"state": conditions.state, "visible": self.chunk.history}
         text = (conditions.context, conditions.context_mask)
-        self._past = carried.carry(self.model, self._past, latents, *text, **options)
+        self._past = streaming.carry(self.model, self._past, latents, *text, **options)
         if self.config.guidance != 1:
-            self._negative = carried.carry(
+            self._negative = streaming.carry(
                 self.model, self._negative, latents, *conditions.negative_branch(), **options
             )
         self.latents = _tail(self.latents, latents, self.chunk.history)
@@ -189,7 +189,7 @@ class CarriedHistory:
         device, actions, cache = conditions.context.device, None, None
         if mode != "video":
             actions = noise((self.chunk.horizon, self.model.config.action.action_dim), seeds, "action").to(device)
-            cache = carried.action_keys(self.model, self._past)
+            cache = streaming.action_keys(self.model, self._past)
         if mode == "action":
             sigmas = action_sigmas(self.config)
             return Sample(None, denoise_actions(self.model, cache, conditions, actions, sigmas))
@@ -205,10 +205,10 @@ class CarriedHistory:
     ) -> Sample:
         """Modes video and joint: the new frames alone, on what is kept of the history."""
         text, state = (conditions.context, conditions.context_mask), conditions.state
-        new = carried.Continuation(self.model, self._past, *text, state=state)
+        new = streaming.Continuation(self.model, self._past, *text, state=state)
         without = None
         if self.config.guidance != 1:
-            without = carried.Continuation(self.model, self._negative, *conditions.negative_branch(), state=state)
+            without = streaming.Continuation(self.model, self._negative, *conditions.negative_branch(), state=state)
 
         read = None if actions is None else self.model.encode_action_context(*text, state=state)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 from kairos_train.model import HistoryCache
 from kairos_train.objective import schedule
 

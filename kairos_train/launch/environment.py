@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.operation_schema import ClusterConfig
-from kairos_train.errors import UserError
 from kairos_train.launch.hostlist import expand
 
 FIRST_PORT, PORTS = 20000, 12000

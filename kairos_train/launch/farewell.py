@@ -13,7 +13,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from kairos_train.errors import MachineFault
+from kairos_train.basics.errors import MachineFault
 from kairos_train.launch.environment import NodeLaunch
 
 if TYPE_CHECKING:

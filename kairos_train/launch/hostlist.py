@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 _HOST = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")  # up to a comma outside of brackets
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kairos_train.errors import Interrupted, MachineFault
+from kairos_train.basics.errors import Interrupted, MachineFault
 from kairos_train.launch.environment import NodeLaunch
 from kairos_train.launch.farewell import hold_store, leave_together
 from kairos_train.launch.outcome import MACHINE_FAULT, Ended, describe, exit_code

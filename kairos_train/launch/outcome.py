@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 AGAIN = (4, 75)
-"""Exit codes that mean: start me again (see `kairos_train.errors`)."""
+"""Exit codes that mean: start me again (see `kairos_train.basics.errors`)."""
 
 MACHINE_FAULT, INTERRUPTED = AGAIN
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.operation_schema import ClusterConfig
-from kairos_train.errors import UserError
 
 TEMPLATES = {"train": "train", "pack": "data_pack", "export": "export", "evaluate": "evaluate"}
 """Kind of job → its template, without `.sbatch`."""

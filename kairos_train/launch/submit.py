@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 import kairos_train
+from kairos_train.basics.errors import UserError
 from kairos_train.config.operation_schema import ClusterConfig
 from kairos_train.config.schema import Config
-from kairos_train.errors import UserError
 from kairos_train.launch.script import BESIDE, Job, render
 
 CODE = ("kairos_train", "parallel", "dataloaders", "evaluation", "configs")

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kairos_train.model.attention import Attention, Keys
 from kairos_train.model.gated_delta_net import GatedDeltaNet
+from kairos_train.model.kernels.attention import Attention, Keys
 from kairos_train.model.precision import LayerNorm, upcast
 from kairos_train.model.seams import Seams
 

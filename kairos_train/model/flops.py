@@ -11,9 +11,9 @@ Embeddings, norms, modulations' elementwise work and the head are counted where 
 """
 
 from kairos_train.config.schema import ModelConfig
-from kairos_train.model.delta_rule import CHUNK
+from kairos_train.model.kernels.delta_rule import CHUNK
+from kairos_train.model.kernels.windows import WindowRule, key_frames
 from kairos_train.model.streams import layer_kinds
-from kairos_train.model.windows import WindowRule, key_frames
 
 
 def forward_flops(

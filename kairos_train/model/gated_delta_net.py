@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kairos_train.model.delta_rule import gated_delta_rule, select_backend
+from kairos_train.model.kernels.delta_rule import gated_delta_rule, select_backend
 from kairos_train.model.precision import upcast
 from kairos_train.model.seams import Seams
 

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ActionStreamConfig, KernelsConfig, ModelConfig, VideoStreamConfig
-from kairos_train.errors import UserError
 from kairos_train.model.world_action import WorldActionModel
 
 

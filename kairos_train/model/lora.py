@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import LoraConfig
-from kairos_train.errors import UserError
 
 A, B = "lora_a", "lora_b"
 

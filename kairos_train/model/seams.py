@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kairos_train.model.precision import upcast
 
 Recurrence = Callable[..., tuple[Tensor, Tensor]]
-"""(q, k, v, g, beta, initial_state) → (outputs, final state); `kairos_train.model.delta_rule.gated_delta_rule`."""
+"""(q, k, v, g, beta, initial_state) → (outputs, final state); `kernels.delta_rule.gated_delta_rule`."""
 
 
 class FrameExchange(Protocol):

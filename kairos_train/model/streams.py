@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ModelConfig
-from kairos_train.errors import UserError
-from kairos_train.model import rotary, timestep
+from kairos_train.model import timestep
 from kairos_train.model.block import Block
 from kairos_train.model.gated_delta_net import GatedDeltaNet
+from kairos_train.model.kernels import rotary
 from kairos_train.model.precision import LayerNorm, dtype_of, upcast, wide
 from kairos_train.model.seams import Seams
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config, ModelConfig
-from kairos_train.errors import UserError
 from kairos_train.model.flops import forward_flops
 from kairos_train.model.public_keys import Shapes, public_keys
 from kairos_train.model.world_action import WorldActionModel

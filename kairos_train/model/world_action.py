@@ -13,15 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import KernelsConfig, ModelConfig
-from kairos_train.errors import UserError
-from kairos_train.model import attention
 from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.initialise import initialise
+from kairos_train.model.kernels import attention
+from kairos_train.model.kernels.windows import WindowRule, frames_read
 from kairos_train.model.precision import dtype_of
 from kairos_train.model.seams import ModelSeams, single_device
 from kairos_train.model.streams import ActionStream, VideoStream, layer_kinds
-from kairos_train.model.windows import WindowRule, frames_read
 
 Keys = tuple[Tensor, Tensor]
 """Keys and values of the frames at hand, (B, Fk, L, H, E) each."""

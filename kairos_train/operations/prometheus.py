@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 PREFIX = "kairos_train_"
 SUFFIX = ".prom"

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 LOCK = ".lock"
 WAIT = 60.0  # seconds for a predecessor that is just ending: a job that was requeued may start before its end

@@ -11,7 +11,7 @@ c is 2 bytes in bf16 and 4 in fp32. `upcast` makes a float32 copy of a bf16 tens
 one, so that n uses keep 4·n bytes in bf16 and 4 in fp32: `wide(n)`.
 
 Counted are storages, once each. What lives only while a layer runs is TRANSIENT. The measured peak of forward and
-backward is within 15 % (tests/unit/test_plan_memory.py).
+backward is within 15 % (tests/unit/plan/test_plan_memory.py).
 
 Shapes: B batch, F frames of this rank, Fq frames whose queries it computes, L tokens per frame, l between layers,
 A actions, N context tokens, D width, W attention width, H heads, K and V key and value width, C tokens per chunk.
@@ -22,9 +22,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from kairos_train.model.delta_rule import CHUNK
+from kairos_train.model.kernels.delta_rule import CHUNK
 from kairos_train.plan.layout import Layout
-from parallel.state_exchange import resolve_method
+from parallel.exchange.state_exchange import resolve_method
 
 TRANSIENT = 12
 """Bytes per token and channel beside what is saved: three float32 tensors, where backward begins."""
@@ -175,7 +175,7 @@ def _rule(layout: Layout, rank: int, tokens: int) -> float:
 
 
 def _passed_rule(layout: Layout, rank: int, tokens: int) -> float:
-    """The recurrence between context ranks (`parallel.state_passing`): its inputs, P, states and maps."""
+    """The recurrence between context ranks (`parallel.exchange.state_passing`): its inputs, P, states and maps."""
     video, c, heads = layout.model.video, layout.compute_bytes, layout.heads
     key, value, ranks = video.gdn_key_dim, video.gdn_value_dim, layout.degrees.context
     inputs = tokens * heads * (c * (2 * key + value) + 2 * FULL_PRECISION)

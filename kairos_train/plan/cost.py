@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kairos_train.model.delta_rule import CHUNK
+from kairos_train.model.kernels.delta_rule import CHUNK
 from kairos_train.plan.layout import Layout
 from kairos_train.plan.traffic import Received, received
 

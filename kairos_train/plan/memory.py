@@ -1,4 +1,4 @@
-"""Bytes on one GPU by category, as `kairos_train.training.engine` and DeepSpeed allocate them.
+"""Bytes on one GPU by category, as `kairos_train.training.engine.deepspeed_engine` and DeepSpeed allocate them.
 
 n numbers of trained parameters on a tensor rank, f of frozen ones, P ranks that partition (context × data),
 b bytes of a weight (2 in bf16, 4 in fp32), L = `train.stage3_max_live_parameters`:
@@ -27,10 +27,10 @@ from dataclasses import dataclass, fields
 
 from kairos_train.plan.activations import activations
 from kairos_train.plan.layout import Layout
-from parallel.state_exchange import resolve_method
+from parallel.exchange.state_exchange import resolve_method
 
 LARGEST_BUCKET = 500_000_000
-"""Numbers that are reduced at once (`kairos_train.training.engine.LARGEST_BUCKET`)."""
+"""Numbers that are reduced at once (`kairos_train.training.engine.deepspeed_engine.LARGEST_BUCKET`)."""
 
 FLOAT = 4
 

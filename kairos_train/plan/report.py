@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config
-from kairos_train.errors import UserError
 from kairos_train.plan.estimate import Plan
 from kairos_train.plan.layout import Sample
 from kairos_train.plan.search import SHOWN, Found, search

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config
-from kairos_train.errors import UserError
 from kairos_train.plan.estimate import HEADROOM, Plan
 from kairos_train.plan.layout import Sample
 

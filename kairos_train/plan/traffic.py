@@ -8,7 +8,7 @@ tensor    every layer enters a part that is split by heads or channels three tim
           stream backward, each way out an all-reduce forward and free backward. Under sequence parallelism these are
           all-gathers and reduce-scatters of the same bytes. Norms of q and k reduce one float32 per token both ways.
 context   GATED layers: states (ring (K·V)·H, all_gather (N − 1)·(K + V)·K·H forward and (N − 1)·K·V·H backward, in
-          float32) and the halo of the convolutions. Windowed layers: frames as `parallel.frame_plan` counts them.
+          float32) and the halo of the convolutions. Windowed layers: frames as `exchange.frame_plan` counts them.
 data      gradients in float32 over context × data: an all-reduce, once a step (ZeRO 0, 1) or per micro-batch (2);
           updated weights back (1, 2). Stage 3: weights for forward and backward, and a reduce-scatter, per micro-batch.
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kairos_train.plan.layout import Layout
-from parallel.state_exchange import resolve_method
+from parallel.exchange.state_exchange import resolve_method
 
 FLOAT = 4
 

@@ -14,7 +14,7 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 from kairos_train.serving.codec import decode, encode
 
 MAX_REPLY_BYTES = 16 * 2**20

@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 MAX_CONTAINERS = 256  # maps and lists of one message; an array counts as two
 MAX_DEPTH = 8  # of containers within each other

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 
 PROMPT, SEED = "prompt", "seed"
 MAX_PROMPT = 4096  # characters

@@ -6,7 +6,7 @@ import ipaddress
 import logging
 from pathlib import Path
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 from kairos_train.serving.policy import ServedPolicy
 from kairos_train.serving.server import ServerSettings, run_server
 

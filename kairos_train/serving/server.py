@@ -28,7 +28,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
-from kairos_train.errors import UserError
+from kairos_train.basics.errors import UserError
 from kairos_train.serving.batching import Batcher
 from kairos_train.serving.codec import decode, encode
 from kairos_train.serving.metrics import CONTENT_TYPE, Metrics

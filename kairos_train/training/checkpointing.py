@@ -6,12 +6,12 @@ import threading
 import time
 from pathlib import Path
 
+from kairos_train.basics.errors import MachineFault
 from kairos_train.checkpoint.canonical import checkpoint_path
 from kairos_train.config.schema import Config
-from kairos_train.errors import MachineFault
 from kairos_train.operations.events import EventLog
-from kairos_train.training import persist
-from kairos_train.training.persist import RunState
+from kairos_train.training import run_state
+from kairos_train.training.run_state import RunState
 from parallel.topology import Topology
 
 
@@ -26,7 +26,7 @@ class Checkpointing:
 
     def __init__(self, config: Config, topology: Topology, events: EventLog) -> None:
         self.config, self._events = config, events
-        self._saver = persist.open_saver(config, topology, self._published)
+        self._saver = run_state.open_saver(config, topology, self._published)
         self._failures = 0  # in a row
         self._begun: tuple[int, float] | None = None  # step, time
         self._in_flight = False
@@ -57,7 +57,7 @@ class Checkpointing:
         self._begun, self._in_flight = (state.progress.steps, begin), True
         self._stall_known.clear()
         try:
-            persist.save(self._saver, state)
+            run_state.save(self._saver, state)
         finally:
             self._stall = time.perf_counter() - begin
             self._stall_known.set()
@@ -91,7 +91,7 @@ class Checkpointing:
         written = time.perf_counter() - begin
         if self.config.train.async_checkpoint:
             self._stall_known.wait()
-        folder = checkpoint_path(persist.checkpoints(self.config), step)
+        folder = checkpoint_path(run_state.checkpoints(self.config), step)
         self._events.write(
             "checkpoint",
             step=step,

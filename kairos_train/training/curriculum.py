@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dataloaders.loader import sources_of
+from dataloaders.loading.loader import sources_of
 from dataloaders.shards import read_index
+from kairos_train.basics.errors import UserError
 from kairos_train.checkpoint.canonical import CheckpointReader, checkpoint_path, find_latest
 from kairos_train.config.curriculum import Curriculum
 from kairos_train.config.schema import Config
-from kairos_train.errors import UserError
-from kairos_train.training import persist
+from kairos_train.training import run_state
 from kairos_train.training.budget import Budget
 from kairos_train.training.loop import train
-from kairos_train.training.telemetry import Place, say
+from kairos_train.training.measure.telemetry import Place, say
 
 
 def train_curriculum(curriculum: Curriculum) -> Path:
@@ -44,13 +44,13 @@ def train_curriculum(curriculum: Curriculum) -> Path:
 
 def finished(config: Config) -> Path | None:
     """The last checkpoint of a stage that has had its budget; None of one that has not."""
-    path, _ = find_latest(persist.checkpoints(config))
+    path, _ = find_latest(run_state.checkpoints(config))
     if path is None:
         return None
     reader = CheckpointReader(path)
     epoch = sum(read_index(source.shards).samples for source in sources_of(config.data))
-    done = Budget.of(config.train, epoch).finished(persist.progress_of(reader))
-    return checkpoint_path(persist.checkpoints(config), reader.step) if done else None
+    done = Budget.of(config.train, epoch).finished(run_state.progress_of(reader))
+    return checkpoint_path(run_state.checkpoints(config), reader.step) if done else None
 
 
 def _refuse_to_outdate(curriculum: Curriculum, number: int) -> None:
@@ -60,7 +60,7 @@ def _refuse_to_outdate(curriculum: Curriculum, number: int) -> None:
         before, after = stages[later - 1], stages[later]
         if after.stage.init_from != before.run_dir:
             return
-        if list(persist.checkpoints(after).glob("step-*")):
+        if list(run_state.checkpoints(after).glob("step-*")):
             raise UserError(
                 f"curriculum stage {curriculum.names[number]} is not finished, but {after.run_dir} was started from it "
                 f"already: go on with curriculum.first={curriculum.names[later]}, or remove {after.run_dir}, or choose "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from kairos_train.config.schema import Config
-from kairos_train.model import attention, delta_rule
 from kairos_train.model.flops import training_flops
+from kairos_train.model.kernels import attention, delta_rule
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}

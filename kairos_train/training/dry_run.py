@@ -11,13 +11,13 @@ from typing import Any
 import psutil
 import torch
 
-from dataloaders.buckets import Bucket
+from dataloaders.loading.buckets import Bucket
 from dataloaders.windows import action_count
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config
-from kairos_train.errors import UserError
 from kairos_train.objective.flow_matching import ConditionedBatch
-from kairos_train.training.engine import TrainingEngine
-from kairos_train.training.feed import Feed
+from kairos_train.training.engine.deepspeed_engine import TrainingEngine
+from kairos_train.training.inputs.feed import Feed
 from kairos_train.training.step import train_step
 
 MICRO_BATCHES = 2

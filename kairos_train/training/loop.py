@@ -10,10 +10,10 @@ from pathlib import Path
 
 from kairos_train.checkpoint.canonical import checkpoint_path
 from kairos_train.config.schema import Config
-from kairos_train.training import persist
-from kairos_train.training.opening import open_run
+from kairos_train.training import run_state
+from kairos_train.training.build_run import open_run
+from kairos_train.training.measure.telemetry import Place
 from kairos_train.training.step import train_step
-from kairos_train.training.telemetry import Place
 
 
 def train(config: Config, place: Place | None = None) -> Path:
@@ -49,4 +49,4 @@ def train(config: Config, place: Place | None = None) -> Path:
                     run.ema.update()
             run.record(report, batches, lr=lr, data_wait=data_wait)
             run.follow_up()
-    return checkpoint_path(persist.checkpoints(config), run.step)
+    return checkpoint_path(run_state.checkpoints(config), run.step)

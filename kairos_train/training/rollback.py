@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kairos_train.basics.errors import RunStopped
 from kairos_train.checkpoint.canonical import TEMPORARY, CheckpointReader, list_checkpoints, step_of
 from kairos_train.checkpoint.intact import find_intact
-from kairos_train.errors import RunStopped
-from kairos_train.training import persist
-from kairos_train.training.consensus import from_all
+from kairos_train.training import run_state
+from parallel.consensus import from_all
 
 if TYPE_CHECKING:
     from kairos_train.training.run import Run
@@ -35,13 +35,13 @@ def roll_back(run: Run, *, where: str) -> None:
     if not guard.may_go_back:
         raise RunStopped(f"{inspect}: went back {guard.rollbacks} times already (guard.rollbacks), it does not help")
     run.checkpointing.settle()
-    parent, first, here = persist.checkpoints(config), guard.first_bad, run.step
+    parent, first, here = run_state.checkpoints(config), guard.first_bad, run.step
     path, _ = find_intact(parent, run.topology, before=first)
     if path is None:
         raise RunStopped(f"{inspect}: there is no checkpoint of before step {first} to go back to")
     reader = CheckpointReader(path)
     _drop_later(parent, reader.step, run)
-    persist.restore(run.state, reader)
+    run_state.restore(run.state, reader)
     steps = here - reader.step
     for _ in range(steps * config.train.accumulation):
         next(run.loader)

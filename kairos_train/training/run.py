@@ -1,6 +1,6 @@
 """The parts of a run while it goes: `Run` holds them and knows what comes before, between and after steps.
 
-They are put together by `kairos_train.training.opening.open_run`.
+They are put together by `kairos_train.training.build_run.open_run`.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
+from kairos_train.basics.errors import Interrupted, MachineFault, RunStopped
 from kairos_train.config.schema import Config
-from kairos_train.errors import Interrupted, MachineFault, RunStopped
 from kairos_train.objective.flow_matching import ConditionedBatch
 from kairos_train.operations.events import EventLog
-from kairos_train.operations.liveness import Liveness
 from kairos_train.operations.prometheus import TextFile
 from kairos_train.operations.stopping import Requests
+from kairos_train.operations.watch.liveness import Liveness
 from kairos_train.training.budget import Budget, Progress
 from kairos_train.training.checkpointing import Checkpointing
-from kairos_train.training.consensus import any_rank, from_all
 from kairos_train.training.dry_run import dry_run
+from kairos_train.training.engine.optimizer import lr_at
 from kairos_train.training.faults import Faults
-from kairos_train.training.monitor import Monitor
-from kairos_train.training.optimizer import lr_at
-from kairos_train.training.persist import Best, RunState
-from kairos_train.training.profiling import Profile
+from kairos_train.training.measure.monitor import Monitor
+from kairos_train.training.measure.profiling import Profile
+from kairos_train.training.measure.sample_log import SampleLog
+from kairos_train.training.measure.telemetry import Telemetry
 from kairos_train.training.rollback import roll_back
-from kairos_train.training.sample_log import SampleLog
+from kairos_train.training.run_state import Best, RunState
 from kairos_train.training.samples import draw_samples
 from kairos_train.training.step import StepReport, weighted_loss
-from kairos_train.training.telemetry import Telemetry
 from kairos_train.training.validation import validate
+from parallel.consensus import any_rank, from_all
 
 LONG_WAIT = 30.0
 """Seconds of waiting for one step's data from which it is told (ours)."""

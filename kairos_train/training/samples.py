@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dataloaders.loader import fixed_batches
+from dataloaders.loading.loader import fixed_batches
 from kairos_train.config.schema import Config
 from kairos_train.inference.sampler import SamplerConfig, integrate, noise, video_sigmas
 from kairos_train.model import ModelOutput
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
-from kairos_train.training.engine import TrainingEngine
-from kairos_train.training.feed import Feed
+from kairos_train.training.engine.deepspeed_engine import TrainingEngine
+from kairos_train.training.inputs.feed import Feed
 
 WINDOWS = 2
 

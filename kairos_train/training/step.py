@@ -22,7 +22,7 @@ from torch import Tensor
 from kairos_train.config.schema import StageConfig
 from kairos_train.model import ModelOutput
 from kairos_train.objective.flow_matching import ConditionedBatch, FlowMatching, LossSums
-from kairos_train.training.engine import TrainingEngine
+from kairos_train.training.engine.deepspeed_engine import TrainingEngine
 from parallel.topology import Topology
 
 SIGMA_BINS = 5

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from dataloaders.loader import fixed_batches
+from dataloaders.loading.loader import fixed_batches
 from kairos_train.config.schema import Config
 from kairos_train.model import ModelOutput
-from kairos_train.training.engine import TrainingEngine
-from kairos_train.training.feed import Feed
+from kairos_train.training.engine.deepspeed_engine import TrainingEngine
+from kairos_train.training.inputs.feed import Feed
 from kairos_train.training.step import LossMeter
 
 FIXED_STEP = -1

@@ -1,8 +1,8 @@
 """All ranks come to one verdict on configuration, versions and room before a run starts, and on their health."""
 
-import agreement_ranks
 import pytest
-from pool import Pool
+from support import agreement_ranks
+from support.pool import Pool
 
 
 def test_ranks_that_agree_are_told_their_versions(world, tmp_path):

@@ -3,26 +3,22 @@
 Each world runs all of its cases in one set of processes (engine_worker.py); the tests read what those reported.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from launch import finish, launch
 from safetensors.torch import load_file
+from support import engine_worker as worker
+from support.launch import finish, launch
 from torch import nn
 
-from kairos_train.errors import UserError
-from kairos_train.training.engine import start_processes
+from kairos_train.basics.errors import UserError
+from kairos_train.training.engine.deepspeed_engine import start_processes
 from parallel.topology import Topology
 
-HERE = Path(__file__).resolve().parent
 DECAYED = ("inner.weight", "conv.weight", "extra.weight", "outer.weight")
 
-spec = importlib.util.spec_from_file_location("engine_worker", HERE / "engine_worker.py")
-worker = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(worker)
 CASES = [f"{stage}-{precision}-{size}" for size in (1, 2) for stage, precision in worker.CASES]
 FP32 = [case for case in CASES if "fp32" in case]
 BF16 = [case for case in CASES if "bf16" in case]

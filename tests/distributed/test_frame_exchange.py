@@ -2,12 +2,12 @@
 
 from itertools import product
 
-import frame_exchange_ranks as ranks
 import pytest
 import torch
-from frame_exchange_ranks import Case
+from support import frame_exchange_ranks as ranks
+from support.frame_exchange_ranks import Case
 
-from kairos_train.model.windows import WindowRule
+from kairos_train.model.kernels.windows import WindowRule
 
 
 def rule(kind, *, dilation=4, window=3, token=False, restrict=True, all_attend=False):

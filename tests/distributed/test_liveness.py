@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from liveness_ranks import live
+from support.liveness_ranks import live
 
 from kairos_train.config.operation_schema import WatchConfig
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from loader_peers_ranks import read_steps
-from toy_shards import toy_members, write_folder
+from support.loader_peers_ranks import read_steps
+from support.toy_shards import toy_members, write_folder
 
 
 @pytest.fixture(scope="module")

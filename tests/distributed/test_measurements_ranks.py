@@ -4,7 +4,7 @@ import math
 import socket
 
 import pytest
-from measurement_ranks import (
+from support.measurement_ranks import (
     asynchronous_and_batched,
     block_norms,
     collectives,

@@ -6,9 +6,9 @@ benchmarks/parity.py, for five steps; here a subset, for three, in which every d
 """
 
 import pytest
-from parallel_training_ranks import make_config, train_layout, train_reference
+from support.parallel_training_ranks import make_config, train_layout, train_reference
 
-from kairos_train.training.parity import Trace, compare
+from kairos_train.training.parity.compare import Trace, compare
 
 LAYOUTS = {
     "TP2xDP2": (4, "parallel.tensor=2"),

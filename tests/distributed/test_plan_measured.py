@@ -1,7 +1,7 @@
 """What `kairos-train plan` says of memory and traffic beside what the real engine holds and real collectives bring."""
 
-import plan_ranks
 import pytest
+from support import plan_ranks
 
 BF16, FP32 = "train.precision=bf16", "train.precision=fp32"
 LONGER = "data.window.frames=21"
@@ -44,7 +44,13 @@ LAYOUTS = {
         "train.recompute=block",
     ],
     "context 4 by ring, stage 3, block": [
-        *("train.zero_stage=3", FP32, "parallel.context=4", "parallel.state_exchange=ring", "train.recompute=block"),
+        *(
+            "train.zero_stage=3",
+            FP32,
+            "parallel.context=4",
+            "parallel.state_exchange=ring",
+            "train.recompute=block",
+        ),
     ],
     "context 4, stage 0, selective": ["train.zero_stage=0", BF16, "parallel.context=4", "train.recompute=selective"],
 }

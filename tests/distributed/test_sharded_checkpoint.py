@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from sharded_checkpoint_ranks import (
+from support.sharded_checkpoint_ranks import (
     INPUT,
     SAMPLES,
     SAVED,

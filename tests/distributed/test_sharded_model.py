@@ -1,7 +1,7 @@
 """The sharded model is the model: loss and every gradient in float64, forward and backward, no engine."""
 
 import pytest
-from sharded_model_ranks import Case, cached_mode, run_cases
+from support.sharded_model_ranks import Case, cached_mode, run_cases
 
 TOKEN = (("window_semantics", "token"), ("restrict_history_query_to_history", False))
 ATTEND = (("all_attend_history", True),)

@@ -6,11 +6,11 @@ Decays near zero and short shards: at usual decays A vanishes within a shard, an
 from itertools import product
 
 import pytest
-import state_passing_ranks as ranks
 import torch
-from state_passing_ranks import Case
+from support import state_passing_ranks as ranks
+from support.state_passing_ranks import Case
 
-from parallel.state_exchange import resolve_method
+from parallel.exchange.state_exchange import resolve_method
 
 METHODS = ("serial", "ring", "all_gather")
 FOUR = ((70, 3, 131, 9), (0, 5, 0, 66), (3, 0, 0, 0), (40, 64, 0, 7))

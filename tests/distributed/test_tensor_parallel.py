@@ -1,8 +1,8 @@
 """Tensor and sequence parallelism over gloo, against one process: regions, layers, gradient sums, audit, DeepSpeed."""
 
 import pytest
-import tensor_parallel_ranks as ranks
 import torch
+from support import tensor_parallel_ranks as ranks
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from command_ranks import run_inside
-from commands import TINY, train_overrides
+from support.command_ranks import run_inside
+from support.commands import TINY, train_overrides
 
 
 @pytest.fixture(scope="session")

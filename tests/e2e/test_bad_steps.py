@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from commands import RELEASED, losses
+from support.commands import RELEASED, losses
 
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.operations.events import read_events

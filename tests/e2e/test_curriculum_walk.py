@@ -7,8 +7,8 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
-from command_ranks import run_inside
-from commands import TINY, command, kill_at, losses, run
+from support.command_ranks import run_inside
+from support.commands import TINY, command, kill_at, losses, run
 
 from kairos_train.checkpoint.canonical import CheckpointReader
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_ranks import run_inside
-from commands import TINY, command, environment
+from support.command_ranks import run_inside
+from support.commands import TINY, command, environment
 
 from kairos_train.checkpoint.adapters import MergedWeights
 from kairos_train.checkpoint.canonical import CheckpointReader

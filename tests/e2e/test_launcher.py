@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from commands import command, environment
+from support.commands import command, environment
 
 JOB = {"SLURM_JOB_ID": "31000", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODEID": "0", "SLURM_NTASKS": "1"}
 JOB |= {"SLURM_CPUS_ON_NODE": "4", "SLURMD_NODENAME": "here"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import train_overrides
-from reshard_ranks import save_again, train_run
+from support.commands import train_overrides
+from support.reshard_ranks import save_again, train_run
 
 from kairos_train.cli import main
 

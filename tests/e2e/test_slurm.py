@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import TINY, command, losses, train_overrides
-from slurm_cluster import SlurmCluster, missing
+from support.commands import TINY, command, losses, train_overrides
+from support.slurm_cluster import SlurmCluster, missing
 
 from kairos_train.config.operation_schema import ClusterConfig
 from kairos_train.launch.script import Job

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_ranks import compiled_by_deepspeed, linear_is_torchs
-from commands import RELEASED, SAMPLED, kill_at, losses, run, train_command, train_overrides
 from PIL import Image, ImageSequence
+from support.command_ranks import compiled_by_deepspeed, linear_is_torchs
+from support.commands import RELEASED, SAMPLED, kill_at, losses, run, train_command, train_overrides
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kairos_train.checkpoint.canonical import CheckpointReader

@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from commands import TINY, losses
 from safetensors.torch import save_file
+from support.commands import TINY, losses
 
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.cli import main

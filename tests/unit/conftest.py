@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from tiny_export import write_tiny_checkpoint, write_tiny_shards
+from support.tiny_export import write_tiny_checkpoint, write_tiny_shards
 
-from kairos_train.checkpoint.export import export
+from kairos_train.weights.export import export
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""Bytes from files and URLs; videos."""

@@ -1,0 +1,1 @@
+"""The ground: errors, files, formats and geometry that every package may import."""

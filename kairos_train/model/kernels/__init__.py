@@ -1,0 +1,1 @@
+"""What a backend computes: attention in windows, the delta rule, rotary embedding."""

@@ -1,0 +1,1 @@
+"""What a run logged, read back: status, report, curves, diagnosis."""

@@ -1,0 +1,1 @@
+"""Hang detection: heartbeats, faults, stacks."""

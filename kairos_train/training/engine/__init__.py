@@ -1,0 +1,1 @@
+"""DeepSpeed behind one interface: parameters, optimizer, EMA, their state."""

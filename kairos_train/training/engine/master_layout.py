@@ -1,0 +1,196 @@
+"""Where the float32 state of a parameter lies, for every ZeRO stage and layout.
+
+Each process has a few flat float32 tensors, the ones that its optimiser updates. Parameter by parameter, a fragment
+says which range of the flattened parameter lies where in them:
+
+    stage 0     one tensor per parameter, complete on every process
+    stage 1, 2  one partition per parameter group; a parameter may lie across partitions (`_hp_mapping`)
+    stage 3     one tensor per sub-group, with an equal part of every parameter, the last one padded (`grad_position`)
+
+Partitions are over the gradient group (context × data). The parameter that is partitioned is the part of it that this
+tensor rank holds, whose place in the full tensor the sharding table knows:
+
+    fragment (range of the local part) → boxes in the local part → boxes in the full tensor
+
+Moments and moving averages have the layout of the masters, so that one mapping serves them all. Padding is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kairos_train.checkpoint import boxes
+from kairos_train.checkpoint.boxes import Box
+from kairos_train.checkpoint.writing import Piece
+from kairos_train.training.engine.optimizer import Masters
+from kairos_train.training.engine.ownership import Shares
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`numel` elements, from `inside` on in the flattened parameter, from `start` on in flat tensor number `flat`."""
+
+    flat: int
+    start: int
+    inside: int
+    numel: int
+
+
+class MasterLayout:
+    """The float32 masters of this process and their place in the full parameters.
+
+    Args:
+        deepspeed: the DeepSpeed engine.
+        optimizer: the torch optimiser given to it.
+        stage: its ZeRO stage.
+        shares: which part of each tensor is here, and who writes it.
+
+    Attributes:
+        parameters: those that train, by name.
+        shapes: full shapes of them.
+        local_shapes: shapes of this tensor rank's part of them.
+    """
+
+    def __init__(self, deepspeed: Any, optimizer: torch.optim.Optimizer, *, stage: int, shares: Shares) -> None:
+        self.stage = stage
+        self.parameters: dict[str, nn.Parameter] = {
+            name: p for name, p in deepspeed.module.named_parameters() if p.requires_grad
+        }
+        self._shares = shares
+        self._optimizer = optimizer
+        self._wrapper = deepspeed.optimizer
+        self.local_shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters.items()}
+        self.shapes = {name: shares.full_shape(name, shape) for name, shape in self.local_shapes.items()}
+        self._written = shares.copies if stage == 0 else shares.partitions
+        self._flats: list[Tensor] = self._find_flats()
+        self._fragments = {name: self._find_fragment(name, p) for name, p in self.parameters.items()}
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The float32 masters of this process."""
+        return [flat.detach() for flat in self._flats]
+
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """What `moments` knows: AdamW's two, nothing of an optimiser without memory."""
+        return ("exp_avg", "exp_avg_sq") if isinstance(self._optimizer, torch.optim.AdamW) else ()
+
+    def moments(self, key: str) -> list[Tensor]:
+        """One of `moment_names`, in the layout of `masters`; zeros before the first step."""
+        return [self._state_of(flat)[key] for flat in self._flats]
+
+    @property
+    def updates(self) -> int:
+        """Updates that AdamW has made, its counter for the bias correction; 0 of an optimiser without memory."""
+        if not self.moment_names:
+            return 0
+        counts = {int(self._state_of(flat)["step"]) for flat in self._flats}
+        if len(counts) != 1:
+            raise RuntimeError(f"AdamW has different step counters: {sorted(counts)}")
+        return counts.pop()
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for flat in self._flats if self.moment_names else ():
+            self._state_of(flat)["step"].fill_(count)
+
+    def pieces(self, tensors: Sequence[Tensor]) -> list[Piece]:
+        """What this process writes of the parameters in `tensors`, which are in the layout of `masters`.
+
+        Views, nothing is copied. The pieces of all processes are the full tensors, each element once.
+        """
+        return [
+            Piece(name, self.shapes[name], boxes.offset_of(box), part)
+            for name in self.parameters
+            if name in self._written
+            for box, part in self._parts(name, tensors)
+        ]
+
+    @torch.no_grad()
+    def fill(self, read: Callable[[str, tuple[slice, ...]], Tensor], tensors: Sequence[Tensor]) -> None:
+        """Set all of `tensors`, in the layout of `masters`, from full tensors.
+
+        Args:
+            read: name and slices of the full tensor → that box of it. Only boxes that lie here are asked for.
+        """
+        for name in self.parameters:
+            for box, part in self._parts(name, tensors):
+                part.copy_(read(name, boxes.slices_of(box, [0] * len(box))))
+
+    @torch.no_grad()
+    def scatter(self, name: str, local: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Set the fragment of one parameter from `local` (float32), this tensor rank's part of it."""
+        fragment = self._fragments[name]
+        if fragment is not None:
+            part = local.reshape(-1).narrow(0, fragment.inside, fragment.numel)
+            tensors[fragment.flat].view(-1).narrow(0, fragment.start, fragment.numel).copy_(part)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the parameters that the model computes with those of the masters. Collective."""
+        wrapper = self._wrapper
+        if isinstance(wrapper, Masters):
+            wrapper.refresh()
+        elif self.stage in (1, 2):
+            wrapper.update_lp_params()
+        elif self.stage == 3:
+            wrapper._partition_all_parameters()
+            for index in range(len(self._flats)):
+                wrapper._reassign_or_swap_out_partitioned_parameters(index)
+            if wrapper.persistent_parameters:  # small ones stay whole on every process
+                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+
+    def _parts(self, name: str, tensors: Sequence[Tensor]) -> Iterator[tuple[Box, Tensor]]:
+        """Boxes of the full tensor that lie in `tensors`, as views of them."""
+        fragment = self._fragments[name]
+        if fragment is None:
+            return
+        flat, at = tensors[fragment.flat].view(-1), fragment.start
+        offset = self._shares.offset(name, self.shapes[name])
+        for box in boxes.boxes_of_range(self.local_shapes[name], fragment.inside, fragment.numel):
+            size = boxes.volume(box)
+            yield boxes.shift(box, offset), flat.narrow(0, at, size).view(boxes.shape_of(box))
+            at += size
+
+    def _find_flats(self) -> list[Tensor]:
+        if self.stage == 0:
+            return [p for group in self._optimizer.param_groups for p in group["params"]]
+        if self.stage == 3:
+            return list(self._wrapper.fp32_partitioned_groups_flat)  # its param_groups are filled during a step only
+        return [group["params"][0] for group in self._optimizer.param_groups]
+
+    def _find_fragment(self, name: str, parameter: nn.Parameter) -> Fragment | None:
+        """None: this process holds nothing of the parameter."""
+        whole = torch.Size(self.local_shapes[name]).numel()
+        if self.stage == 0:
+            known = self._optimizer.low_precision if isinstance(self._optimizer, Masters) else self._flats
+            flat = next(i for i, other in enumerate(known) if other is parameter)
+            return Fragment(flat=flat, start=0, inside=0, numel=whole)
+        if self.stage == 3:
+            flat, start, numel = self._wrapper.grad_position[self._wrapper.get_param_id(parameter)]
+            inside = numel * parameter.ds_zero_partition_rank
+            numel = min(numel, whole - inside)  # the rest is padding
+            return Fragment(flat=flat, start=start, inside=inside, numel=numel) if numel > 0 else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        return Fragment(
+            flat=mapping.param_group_index,
+            start=mapping.hp_fragment_address.start,
+            inside=mapping.lp_fragment_address.start,
+            numel=mapping.lp_fragment_address.numel,
+        )
+
+    def _state_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """AdamW's state of one flat tensor, made as AdamW itself makes it when there is none yet."""
+        state = self._optimizer.state[flat]
+        if not state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(flat, memory_format=torch.preserve_format).detach()
+            state["exp_avg_sq"] = torch.zeros_like(flat, memory_format=torch.preserve_format).detach()
+        return state

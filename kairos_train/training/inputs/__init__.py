@@ -1,0 +1,1 @@
+"""Samples become the batches of a step."""

@@ -1,0 +1,191 @@
+"""From raw shard batches to conditioned micro-batches: encoders, normalisation, objective.
+
+Shards may carry cached latents and contexts; what they lack is encoded here, on the training device. Either way the
+encoders' identity is one fact of the run, recorded in its checkpoints.
+
+With several sources each is normalised with its own statistics, and states and actions of fewer dimensions than the
+model's are padded with zeros that carry no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataloaders.loading.batch import Batch
+from dataloaders.shards import ShardIndex
+from kairos_train.basics.errors import UserError
+from kairos_train.conditioning.build import build_encoders
+from kairos_train.conditioning.interfaces import Encoders, identities_match
+from kairos_train.config.schema import Config
+from kairos_train.inference import normalization
+from kairos_train.inference.normalization import Normalizer
+from kairos_train.objective.flow_matching import ConditionedBatch, FlowMatching
+from kairos_train.objective.randomness import Choices
+from kairos_train.training.describe import sample_flops
+from kairos_train.training.inputs.contexts import Contexts
+from kairos_train.training.inputs.sources import check_sources, policy_source
+
+
+class Feed:
+    """Encodes, normalises and conditions batches.
+
+    Args:
+        config: data keys and modes, encoders, stage.
+        indices: of the sources that the batches come from, in their order.
+        device: where the results lie.
+
+    Attributes:
+        identity: the encoders', for checkpoints and exports.
+        needs_frames: whether batches must carry decoded frames.
+        policy: number of the source whose robot a policy of this run is for.
+        statistics: of that source.
+        robot: how a policy meets that robot: its cameras in the order of the picture, `fps` of frames and actions;
+            None without a robot.
+
+    Raises:
+        UserError: the shards were packed for other windows, actions or encoders than the configuration names.
+    """
+
+    def __init__(self, config: Config, indices: Sequence[ShardIndex], device: torch.device) -> None:
+        check_sources(config, indices)
+        self.config, self.device = config, device
+        self.needs_frames = any(index.encoders is None for index in indices)
+        self.encoders: Encoders | None = None
+        if self.needs_frames or _weights_given(config):
+            self.encoders = build_encoders(config.encoders, device)
+        self.identity = _identity(config, indices, self.encoders)
+        self.objective = FlowMatching(config.stage, seed=config.seed, patch=tuple(config.model.video.patch_size[1:]))
+        self.contexts = Contexts(
+            config.stage.captions,
+            None if self.encoders is None else self.encoders.text,
+            sees_pictures=bool(self.identity["text"].get("image", False)),
+            device=device,
+        )
+        self.policy = policy_source(indices)
+        self.statistics = indices[self.policy].statistics()
+        self.robot = _robot(indices[self.policy])
+        self._normalizers = [self._normalizers_of(index) for index in indices]
+        self.empty_context = self._empty_context(indices)
+
+    def condition(
+        self, batch: Batch, *, step: int, progress: float = 0.0, source: int | None = None
+    ) -> ConditionedBatch:
+        """The micro-batch of `step`: what is drawn depends on (seed, step, sample key) alone.
+
+        Args:
+            progress: share of the stage that is done.
+            source: number of the source whose statistics hold; None: each sample's own.
+        """
+        latents = self._latents(batch)
+        choices = self.objective.choices(batch.keys, step=step, frames=latents.shape[2])
+        given = self._given(batch, latents, choices, progress=progress, source=source)
+        conditioned = self.objective.condition(keys=batch.keys, step=step, empty_context=self.empty_context, **given)
+        actions = 0 if conditioned.action is None else conditioned.action.shape[1]
+        patch = self.objective.patch[0] * self.objective.patch[1]
+        conditioned.tokens = latents[0, 0].numel() // patch + actions
+        conditioned.flops = sample_flops(self.config, latents.shape[1:], given["context"].shape[1], actions)
+        return conditioned
+
+    def encode(self, batch: Batch, condition: str, *, source: int) -> dict[str, Tensor]:
+        """What `condition` would add noise to: latents, context, context_mask, and in a joint stage state, actions and
+        action_mask; every sample under the same condition, with the caption it begins the stage with.
+
+        Args:
+            condition: "ti2v" or "t2v": whether the context may show the first frame.
+            source: number of the source whose statistics hold.
+        """
+        choices = [Choices(condition, drop_context=False, video_index=0, action_index=0, caption=0.0)] * len(batch.keys)
+        return self._given(batch, self._latents(batch), choices, progress=0.0, source=source)
+
+    def _given(
+        self, batch: Batch, latents: Tensor, choices: Sequence[Choices], *, progress: float, source: int | None
+    ) -> dict[str, Tensor]:
+        context, mask = self.contexts.of(batch, choices, progress=progress)
+        sources = batch.source if source is None else [source] * len(batch.keys)
+        return {"latents": latents, "context": context, "context_mask": mask, **self._numbers(batch, sources)}
+
+    def _latents(self, batch: Batch) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents.to(self.device).float()
+        return self.encoders.video.encode(batch.frames.to(self.device))
+
+    def _numbers(self, batch: Batch, sources: Sequence[int]) -> dict[str, Tensor]:
+        """State, actions and their masks as the objective takes them; nothing in a video stage or without actions."""
+        if self.config.stage.streams == "video" or batch.actions is None:
+            return {}
+        sizes = self.config.model.action
+        state = torch.zeros(len(batch.keys), 1, sizes.state_dim)
+        actions = torch.zeros(len(batch.keys), batch.actions.shape[1], sizes.action_dim)
+        dims = torch.zeros(len(batch.keys), sizes.action_dim, dtype=torch.bool)
+        for i, source in enumerate(sources):
+            of_state, of_action = self._normalizers[source]
+            state[i, :, : of_state.dim] = of_state.normalize(batch.state[i, :, : of_state.dim])
+            own = of_action.normalize(batch.actions[i, :, : of_action.dim])
+            actions[i, :, : of_action.dim] = own
+            dims[i, : of_action.dim] = True
+        numbers = {"state": state, "actions": actions, "action_mask": batch.action_mask}
+        if not dims.all():
+            numbers["action_dim_mask"] = dims
+        return {name: value.to(self.device) for name, value in numbers.items()}
+
+    def _normalizers_of(self, index: ShardIndex) -> tuple[Normalizer, Normalizer] | None:
+        """Of states and actions; None of a source without a robot, and in a video stage."""
+        if not index.action_dim or self.config.stage.streams == "video":
+            return None
+        data, statistics = self.config.data, index.statistics()
+        return (
+            normalization.from_statistics(
+                statistics, group="state", key=index.window.state_key, mode=data.normalize_state
+            ),
+            normalization.from_statistics(
+                statistics, group="action", key=index.window.action_key, mode=data.normalize_action
+            ),
+        )
+
+    def _empty_context(self, indices: Sequence[ShardIndex]) -> Tensor | None:
+        if not self.config.stage.conditions.get("i2v", 0):
+            return None
+        for index in indices:
+            cached = index.empty_context()
+            if cached is not None:
+                return torch.from_numpy(cached).float().to(self.device)
+        if self.encoders is None:
+            raise UserError("stage.conditions.i2v needs the empty prompt's encoding: repack with --encode")
+        context, mask = self.encoders.text.encode([""], None)
+        return context[0, mask[0]]
+
+
+def _robot(index: ShardIndex) -> dict[str, Any] | None:
+    return {"fps": index.fps, "cameras": list(index.source.get("cameras", []))} if index.action_dim else None
+
+
+def _identity(config: Config, indices: Sequence[ShardIndex], encoders: Encoders | None) -> dict[str, Any]:
+    """The one pair of encoders of all sources and this run."""
+    known = [index.encoders for index in indices if index.encoders is not None]
+    if encoders is not None:
+        known.append(encoders.identity)
+    for other in known[1:]:
+        identities_match(known[0], other)
+    if encoders is None:
+        _check_kinds(config, known[0])
+    return known[-1]
+
+
+def _weights_given(config: Config) -> bool:
+    """Whether the encoders can be built: weight-free ones always, real ones where their weights are named."""
+    encoders = config.encoders
+    real = [e for e in (encoders.video, encoders.text) if e.kind in ("wan", "qwen")]
+    return all(e.path is not None for e in real)
+
+
+def _check_kinds(config: Config, identity: dict[str, Any]) -> None:
+    for name in ("video", "text"):
+        kind = getattr(config.encoders, name).kind
+        if identity[name].get("kind") != kind:
+            raise UserError(
+                f"encoders.{name}.kind={kind}: the shards were encoded with {identity[name].get('kind')}; choose that"
+            )

@@ -1,0 +1,1 @@
+"""What a step reports: time, norms, communication, stragglers."""

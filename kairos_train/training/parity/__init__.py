@@ -1,0 +1,1 @@
+"""A layout held to one process."""

@@ -1,0 +1,206 @@
+"""Is a layout the same training as one process? A few optimiser steps of both on the same synthetic samples.
+
+The samples of a step are micro-batches numbered over ranks and accumulation, each a function of (seed, step, number)
+alone; whoever gets a number makes the same tensors. They are as mixed as data is: per-sample conditions and noise,
+padded actions, a micro-batch without actions and states, one of single images (fewer frames than context ranks).
+Weights are perturbed so that nothing hides: heads that are not zero, decays that remember.
+
+Compared are the losses and the gradient norm of every step, each tensor's gradient after the first (AdamW's first
+moment, which is (1 − β₁)·clipped gradient), each tensor's weights after the last.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kairos_train.config.schema import Config, ParallelConfig
+from kairos_train.model.initialise import generator
+from kairos_train.model.layout import full_shapes, model_table
+from kairos_train.objective.flow_matching import ConditionedBatch, FlowMatching
+from kairos_train.training.engine.deepspeed_engine import build_engine, start_processes
+from kairos_train.training.engine.engine_state import gather_full_state
+from kairos_train.training.engine.initial_weights import build_model
+from kairos_train.training.engine.optimizer import lr_at
+from kairos_train.training.step import train_step
+from parallel.sharding import ShardingTable
+from parallel.topology import Topology
+
+TEXT_TOKENS = 8
+SCALARS = ("loss", "video_loss", "action_loss", "grad_norm")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a few steps did.
+
+    Attributes:
+        scalars: (steps, len(SCALARS)) float64.
+        gradients, weights: full tensors by name, float32 on the CPU.
+    """
+
+    scalars: Tensor
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        sections = {"gradient": self.gradients, "weight": self.weights}
+        tensors = {f"{section}/{name}": t for section, named in sections.items() for name, t in named.items()}
+        save_file(tensors, path, {"scalars": json.dumps(self.scalars.tolist())})
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        """Read what `save` wrote."""
+        sections: dict[str, dict[str, Tensor]] = {"gradient": {}, "weight": {}}
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dictionary
+                section, name = key.split("/", 1)
+                sections[section][name] = file.get_tensor(key)
+            scalars = torch.tensor(json.loads(file.metadata()["scalars"]), dtype=torch.float64)
+        return cls(scalars, sections["gradient"], sections["weight"])
+
+
+def reference_config(config: Config, ranks: int) -> Config:
+    """The same training in one process: all micro-batches one after the other, no ZeRO."""
+    data = ranks // config.parallel.tensor // config.parallel.context
+    train = replace(config.train, accumulation=config.train.accumulation * data, zero_stage=0, recompute="none")
+    return replace(config, parallel=ParallelConfig(), train=replace(train, offload_activations=False))
+
+
+def run_steps(config: Config, steps: int, topology: Topology | None = None) -> Trace | None:
+    """Train `steps` steps in the layout of `config.parallel` over the processes there are. Collective.
+
+    Returns:
+        The trace on rank 0, None elsewhere.
+    """
+    topology = topology or start_processes(config.train.device, config.parallel)
+    model = build_model(config, topology=topology)
+    table = model_table(config, model)
+    perturb(model, table, topology, config.seed)
+    engine = build_engine(model, config, topology=topology, table=table, full_shapes=full_shapes(config))
+    objective = FlowMatching(config.stage, seed=config.seed, patch=tuple(config.model.video.patch_size[1:]))
+    scalars, gradients = [], {}
+    for step in range(steps):
+        engine.set_lr(lr_at(step, config.optimizer, steps))
+        report = train_step(engine, objective, config.stage, make_batches(config, objective, step, topology))
+        scalars.append([getattr(report, name) or 0.0 for name in SCALARS])
+        if step == 0 and config.optimizer.name == "adamw":
+            sections, _ = gather_full_state(engine)
+            gradients = {k: v / (1 - config.optimizer.betas[0]) for k, v in sections.get("exp_avg", {}).items()}
+    sections, _ = gather_full_state(engine)
+    engine.close()
+    if topology.rank:
+        return None
+    return Trace(torch.tensor(scalars, dtype=torch.float64), gradients, sections["model"])
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, table: ShardingTable, topology: Topology, seed: int) -> None:
+    """Weights under which every part of the model matters, equal in every layout."""
+    for name, parameter in model.named_parameters():
+        shape = torch.Size(table.full_shape(name, parameter.shape))
+        part = table.slices(name, shape, topology.tensor_rank)
+        noise = torch.empty(shape).normal_(generator=generator(f"parity/{name}", seed))
+        if name.endswith(("A_log", "dt_bias")):
+            parameter.copy_((noise * 0.5 - 2)[part])
+        else:
+            parameter.add_(noise[part].to(parameter.device) * (0.02 if parameter.ndim > 1 else 0.1))
+
+
+def make_batches(config: Config, objective: FlowMatching, step: int, topology: Topology) -> list[ConditionedBatch]:
+    """This data rank's micro-batches of a step."""
+    ranks = topology.degrees.data
+    numbers = [a * ranks + topology.data_rank for a in range(config.train.accumulation)]
+    return [make_batch(config, objective, step, number, topology.device) for number in numbers]
+
+
+def make_batch(
+    config: Config, objective: FlowMatching, step: int, number: int, device: torch.device
+) -> ConditionedBatch:
+    """Micro-batch `number` of a step: of every four, the second has no actions and the fourth is single images."""
+    rng = torch.Generator().manual_seed(config.seed + 7919 * step + number)
+    joint, images = config.stage.streams == "joint", number % 4 == 3
+    acting = joint and number % 4 in (0, 2)
+    samples, window, text = config.train.micro_batch, config.data.window, config.model.text_dim
+    frames = 1 if images else (window.frames - 1) // 4 + 1
+    inputs = {
+        "latents": torch.randn(samples, 16, frames, window.height // 8, window.width // 8, generator=rng),
+        "context": torch.randn(samples, TEXT_TOKENS, text, generator=rng),
+        "context_mask": torch.arange(TEXT_TOKENS) < torch.randint(1, TEXT_TOKENS + 1, (samples, 1), generator=rng),
+    }
+    if acting:
+        count, action = (window.frames - 1) * window.action_video_freq_ratio, config.model.action
+        valid = torch.randint(0, count + 1, (samples, 1), generator=rng)
+        inputs |= {
+            "state": torch.randn(samples, 1, action.state_dim, generator=rng),
+            "actions": torch.randn(samples, count, action.action_dim, generator=rng),
+            "action_mask": torch.arange(count) < valid,
+        }
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    keys = [f"{number}-{i}" for i in range(samples)]
+    return objective.condition(keys=keys, step=step, **inputs)
+
+
+# Comparison
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one quantity is from the reference's.
+
+    Attributes:
+        what: "losses", "gradient norm", "gradients" or "weights".
+        value: the worst deviation.
+        allowed: the limit.
+        first: the first step or tensor, in the model's order, that is beyond the limit; the worst one if none is.
+    """
+
+    what: str
+    value: float
+    allowed: float
+    first: str
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.allowed  # NaN is not
+
+
+def compare(expected: Trace, got: Trace, config: Config) -> list[Deviation]:
+    """Relative deviations of losses and norms; of gradients and weights per tensor, relative L2.
+
+    In float32 the limits are 1e-5, and 1e-4 for tensors under AdamW, whose first updates are signs: an element without
+    gradient moves by rounding alone. Under SGD weights may be 1e-5 off per element. bfloat16 rounds every activation,
+    in an order that the layout decides: 2e-2, tensors 1e-1.
+    """
+    low = config.train.precision == "bf16" or config.precision.fp8.recipe is not None
+    exact, tensors = (2e-2, 1e-1) if low else (1e-5, 1e-4)
+    off = (got.scalars - expected.scalars).abs() / expected.scalars.abs().clamp(min=1e-12)
+    deviations = [
+        _worst("losses", {f"step {i}": float(row[:3].max()) for i, row in enumerate(off)}, exact),
+        _worst("gradient norm", {f"step {i}": float(row[3]) for i, row in enumerate(off)}, exact),
+    ]
+    if expected.gradients:
+        deviations.append(_worst("gradients", _l2(expected.gradients, got.gradients), tensors))
+    if config.optimizer.name == "sgd":
+        apart = {k: float((got.weights[k] - w).abs().max()) for k, w in expected.weights.items()}
+        return [*deviations, _worst("weights", apart, exact)]
+    return [*deviations, _worst("weights", _l2(expected.weights, got.weights), tensors)]
+
+
+def _l2(expected: dict[str, Tensor], got: dict[str, Tensor]) -> dict[str, float]:
+    """|got − expected| / |expected| per tensor; tensors whose sums cancel are held to 1e-3 of the largest."""
+    floor = 1e-3 * max(float(t.norm()) for t in expected.values())
+    return {k: float((got[k] - t).norm()) / max(float(t.norm()), floor) for k, t in expected.items()}
+
+
+def _worst(what: str, values: dict[str, float], allowed: float) -> Deviation:
+    beyond = [name for name, value in values.items() if not value <= allowed]
+    worst = max(values, key=lambda name: (values[name] != values[name], values[name]))
+    return Deviation(what, values[worst], allowed, beyond[0] if beyond else worst)

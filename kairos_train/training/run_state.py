@@ -1,0 +1,254 @@
+"""A run into a checkpoint and back: weights, moments, averages, random states, position in the data, configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataloaders.loading.loader import ShardLoader
+from kairos_train.basics.errors import UserError
+from kairos_train.checkpoint.canonical import CheckpointReader, find_latest
+from kairos_train.checkpoint.retention import prune
+from kairos_train.checkpoint.saver import Saver
+from kairos_train.checkpoint.writing import whole_pieces
+from kairos_train.conditioning.interfaces import identities_match
+from kairos_train.config.compose import load_saved, to_yaml
+from kairos_train.config.schema import Config
+from kairos_train.operations.guard import Guard
+from kairos_train.training.budget import Progress
+from kairos_train.training.describe import chosen_kernels
+from kairos_train.training.engine.deepspeed_engine import TrainingEngine
+from kairos_train.training.engine.ema import Ema
+from kairos_train.training.engine.engine_state import load_full_state, state_pieces
+from kairos_train.training.engine.random_state import derive_random_state, random_state, set_random_state
+from kairos_train.training.inputs.feed import Feed
+from parallel.topology import Topology
+
+FREE_TO_CHANGE = (
+    "run_dir",
+    "train.",
+    "parallel.",
+    "cluster.",
+    "kernels.",
+    "data.workers",
+    "data.timeout",
+    "data.cache",
+    "data.validation_shards",
+    "data.on_corrupt",
+    "data.max_corrupt",
+    "data.check_peers",
+    "stage.init",
+    "curriculum.",
+    "prepare",
+    *("guard.", "watch.", "monitor.", "faults."),
+)
+"""Settings that a resumed run may have otherwise than its checkpoint (announced); any other change is refused.
+
+How a run is split, recomputed and written changes its numbers by rounding alone. `train.micro_batch` and
+`train.accumulation` must make up for another number of data ranks: `restore` holds the samples of a step.
+"""
+
+UNTOLD = ("train.deadline",)
+"""Of those, what is another in every life of a job, and not announced."""
+
+NUMBERS = ("train.precision",)
+"""Of those, what decides the numbers after all: not free. (`precision.fp8` is not free either.)"""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The step with the lowest validation loss of the averaged weights; its checkpoint is kept."""
+
+    step: int
+    loss: float
+
+
+def find_resumable(config: Config) -> tuple[CheckpointReader | None, list[str]]:
+    """The checkpoint to continue from by `train.resume`, and warnings about damaged ones. Looks at names and sizes.
+
+    Raises:
+        UserError: `must` without a checkpoint, or a run folder that holds a different run.
+    """
+    if config.train.resume == "never":
+        if list(checkpoints(config).glob("step-*")):
+            raise UserError(
+                f"train.resume=never: run_dir={config.run_dir} holds checkpoints; choose another run_dir or resume=auto"
+            )
+        return None, []
+    path, problems = find_latest(checkpoints(config))
+    if path is None and config.train.resume == "must":
+        raise UserError(f"train.resume=must: no valid checkpoint in {checkpoints(config)}; use resume=auto")
+    return (None if path is None else CheckpointReader(path)), problems
+
+
+def checkpoints(config: Config) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(config.run_dir) / "checkpoints"
+
+
+def changed_settings(config: Config, reader: CheckpointReader) -> list[str]:
+    """Settings that differ from the checkpoint's, "key old -> new", all of them free to change.
+
+    Raises:
+        UserError: one that is not; naming it.
+    """
+    old, new = _leaves(asdict(load_saved(reader.path / "config.yaml"))), _leaves(asdict(config))
+    changes = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    for key in changes:
+        if key in NUMBERS or not key.startswith(FREE_TO_CHANGE):
+            raise UserError(
+                f"{key}={new.get(key)}: the run in run_dir={config.run_dir} was started with {old.get(key)}; "
+                "set that to resume it, or choose another run_dir"
+            )
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in changes if key not in UNTOLD]
+
+
+@dataclass
+class RunState:
+    """What a checkpoint holds of a run.
+
+    Attributes:
+        best: the step with the lowest validation loss so far.
+        guard: memory of bad steps.
+    """
+
+    engine: TrainingEngine
+    ema: Ema
+    loader: ShardLoader
+    feed: Feed
+    config: Config
+    progress: Progress
+    best: Best | None
+    guard: Guard
+
+
+def open_saver(config: Config, topology: Topology, published: Callable[[], Any] = lambda: None) -> Saver:
+    """What writes this run's checkpoints and drops old ones. Collective.
+
+    Args:
+        published: called by rank 0's thread after each checkpoint.
+    """
+    folder, train = checkpoints(config), config.train
+
+    def finish() -> None:
+        published()
+        _tidy(folder, train.keep_last, train.keep_every)
+
+    return Saver(folder, rank=topology.rank, size=topology.size, background=train.async_checkpoint, published=finish)
+
+
+def save(saver: Saver, state: RunState) -> None:
+    """Begin the checkpoint of the step that `state.progress` has come to. Collective."""
+    engine, loader, config = state.engine, state.loader, state.config
+    loader.sync()
+    topology = engine.topology
+    tensors, plain = random_state()
+    rng = whole_pieces({f"rank{topology.rank}.{name}": tensor for name, tensor in tensors.items()})
+    saver.save(
+        state.progress.steps,
+        {**state_pieces(engine, state.ema.average), "rng": rng},
+        own_state={"random": plain},
+        state={
+            "samples": state.progress.samples,
+            "tokens": state.progress.tokens,
+            "best": None if state.best is None else asdict(state.best),
+            "guard": state.guard.state_dict(),
+            "layout": {**asdict(topology.degrees), "step_size": step_size(config, topology)},
+            "optimizer": {"updates": engine.layout.updates},
+            "ema": state.ema.state_dict(),
+            "loader": loader.state_dict(),  # the same on all ranks
+            "encoders": state.feed.identity,
+            "robot": state.feed.robot,
+            "kernels": chosen_kernels(config, topology.device),
+        },
+        files={"config.yaml": to_yaml(config), "dataset_stats.json": json.dumps(state.feed.statistics, indent=1)},
+    )
+
+
+def step_size(config: Config, topology: Topology) -> int:
+    """What a step takes from the data on all ranks: samples, or micro-batches where those have a token budget."""
+    fixed = config.train.micro_batch if config.data.tokens_per_micro_batch is None else 1
+    return fixed * config.train.accumulation * topology.degrees.data
+
+
+def changed_layout(config: Config, topology: Topology, reader: CheckpointReader) -> list[str]:
+    """The processes' arrangement where it is another than the checkpoint's, "key old -> new".
+
+    Raises:
+        UserError: a step would take another number of samples than before, or the checkpoint does not say.
+    """
+    old = reader.state.get("layout")
+    if old is None:
+        raise UserError(
+            f"checkpoint {reader.path}: an older version wrote it, and it does not say how; start a stage from it by "
+            "stage.init_from"
+        )
+    train, size, new = config.train, step_size(config, topology), asdict(topology.degrees)
+    if size != old["step_size"]:
+        fixed = config.data.tokens_per_micro_batch is None
+        factors = f"train.micro_batch={train.micro_batch} × " if fixed else ""
+        raise UserError(
+            f"{factors}train.accumulation={train.accumulation} × {new['data']} data ranks = {size} "
+            f"{'samples' if fixed else 'micro-batches'} per step, but the run in run_dir={config.run_dir} has "
+            f"{old['step_size']}; change one of them so that it stays"
+        )
+    return [f"{axis} ranks {old[axis]} -> {degree}" for axis, degree in new.items() if degree != old[axis]]
+
+
+def restore(state: RunState, reader: CheckpointReader) -> None:
+    """Continue where `reader`'s checkpoint stood, whatever layout wrote it. Collective.
+
+    Raises:
+        UserError: other encoders, other shards, another model, another number of samples per step.
+    """
+    identities_match(reader.state["encoders"], state.feed.identity)
+    topology = state.engine.topology
+    another = changed_layout(state.config, topology, reader)
+    state.loader.load_state_dict(reader.state["loader"])
+    load_full_state(state.engine, reader)
+    state.ema.load(reader)
+    state.progress, state.best = progress_of(reader), best_of(reader)
+    state.guard.load_state_dict(reader.state.get("guard"))
+    if another:
+        # Every rank had generators of its own, and ranks there are now others. Training draws nothing from them (noise
+        # is a function of seed, step and sample), so any states will do that are the same whenever this is repeated.
+        derive_random_state(state.config.seed, reader.step, topology.rank)
+    else:
+        _restore_random_state(reader, topology.rank)
+
+
+def best_of(reader: CheckpointReader) -> Best | None:
+    """The best step up to a checkpoint."""
+    saved = reader.state.get("best")
+    return None if saved is None else Best(**saved)
+
+
+def _tidy(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Remove old checkpoints, but not the best one."""
+    newest, _ = find_latest(folder)
+    best = None if newest is None else best_of(CheckpointReader(newest))
+    prune(folder, keep_last, keep_every, keep=() if best is None else (best.step,))
+
+
+def progress_of(reader: CheckpointReader) -> Progress:
+    """What the run that wrote a checkpoint had done."""
+    return Progress(reader.step, int(reader.state["samples"]), int(reader.state.get("tokens", 0)))
+
+
+def _restore_random_state(reader: CheckpointReader, rank: int) -> None:
+    prefix = f"rank{rank}."
+    names = [name for name in reader.names("rng") if name.startswith(prefix)]
+    tensors: dict[str, torch.Tensor] = {name.removeprefix(prefix): reader.read("rng", name) for name in names}
+    set_random_state(tensors, reader.state["ranks"][rank]["random"])
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves

@@ -1,0 +1,1 @@
+"""Weights in other formats: import, export, quantization."""

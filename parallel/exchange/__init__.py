@@ -1,0 +1,1 @@
+"""What context ranks exchange: recurrent states, convolution halos, frames."""

@@ -1,0 +1,41 @@
+"""`kairos-train` inside of processes that are kept: where a test needs the command and not its start."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from subprocess import CompletedProcess
+
+from support.pool import Pool
+
+from kairos_train.cli import main
+
+
+def run_inside(pool: Pool, words: list[object], *, code: int = 0, cwd: Path | None = None) -> CompletedProcess:
+    """`kairos-train WORDS` on every rank of a pool; what rank 0 printed, all exit codes checked."""
+    results = pool.run(_command, list(map(str, words)), cwd or Path.cwd(), timeout=300)
+    for rank, result in enumerate(results):
+        assert result.returncode == code, f"rank {rank}: exit code {result.returncode}\n{result.stderr[-4000:]}"
+    return results[0]
+
+
+def compiled_by_deepspeed() -> object:
+    """The operator that DeepSpeed compiles when it first starts on a CPU, None where it did not."""
+    from deepspeed import comm
+
+    return comm.comm.cdb.shm_comm_op
+
+
+def linear_is_torchs() -> bool:
+    """Whether `torch.nn.functional.linear` is torch's own function."""
+    import torch
+
+    return torch.nn.functional.linear is torch._C._nn.linear
+
+
+def _command(words: list[str], cwd: Path) -> CompletedProcess:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    return CompletedProcess(words, code, out.getvalue(), err.getvalue())

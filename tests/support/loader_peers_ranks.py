@@ -1,0 +1,33 @@
+"""Ranks of the peers' test: the loader of a run with two tensor ranks and two data ranks."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.distributed as dist
+
+from kairos_train.basics.errors import RunStopped
+from kairos_train.config.schema import Config, DataConfig, TrainConfig
+from kairos_train.training.build_run import _open_loader
+from parallel.topology import Degrees, Topology
+
+
+@cache
+def topology() -> Topology:
+    return Topology.build(Degrees(tensor=2, context=1, data=2), torch.device("cpu"))
+
+
+def read_steps(folders: list[str], steps: int, *, check: bool) -> list[str] | str:
+    """Keys that this rank gets from its own folder, or what its run is stopped by."""
+    config = Config(
+        data=DataConfig(shards=folders[dist.get_rank()], workers=0, check_peers=check),
+        train=TrainConfig(micro_batch=2, accumulation=2, device="cpu"),
+    )
+    loader = _open_loader(config, topology(), with_frames=False)
+    try:
+        return [key for _ in range(2 * steps) for key in next(loader).keys]
+    except RunStopped as error:
+        return str(error)
+    finally:
+        loader.close()

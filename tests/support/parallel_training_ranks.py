@@ -1,0 +1,55 @@
+"""Ranks of the training comparisons: a few optimiser steps, in a layout or as the one process that it is held to."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from kairos_train.config.compose import load_config
+from kairos_train.config.schema import Config
+from kairos_train.training.engine import deepspeed_engine
+from kairos_train.training.parity.compare import Trace, reference_config, run_steps
+from parallel.topology import Degrees, Topology
+
+STEPS = 3
+BUCKET = 15_000
+"""Numbers: gradients go in several buckets while backward runs, as those of a large model do."""
+
+SIZES = (
+    "model.num_layers=4 model.num_heads=4 model.text_dim=12 model.freq_dim=16 encoders.text.text_dim=12 "
+    "model.video.dim=24 model.video.ffn_dim=32 model.video.gdn_key_dim=6 model.video.gdn_value_dim=8 "
+    "model.video.dilation=2 model.action.dim=16 model.action.ffn_dim=24 model.action.action_dim=3 "
+    "model.action.state_dim=5 data.window.frames=17 data.window.height=32 data.window.width=32 "
+    "data.window.action_video_freq_ratio=1 train.micro_batch=2 train.accumulation=2 train.precision=fp32 "
+    "train.device=cpu optimizer.warmup_steps=1 optimizer.lr=1e-3 optimizer.gradient_clip=0.1"
+)
+"""A model of all kinds of layers; 5 latent frames, which 2 and 4 context ranks share unevenly; clipping is active."""
+
+
+def make_config(overrides: str) -> Config:
+    video = ["stage=physical", "stage.conditions={t2v: 0.4, ti2v: 0.6}"] if "streams=video" in overrides else []
+    words = ["experiment=demo", *video, *SIZES.split(), *overrides.replace("streams=video", "").split()]
+    return load_config(words, sections=("model", "stage", "optimizer", "parallel", "precision", "train"))
+
+
+@cache
+def topology(tensor: int, context: int) -> Topology:
+    return Topology.build(Degrees(tensor, context, dist.get_world_size() // tensor // context), torch.device("cpu"))
+
+
+def train_layout(overrides: str, out: str) -> None:
+    config = make_config(overrides)
+    with patch.object(deepspeed_engine, "LARGEST_BUCKET", BUCKET):
+        trace = run_steps(config, STEPS, topology(config.parallel.tensor, config.parallel.context))
+    if trace is not None:
+        trace.save(Path(out))
+
+
+def train_reference(overrides: str, ranks: int, out: str) -> None:
+    trace = run_steps(reference_config(make_config(overrides), ranks), STEPS, topology(1, 1))
+    assert isinstance(trace, Trace)
+    trace.save(Path(out))

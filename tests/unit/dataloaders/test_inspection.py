@@ -1,0 +1,103 @@
+"""`data inspect`: what it says is what is there, and its pictures show it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.toy_datasets import WINDOW, write_dataset
+from support.toy_videos import counting, mp4, write_manifest
+
+from dataloaders.lerobot.reader import LeRobotDataset
+from dataloaders.packing.inspection import FRAMES, inspect
+from dataloaders.packing.pack import pack
+from dataloaders.shards import read_index
+from kairos_train import cli
+from kairos_train.basics.errors import UserError
+from kairos_train.config.schema import ClipConfig, DataConfig
+
+DATA = DataConfig(window=WINDOW, clips=ClipConfig(fps=10.0, short_side=64, most_frames=9))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(
+        tmp_path_factory.mktemp("data") / "set", 4, caption_detailed=lambda i: "<b>much</b> to say", score_good=float
+    )
+
+
+def facts_of(lines: list[str]) -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in lines)
+
+
+def brightest(path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_a_lerobot_dataset_is_counted_exactly(dataset, tmp_path):
+    facts = facts_of(inspect(dataset, tmp_path / "page", data=DATA, samples=3))
+    episodes = list(LeRobotDataset(dataset))
+    frames = sum(e.length for e in episodes)
+    assert facts["length"] == f"4 episodes, {frames} frames at 10 fps, {frames / 36000:.3f} h"
+    assert facts["episodes"] == "14 to 17 frames, median 15"
+    assert facts["camera"] == "observation.images.top, 32×32"
+    actions = np.concatenate([e.columns["action"] for e in episodes])
+    assert facts["action"] == f"2 dimensions from {actions.min():.4g} to {actions.max():.4g}, 0 never move"
+    report = json.loads((tmp_path / "page/report.json").read_text())
+    assert {v["name"]: v["high"] for v in report["vectors"]}["action"] == actions.max(0).tolist()
+    names = {"index.html", "report.json", "contact_sheet.png", "actions.png", "states.png"}
+    assert {p.name for p in (tmp_path / "page").iterdir()} == names
+
+
+def test_shards_are_counted_and_their_samples_shown(dataset, tmp_path):
+    pack(dataset, tmp_path / "shards", window=WINDOW, prompt_template="{task}", shard_samples=7)
+    facts = facts_of(inspect(tmp_path / "shards", tmp_path / "page", data=DataConfig(), samples=5))
+    index = read_index(tmp_path / "shards")
+    assert facts["samples"].startswith(f"{index.samples} in {len(index.shards)} shards, ")
+    assert facts["sizes"] == "5 frames of 32×32"
+    assert facts["score good"] == f"0 to 3, median 2 in {index.samples} of {index.samples} samples"
+    assert facts["captions"].startswith(f"detailed ({index.samples}), instruction ({index.samples}) in ")
+    assert facts["action"].endswith("0 never move")
+    page = (tmp_path / "page/index.html").read_text()
+    assert "<b>much" not in page
+    for name in ("contact_sheet.png", "actions.png", "states.png"):
+        assert f'src="{name}"' in page
+    sheet = brightest(tmp_path / "page/contact_sheet.png")
+    tall = (sheet.std(axis=(1, 2)) > 20).sum()
+    assert tall > 5 * 96, "five rows of pictures"
+    assert sheet.shape[1] > FRAMES // 2 * 96
+
+
+def test_a_dimension_that_never_moves_is_said(shared, tmp_path):
+    lines = inspect(shared / "samples/lerobot_v20_gr1", tmp_path / "page", data=DataConfig())
+    assert facts_of(lines)["action"] == "44 dimensions from -3 to 3, 25 never move"
+    assert facts_of(lines)["without files"] == "observation.images.egoview"
+
+
+def test_videos_of_a_manifest_are_looked_at_with_what_cannot_be_used(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.mp4").write_bytes(mp4(counting(30)))
+    rows = [{"path": f"{i}.mp4", "caption": f"<video {i}>"} for i in range(4)]
+    facts = facts_of(inspect(write_manifest(tmp_path, rows), tmp_path / "page", data=DATA))
+    assert facts["samples"] == "6 in 1 of 1 units, 0.001 h at up to 10 fps"
+    assert facts["cannot be used"] == "1 in 1 of 1 units"
+    assert facts["sizes"] == "2, most often 9 frames of 64×64 (3)"
+    assert "3.mp4" in (tmp_path / "page/index.html").read_text()
+
+
+def test_the_command_prints_the_facts_and_where_the_page_is(dataset, tmp_path, capsys):
+    words = ["data", "inspect", str(dataset), "--out", str(tmp_path / "page"), "data=custom", "--samples", "2"]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "length: 4 episodes" in out
+    assert out.endswith(f"page: {tmp_path / 'page/index.html'}\n")
+    assert cli.main(words) == 2
+    assert "exists; remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "match"), [("empty", "is no source"), ("none", "does not exist")])
+def test_what_is_no_dataset_is_one_error_and_leaves_nothing(tmp_path, name, match):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=match):
+        inspect(tmp_path / name, tmp_path / "page", data=DATA)
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]

@@ -1,0 +1,107 @@
+"""States and actions to the model's range and back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kairos_train.basics.errors import UserError
+from kairos_train.inference.normalization import Normalizer, from_statistics
+
+STATS = {
+    "global_min": [-2.0, 1.0, 0.5],
+    "global_max": [4.0, 3.0, 0.50005],
+    "global_q01": [-1.0, 1.5, 0.5],
+    "global_q99": [3.0, 2.5, 0.5],
+    "global_mean": [1.0, 2.0, 0.5],
+    "global_std": [2.0, 0.25, 0.0],
+}
+
+
+@pytest.mark.parametrize(("mode", "low", "high"), [("minmax", "min", "max"), ("quantile", "q01", "q99")])
+def test_bounds_map_to_plus_and_minus_one(mode, low, high):
+    normalizer = Normalizer(STATS, mode)
+    bounds = torch.tensor([STATS[f"global_{low}"], STATS[f"global_{high}"]])
+    torch.testing.assert_close(normalizer.normalize(bounds)[:, :2], torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+
+
+def test_constant_dimension_maps_to_zero_with_scale_one():
+    normalizer = Normalizer(STATS, "minmax")
+    out = normalizer.normalize(torch.tensor([[1.0, 2.0, 0.5], [1.0, 2.0, 2.5]]))
+    assert out[0, 2] == 0
+    torch.testing.assert_close(out[1, 2], torch.tensor(2.0))  # an unseen value is neither amplified nor lost
+    torch.testing.assert_close(normalizer.unnormalize(torch.zeros(3))[2], torch.tensor(0.5))
+
+
+def test_zscore_subtracts_mean_and_divides_by_std():
+    out = Normalizer(STATS, "zscore").normalize(torch.tensor([5.0, 2.25, 0.5]))
+    torch.testing.assert_close(out, torch.tensor([2.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("mode", ["minmax", "quantile", "zscore"])
+def test_outliers_are_clamped_to_five(mode):
+    out = Normalizer(STATS, mode).normalize(torch.tensor([[1e6, -1e6, 0.5]]))
+    assert out.tolist()[0][:2] == [5.0, -5.0]
+
+
+def test_none_changes_nothing():
+    x = torch.tensor([[100.0, -7.0, 0.125]])
+    normalizer = Normalizer(STATS, "none")
+    assert torch.equal(normalizer.normalize(x), x)
+    assert torch.equal(normalizer.unnormalize(x), x)
+
+
+@pytest.mark.parametrize("name", ["libero_plus", "robotwin"])
+@pytest.mark.parametrize("group", ["action", "state"])
+@pytest.mark.parametrize("mode", ["minmax", "quantile", "zscore"])
+def test_published_statistics_round_trip_within_their_bounds(shared, name, group, mode):
+    path = shared / "samples" / "statistics" / f"{name}_dataset_stats.json"
+    stats = {k: np.array(v) for k, v in json.loads(path.read_text())[group]["default"].items()}
+    rng = np.random.default_rng(0)
+    low, high = stats["global_min"], stats["global_max"]
+    if mode != "minmax":  # stay where nothing is clamped
+        low = np.maximum(low, stats["global_mean"] - 1.9 * stats["global_std"])
+        high = np.minimum(high, stats["global_mean"] + 1.9 * stats["global_std"])
+    if mode == "quantile":
+        low, high = np.maximum(low, stats["global_q01"]), np.minimum(high, stats["global_q99"])
+    raw = torch.from_numpy(rng.uniform(low, high, size=(5, 32, len(low)))).float()
+    normalizer = from_statistics(path, group=group, key="default", mode=mode)
+    out = normalizer.normalize(raw)
+    assert out.dtype == torch.float32
+    assert out.abs().max() <= (2 if mode == "zscore" else 1) + 1e-4
+    torch.testing.assert_close(normalizer.unnormalize(out), raw, atol=2e-5, rtol=1e-5)
+
+
+def test_stepwise_statistics_map_each_step_by_its_own(shared):
+    path = shared / "samples" / "statistics" / "robotwin_dataset_stats.json"
+    content = json.loads(path.read_text())
+    normalizer = from_statistics(content, group="action", key="default", mode="minmax", stepwise=True)
+    lowest = torch.tensor(content["action"]["default"]["stepwise_min"])  # (32, 14)
+    torch.testing.assert_close(normalizer.normalize(lowest[None]), torch.full((1, 32, 14), -1.0))
+    torch.testing.assert_close(normalizer.normalize(lowest[:7]), torch.full((7, 14), -1.0))
+    with pytest.raises(UserError, match="32 steps"):
+        normalizer.normalize(torch.zeros(1, 33, 14))
+
+
+def test_reduced_precision_input_is_normalised_in_float32():
+    out = Normalizer(STATS, "minmax").normalize(torch.ones(2, 3, dtype=torch.bfloat16))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out[0, 0], torch.tensor(0.0))
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"3 dimensions.*\(2, 4\)"):
+        Normalizer(STATS, "minmax").normalize(torch.zeros(2, 4))
+    with pytest.raises(UserError, match="minmax, quantile, zscore, none"):
+        Normalizer(STATS, "max")
+    with pytest.raises(UserError, match="lacks global_q99"):
+        Normalizer({"global_q01": [0.0]}, "quantile")
+    with pytest.raises(UserError, match="equal"):
+        Normalizer({"global_min": [0.0, 1.0], "global_max": [1.0]}, "minmax")
+    with pytest.raises(UserError, match="not finite"):
+        Normalizer({"global_min": [float("nan")], "global_max": [1.0]}, "minmax")
+    with pytest.raises(UserError, match="no action statistics for key 'actions'; it has default"):
+        from_statistics({"action": {"default": STATS}}, group="action", key="actions", mode="minmax")
+    with pytest.raises(UserError, match="cannot be read"):
+        from_statistics(tmp_path / "absent.json", group="state", key="default", mode="minmax")

@@ -1,0 +1,249 @@
+"""The sampler: schedules, guidance, history, noise, and the agreement of its three modes. A tiny random model."""
+
+import json
+
+import pytest
+import torch
+
+from kairos_train.basics.errors import UserError
+from kairos_train.config.schema import ActionStreamConfig, ModelConfig, VideoStreamConfig
+from kairos_train.inference import sampler
+from kairos_train.inference.sampler import Conditions, SamplerConfig, sample
+from kairos_train.model import WorldActionModel
+from kairos_train.objective.schedule import video_shift
+
+FRAMES, SIZE, HORIZON = 4, (4, 6), 8
+
+
+def tiny_config(**video) -> ModelConfig:
+    return ModelConfig(
+        num_layers=4,
+        num_heads=2,
+        text_dim=24,
+        freq_dim=16,
+        video=VideoStreamConfig(dim=32, ffn_dim=48, dilation=2, gdn_key_dim=8, gdn_value_dim=16, **video),
+        action=ActionStreamConfig(dim=16, ffn_dim=32, action_dim=3, state_dim=5),
+    )
+
+
+def build(config: ModelConfig) -> WorldActionModel:
+    torch.manual_seed(0)
+    model = WorldActionModel(config).eval().requires_grad_(False)
+    for parameter in model.parameters():  # heads and gates start at zero: every path must count here
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> WorldActionModel:
+    return build(tiny_config())
+
+
+def conditions(batch: int = 2, history_frames: int = 1, seed: int = 1) -> Conditions:
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.ones(batch, 6, dtype=torch.bool)
+    mask[0, 4:] = False
+    history = torch.randn(batch, 16, history_frames, *SIZE, generator=g) if history_frames else None
+    return Conditions(
+        context=torch.randn(batch, 6, 24, generator=g),
+        context_mask=mask,
+        history=history,
+        state=torch.randn(batch, 1, 5, generator=g),
+    )
+
+
+def run(model, mode, given=None, seeds=(3, 4), **settings):
+    config = SamplerConfig(**{"steps": 4, "guidance": 1.0, **settings})
+    given = given or conditions()
+    latent_shape = (FRAMES, *SIZE)
+    return sample(model, given, mode=mode, config=config, seeds=seeds, latent_shape=latent_shape, horizon=HORIZON)
+
+
+def test_sigmas_are_the_reference_schedules_and_end_at_zero(shared):
+    cases = json.loads((shared / "golden" / "flow_match.json").read_text())["cases"]
+    checked = 0
+    for case in cases:
+        if "sigmas" not in case or "distilled_times" in case:
+            continue
+        config = SamplerConfig(steps=case["steps"])
+        if case["stream"] == "video":
+            sigmas = sampler.video_sigmas(config, case["latent_frames"], case["tokens_per_frame"])
+        else:
+            sigmas = sampler.action_sigmas(config)
+        assert sigmas[-1] == 0
+        torch.testing.assert_close(sigmas[:-1], torch.tensor(case["sigmas"], dtype=torch.float64), atol=1e-7, rtol=0)
+        checked += 1
+    assert checked >= 4
+
+
+def test_distilled_schedule_is_the_four_shifted_times_on_both_streams():
+    config = SamplerConfig(schedule="distilled", steps=4, guidance=1.0)
+    expected = torch.tensor([1, 20 / 21, 5 / 6, 5 / 14, 0], dtype=torch.float64)
+    torch.testing.assert_close(sampler.video_sigmas(config, 21, 1560), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(sampler.action_sigmas(config), expected, atol=1e-12, rtol=0)
+
+
+def test_euler_along_the_true_velocity_of_one_clip_lands_on_it():
+    clean, noise = torch.randn(2, 3), torch.randn(2, 3)
+    sigmas = sampler.sampling_sigmas(7, 5.0)
+    z = noise
+    for step in range(7):
+        z = sampler.euler(z, noise - clean, sigmas, step)
+    torch.testing.assert_close(z, clean, atol=1e-5, rtol=0)
+
+
+def test_sampling_integrates_the_velocity_over_its_own_schedule(model):
+    given = conditions()
+    ours = run(model, "joint", given)
+    z = torch.cat([given.history, sampler.noise((16, FRAMES, *SIZE), (3, 4), "video")[:, :, 1:]], dim=2)
+    a = sampler.noise((HORIZON, 3), (3, 4), "action")
+    shift = video_shift(FRAMES, SIZE[0] * SIZE[1] // 4)
+
+    def sigma(i, s):
+        u = 1 - i / 4
+        return s * u / (1 + (s - 1) * u)
+
+    for i in range(4):
+        v, va = sigma(i, shift), sigma(i, 5.0)
+        out = model(
+            z,
+            given.context,
+            given.context_mask,
+            torch.tensor([v * 1000] * 2),
+            [1, 1],
+            state=given.state,
+            action=a,
+            action_timestep=torch.tensor([va * 1000] * 2),
+        )
+        z = z + out.video * (sigma(i + 1, shift) - v)
+        z[:, :, :1] = given.history
+        a = a + out.action * (sigma(i + 1, 5.0) - va)
+    torch.testing.assert_close(ours.latents, z, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.actions, a, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("history_frames", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["video", "joint"])
+def test_history_frames_come_back_untouched(model, mode, history_frames):
+    given = conditions(history_frames=history_frames)
+    latents = run(model, mode, given, guidance=3.0).latents
+    assert latents.shape == (2, 16, FRAMES, *SIZE)
+    if history_frames:
+        assert torch.equal(latents[:, :, :history_frames], given.history)
+
+
+def test_history_is_put_back_before_every_step_not_only_at_the_end(model):
+    given, seen = conditions(history_frames=2), []
+    hook = model.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, :, :2].clone()))
+    run(model, "video", given)
+    hook.remove()
+    assert len(seen) == 4
+    assert all(torch.equal(latents, given.history) for latents in seen)
+
+
+@pytest.mark.parametrize("history_frames", [1, 3])
+def test_cached_actions_equal_joint_actions_whatever_the_guidance(model, history_frames):
+    given = conditions(history_frames=history_frames)
+    cached = run(model, "action", given).actions
+    assert cached.shape == (2, HORIZON, 3)
+    for guidance in (1.0, 4.0):
+        torch.testing.assert_close(run(model, "joint", given, guidance=guidance).actions, cached, atol=1e-5, rtol=0)
+
+
+def test_cached_actions_are_exact_where_every_frame_sees_all_history():
+    wide = build(tiny_config(all_attend_history=True))
+    given = conditions(history_frames=3)
+    torch.testing.assert_close(run(wide, "joint", given).actions, run(wide, "action", given).actions, atol=1e-5, rtol=0)
+
+
+def test_joint_video_equals_video_mode_with_and_without_guidance(model):
+    for guidance in (1.0, 4.0):
+        joint, alone = run(model, "joint", guidance=guidance), run(model, "video", guidance=guidance)
+        torch.testing.assert_close(joint.latents, alone.latents, atol=1e-5, rtol=0)
+        assert alone.actions is None
+
+
+def test_guidance_leaves_the_null_form_and_moves_past_the_positive(model):
+    given = conditions()
+    null = Conditions(torch.zeros_like(given.context), given.context_mask, given.history, given.state)
+    one_step = {"steps": 1}
+    positive, negative = (run(model, "video", c, **one_step).latents for c in (given, null))
+    assert (positive - negative).abs().max() > 1e-3
+    torch.testing.assert_close(run(model, "video", given, guidance=0.0, **one_step).latents, negative)
+    expected = negative + 3 * (positive - negative)
+    got = run(model, "video", given, guidance=3.0, **one_step).latents
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def test_an_encoded_negative_prompt_takes_the_place_of_zeros(model):
+    given, other = conditions(), conditions(seed=9)
+    negative = (other.context[:, :3], torch.ones(2, 3, dtype=torch.bool))
+    with_prompt = Conditions(given.context, given.context_mask, given.history, given.state, negative)
+    as_positive = Conditions(*negative, given.history, given.state)
+    got = run(model, "video", with_prompt, guidance=0.0).latents
+    torch.testing.assert_close(got, run(model, "video", as_positive).latents, atol=1e-5, rtol=0)
+
+
+def test_noise_belongs_to_the_sample_not_to_its_batch():
+    both = sampler.noise((2, 3), [5, 6], "video")
+    assert torch.equal(both[1:], sampler.noise((2, 3), [6], "video"))
+    assert not torch.equal(both[0], both[1])
+    assert not torch.equal(both, sampler.noise((2, 3), [5, 6], "action"))
+    assert both.dtype == torch.float32
+    assert both.device.type == "cpu"
+
+
+def test_samples_do_not_depend_on_who_shares_the_batch(model):
+    given = conditions()
+    single = Conditions(*(t[1:] for t in (given.context, given.context_mask, given.history, given.state)))
+    pair, alone = run(model, "joint", given), run(model, "joint", single, seeds=(4,))
+    torch.testing.assert_close(alone.actions, pair.actions[1:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone.latents, pair.latents[1:], atol=1e-5, rtol=0)
+
+
+def test_bf16_weights_integrate_in_float32():
+    model = build(tiny_config()).bfloat16()
+    joint, cached = run(model, "joint"), run(model, "action")
+    assert joint.latents.dtype == joint.actions.dtype == cached.actions.dtype == torch.float32
+    assert joint.actions.isfinite().all()
+    torch.testing.assert_close(joint.actions, cached.actions, atol=0.05, rtol=0)
+
+
+def test_action_mode_is_refused_where_its_cache_would_not_be_exact():
+    loose = build(tiny_config(restrict_history_query_to_history=False))
+    with pytest.raises(UserError, match="restrict_history_query_to_history"):
+        run(loose, "action")
+    assert run(loose, "joint").actions.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"schedule": "ddim"}, "sampler.schedule='ddim'"),
+        ({"steps": 0}, "sampler.steps=0"),
+        ({"steps": 2.5}, "sampler.steps=2.5"),
+        ({"schedule": "distilled", "steps": 10}, "sampler.steps=10"),
+        ({"schedule": "distilled", "steps": 4, "action_shift": 3.0}, "sampler.action_shift=3.0"),
+        ({"guidance": -1.0}, "sampler.guidance=-1.0"),
+        ({"action_shift": 0.0}, "sampler.action_shift=0.0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, match):
+    with pytest.raises(UserError, match=match):
+        SamplerConfig(**settings).check()
+
+
+def test_requests_that_make_no_sense_are_refused(model):
+    config = SamplerConfig(steps=1)
+    base = {"config": config, "seeds": (1, 2), "latent_shape": (FRAMES, *SIZE), "horizon": HORIZON}
+    for changes, match in (
+        ({"mode": "both"}, "mode='both'"),
+        ({"mode": "joint", "seeds": (1,)}, "one per sample"),
+        ({"mode": "joint", "horizon": None}, "horizon"),
+        ({"mode": "video", "latent_shape": None}, "latent_shape"),
+        ({"mode": "video", "latent_shape": (1, *SIZE)}, "nothing to sample"),
+    ):
+        with pytest.raises(UserError, match=match):
+            sample(model, conditions(), **{**base, **changes})
+    with pytest.raises(UserError, match="at least one history frame"):
+        run(model, "action", conditions(history_frames=0))

@@ -1,0 +1,63 @@
+"""What is kept for backward changes memory, never numbers."""
+
+import pytest
+import torch
+from support.model_factory import make_inputs, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kairos_train.model.activations import ActivationPolicy
+
+
+def gradients(policy: ActivationPolicy) -> tuple[dict[str, torch.Tensor], int]:
+    """Every gradient, and the bytes that the graph kept between forward and backward."""
+    model = make_model(activations=policy)
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        video, action = model(**make_inputs())
+    (video.pow(2).sum() + action.pow(2).sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}, sum(kept.values())
+
+
+@pytest.fixture(scope="module")
+def everything_kept() -> tuple[dict[str, torch.Tensor], int]:
+    return gradients(ActivationPolicy())
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+def test_gradients_do_not_depend_on_the_policy(everything_kept, recompute, offload):
+    got, _ = gradients(ActivationPolicy(recompute, offload))
+    for name, expected in everything_kept[0].items():
+        torch.testing.assert_close(got[name], expected, rtol=0, atol=0, msg=name)
+
+
+def test_recomputing_blocks_keeps_far_less(everything_kept):
+    assert gradients(ActivationPolicy("block"))[1] < everything_kept[1] / 3
+
+
+class CountAttention(TorchDispatchMode):
+    """Counts softmax attention's forward calls."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        self.calls += "scaled_dot_product" in name and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("block", 2), ("selective", 1)])
+def test_selective_recomputation_leaves_attention_alone(recompute, times):
+    model = make_model(activations=ActivationPolicy(recompute)).float()
+    with CountAttention() as forward:
+        video, action = model(**make_inputs(dtype=torch.float32))
+    loss = video.pow(2).sum() + action.pow(2).sum()
+    with CountAttention() as backward:
+        loss.backward()
+    assert forward.calls > 0
+    assert forward.calls + backward.calls == times * forward.calls

@@ -1,0 +1,187 @@
+"""Raw batches into conditioned ones; what shards must agree with."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from support.tiny_export import TEMPLATE, WINDOW, tiny_config, write_tiny_shards
+
+from dataloaders.loading.batch import Layout, Sample, collate
+from dataloaders.loading.loader import fixed_batches
+from dataloaders.packing.pack import pack
+from dataloaders.shards import ShardIndex, read_index
+from kairos_train.basics.errors import UserError
+from kairos_train.inference.normalization import from_statistics
+from kairos_train.training.inputs.feed import Feed
+from kairos_train.training.inputs.sources import check_sources
+from kairos_train.training.measure.telemetry import drop_later_lines
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    return write_tiny_shards(tmp_path_factory.mktemp("encoded"), encoded=True)
+
+
+def first_batch(folder, **settings):
+    return next(fixed_batches(folder, batch_size=4, count=1, **settings))
+
+
+def test_cached_latents_and_contexts_are_what_encoding_here_gives(shards, encoded):
+    config = tiny_config()
+    conditioned = [
+        Feed(config, [read_index(folder)], CPU).condition(first_batch(folder), step=0) for folder in (shards, encoded)
+    ]
+    a, b = ({s[-13:]: i for i, s in enumerate(c.keys)} for c in conditioned)
+    assert a.keys() == b.keys()
+    order = [b[key] for key in a]
+    target = conditioned[1].context[order]
+    torch.testing.assert_close(conditioned[0].context[:, : target.shape[1]], target, atol=2e-3, rtol=2e-3)
+
+
+def test_actions_and_states_are_normalised_and_padding_masked(shards):
+    config = tiny_config()
+    feed, batch = Feed(config, [read_index(shards)], CPU), first_batch(shards)
+    conditioned = feed.condition(batch, step=0)
+    stats = read_index(shards).statistics()
+    normalizer = from_statistics(stats, group="action", key=WINDOW.action_key, mode="minmax")
+    clean = normalizer.normalize(batch.actions)
+    sigma = conditioned.action_sigma.view(-1, 1, 1)
+    noise = conditioned.action_target + clean
+    torch.testing.assert_close(conditioned.action, (1 - sigma) * clean + sigma * noise, atol=1e-5, rtol=1e-5)
+    assert torch.equal(conditioned.action_mask, batch.action_mask)
+    assert conditioned.state.abs().max() <= 5
+
+
+def test_every_step_draws_anew_and_the_same_step_the_same(shards):
+    feed, batch = Feed(tiny_config(), [read_index(shards)], CPU), first_batch(shards)
+    one, same, other = (feed.condition(batch, step=step) for step in (4, 4, 5))
+    assert torch.equal(one.latents, same.latents)
+    assert not torch.equal(one.video_sigma, other.video_sigma)
+    assert not torch.equal(one.action, other.action)
+
+
+def test_shards_of_other_windows_or_sizes_are_refused(shards):
+    index = read_index(shards)
+    check_sources(tiny_config(), [index])
+    for section, field, value in (
+        ("data.window", "frames", 9),
+        ("data.window", "height", 64),
+        ("model.action", "action_dim", 9),
+        ("model.action", "state_dim", 1),
+    ):
+        config = copy.deepcopy(tiny_config())
+        owner = config
+        for name in section.split("."):
+            owner = getattr(owner, name)
+        setattr(owner, field, value)
+        with pytest.raises(UserError, match=rf"{section}\.{field}={value}"):
+            check_sources(config, [index])
+
+
+def test_other_encoders_than_the_shards_are_refused(encoded):
+    config = tiny_config()
+    config.encoders.text.max_tokens += 1
+    with pytest.raises(UserError, match=r"encoders\.text"):
+        Feed(config, [read_index(encoded)], CPU)
+    config = tiny_config()
+    config.encoders.video.kind = "wan"
+    with pytest.raises(UserError, match=r"encoders\.video\.kind=wan"):
+        Feed(config, [read_index(encoded)], CPU)
+
+
+def test_lines_past_the_checkpoint_and_a_cut_one_are_dropped(tmp_path):
+    path = tmp_path / "losses.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    drop_later_lines(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    drop_later_lines(tmp_path / "absent.jsonl", 2)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def sources(shards, tmp_path_factory) -> list[ShardIndex]:
+    """A robot, the same one with a dimension less of everything, and videos without a robot."""
+    folder = tmp_path_factory.mktemp("sources")
+    smaller = replace(WINDOW, action_key="action[0:2]", state_key="observation.state[0:1]")
+    alone = replace(WINDOW, action_key="", state_key="")
+    for name, window in (("smaller", smaller), ("alone", alone)):
+        pack(shards.parent / "lerobot", folder / name, window=window, prompt_template=TEMPLATE)
+    return [read_index(path) for path in (shards, folder / "smaller", folder / "alone")]
+
+
+def batch_of(indices, *numbers):
+    layout = Layout.of(indices)
+    rows = [next(iter(fixed_batches(indices[n].folder, batch_size=1, count=1))) for n in numbers]
+    samples = [
+        Sample(b.keys[0], b.frames[0].numpy(), None, {}, _row(b.actions), _row(b.state), b.meta[0], n)
+        for n, b in zip(numbers, rows)
+    ]
+    return collate(samples, layout)
+
+
+def _row(values):
+    return None if values is None else values[0].numpy()
+
+
+def test_every_source_is_normalised_with_its_own_statistics_and_padded(sources):
+    feed, batch = Feed(tiny_config(), sources, CPU), batch_of(sources, 0, 1)
+    conditioned = feed.condition(batch, step=0)
+    assert conditioned.action_dim_mask.tolist() == [[True] * 3, [True, True, False]]
+    for i, index in enumerate(sources[:2]):
+        own = from_statistics(index.statistics(), group="action", key=index.window.action_key, mode="minmax")
+        sigma = conditioned.action_sigma[i]
+        noise = conditioned.action_target[i, :, : own.dim] + own.normalize(batch.actions[i, :, : own.dim])
+        clean = (conditioned.action[i, :, : own.dim] - sigma * noise) / (1 - sigma)
+        torch.testing.assert_close(clean, own.normalize(batch.actions[i, :, : own.dim]), atol=1e-3, rtol=0)
+        state = from_statistics(index.statistics(), group="state", key=index.window.state_key, mode="minmax")
+        torch.testing.assert_close(
+            conditioned.state[i, :, : state.dim], state.normalize(batch.state[i, :, : state.dim])
+        )
+    assert not conditioned.action[1, :, 2].any()
+    assert not conditioned.state[1, :, 1].any()
+
+
+def test_videos_without_a_robot_are_a_batch_without_actions(sources):
+    feed = Feed(tiny_config(), sources, CPU)
+    conditioned = feed.condition(batch_of(sources, 2), step=0)
+    assert (conditioned.action, conditioned.state, conditioned.action_mask) == (None, None, None)
+    assert conditioned.tokens == 2 * 2 * 2  # two latent frames of 4 x 4, patches of 2 x 2
+    labelled = feed.condition(batch_of(sources, 0), step=0)
+    assert labelled.tokens == conditioned.tokens + 8
+    assert labelled.flops > conditioned.flops > 0
+
+
+def test_the_first_source_with_actions_is_the_policys(sources):
+    robot, smaller, alone = sources
+    check_sources(tiny_config(), [alone, robot, smaller])
+    feed = Feed(tiny_config(), [alone, robot, smaller], CPU)
+    assert feed.policy == 1
+    assert feed.statistics == robot.statistics()
+    assert torch.equal(
+        feed.condition(batch_of(sources, 0), step=0, source=1).action,
+        Feed(tiny_config(), [robot], CPU).condition(batch_of(sources, 0), step=0).action,
+    )
+    with pytest.raises(UserError, match=r"data.window.state_key=.*smaller was packed with"):
+        check_sources(tiny_config(), [smaller, robot])
+    config = tiny_config()
+    config.data.window = smaller.window
+    with pytest.raises(UserError, match=r"action_dim=3: .*smaller holds 2; set 2 .*policy's robot as the first source"):
+        check_sources(config, [smaller, robot])
+    with pytest.raises(UserError, match=r"model\.action\.action_dim=3: .*alone holds 0"):
+        check_sources(tiny_config(), [alone])
+
+
+def test_sources_of_different_encoders_are_refused(encoded, shards):
+    other = replace(read_index(encoded), encoders={"video": {"kind": "wan"}, "text": {"kind": "qwen"}})
+    with pytest.raises(UserError, match=r"encoders\."):
+        Feed(tiny_config(), [read_index(encoded), other], CPU)
+    assert Feed(tiny_config(), [read_index(encoded), read_index(shards)], CPU).needs_frames
+
+
+def test_history_must_leave_frames_of_every_clip(sources):
+    config = tiny_config(history_frames=2)
+    with pytest.raises(UserError, match=r"history_frames=2 leaves nothing of the 2 latent frames"):
+        check_sources(config, sources)

@@ -1,0 +1,86 @@
+"""What a step reports, and the random states that a checkpoint holds."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kairos_train.config.schema import StageConfig
+from kairos_train.objective.flow_matching import ConditionedBatch, LossSums
+from kairos_train.training.engine.random_state import derive_random_state, random_state, set_random_state
+from kairos_train.training.step import LossMeter, scaled_loss, weighted_loss
+from parallel.topology import Topology
+
+ALONE = Topology.single(torch.device("cpu"))
+
+
+def batch() -> ConditionedBatch:
+    """Two samples of (2, 3, 2, 2) latents with 1 and 0 history frames, 4 and 1 valid actions."""
+    return ConditionedBatch(
+        keys=["a", "b"],
+        latents=torch.zeros(2, 2, 3, 2, 2),
+        context=torch.zeros(2, 1, 4),
+        context_mask=torch.ones(2, 1, dtype=torch.bool),
+        video_sigma=torch.tensor([0.1, 1.0]),
+        history=[1, 0],
+        video_target=torch.zeros(2, 2, 3, 2, 2),
+        video_weight=torch.ones(2),
+        action=torch.zeros(2, 5, 3),
+        action_sigma=torch.tensor([0.45, 0.5]),
+        action_mask=torch.arange(5) < torch.tensor([[4], [1]]),
+    )
+
+
+def test_the_meter_divides_sums_by_counts_and_sorts_by_sigma():
+    meter, sums = LossMeter(ALONE), LossSums(torch.tensor([8.0, 12.0]), torch.tensor([2.0, 3.0]))
+    meter.add(batch(), sums, range(3))
+    meter.add(batch(), sums, range(3))
+    assert meter.loss("video") == pytest.approx(20 / (16 + 24))
+    assert meter.loss("action") == pytest.approx(5 / 5)
+    assert meter.bins["video"].tolist() == [[16, 32], [0, 0], [0, 0], [0, 0], [24, 48]]
+    assert meter.bins["action"].tolist() == [[0, 0], [0, 0], [10, 10], [0, 0], [0, 0]]
+    assert LossMeter(ALONE).loss("video") == 0
+
+
+def test_context_ranks_count_their_own_frames_and_actions_once():
+    sums = LossSums(torch.tensor([8.0, 12.0]), torch.tensor([2.0, 3.0]))
+    meters = [LossMeter(replace(ALONE, context_rank=rank)) for rank in range(2)]
+    for meter, frames in zip(meters, (range(0, 2), range(2, 3))):
+        meter.add(batch(), sums, frames)
+    assert [m.bins["video"][:, 1].sum().item() for m in meters] == [8 + 16, 8 + 8]
+    assert [m.bins["action"][:, 1].sum().item() for m in meters] == [5, 0]
+    assert [m.work[0].item() for m in meters] == [2, 0]
+
+
+def test_the_differentiated_and_the_reported_loss_are_weighted_alike():
+    stage = StageConfig(video_loss_weight=0.5, action_loss_weight=2.0)
+    sums = LossSums(torch.tensor([8.0, 12.0]), torch.tensor([2.0, 3.0]))
+    meter = LossMeter(ALONE)
+    meter.add(batch(), sums, range(3))
+    counts = (sum(batch().video_elements()), batch().action_steps())
+    reported = weighted_loss(stage, meter.loss("video"), meter.loss("action"))
+    assert scaled_loss(stage, sums, counts).item() == pytest.approx(reported) == pytest.approx(0.5 * 0.5 + 2 * 1)
+    assert scaled_loss(stage, LossSums(sums.video, sums.action * 0), (40, 0)).item() == pytest.approx(0.25)
+
+
+def test_every_random_generator_continues_where_it_stood():
+    def draw():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
+
+    draw()
+    tensors, plain = random_state()
+    first = draw()
+    assert draw() != first
+    set_random_state(tensors, plain)
+    assert draw() == first
+    derive_random_state(seed=0, step=5, rank=1)
+    derived = draw()
+    assert all(a != b for a, b in zip(derived, first))
+    derive_random_state(seed=0, step=5, rank=1)
+    assert draw() == derived
+    for other in ((1, 5, 1), (0, 6, 1), (0, 5, 2)):
+        derive_random_state(*other)
+        assert all(a != b for a, b in zip(draw(), derived)), other
+    set_random_state(tensors, plain)
