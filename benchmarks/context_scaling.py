@@ -12,9 +12,10 @@ import time
 import torch
 import torch.distributed as dist
 
-from kairos_train.config.schema import Config, ParallelConfig
+from kairos_train.config.schema import Config
 from kairos_train.model.initialise import initialise
 from kairos_train.model.layout import empty_model
+from parallel.config import ParallelConfig
 from parallel.topology import Degrees, Topology
 
 

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from gpu_cases import DECAYS, rule_cotangents, rule_inputs, rules, run_rule
 from gpu_harness import Entry, Setting, absent, check, last_line, max_ratio, rms_ratio
 from torch import Tensor, nn
 
@@ -37,45 +38,9 @@ FLOAT32 = {"": 1e-5}
 RULE_BF16 = {"": 5e-3, "d_": 8e-3, "d_g": 2e-2, "d_beta": 2e-2}
 PASSING_BF16 = {"": 3e-3, "d_g": 7.5e-3, "d_beta": 7.5e-3}
 WINDOWS_BF16 = {"": 5e-3, "d_": 1e-2}
-DECAYS = {"remembering": 0.03, "forgetting": 1.0}
-"""Largest −g: at the usual initialisation most heads forget so fast that a wrong state would go unnoticed."""
 
 
 # --- the gated delta rule ---
-
-
-def rule_inputs(setting: Setting, tokens: int, *, decay: float, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """q, k (unit length), v, g, beta, initial_state at full head sizes; gate and state float32 for 16-bit dtypes."""
-    heads, key, value = (2, 16, 24) if setting.tiny else (20, 256, 512)
-    wide = torch.promote_types(dtype, torch.float32)
-    random = setting.generator(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(1, *shape, generator=random, device=setting.device)
-
-    unit = partial(nn.functional.normalize, dim=-1)
-    x = {"q": unit(draw(tokens, heads, key)) * key**-0.5, "k": unit(draw(tokens, heads, key))}
-    x["v"] = draw(tokens, heads, value)
-    x = {name: t.to(dtype) for name, t in x.items()}
-    x["g"] = (-decay * torch.rand(1, tokens, heads, generator=random, device=setting.device)).to(wide)
-    x["beta"] = torch.rand(1, tokens, heads, generator=random, device=setting.device).to(wide)
-    x["initial_state"] = draw(heads, key, value).to(wide)
-    return x
-
-
-def run_rule(x: dict[str, Tensor], cotangents: tuple[Tensor, Tensor], backend: str) -> dict[str, Tensor]:
-    """Outputs, final state and the gradients of all inputs ("d_…")."""
-    x = {name: t.detach().requires_grad_() for name, t in x.items()}
-    out = gated_delta_rule(*x.values(), backend=backend)
-    grads = torch.autograd.grad(out, tuple(x.values()), [c.to(o.dtype) for c, o in zip(cotangents, out, strict=True)])
-    return {"output": out[0], "state": out[1], **{f"d_{name}": t for name, t in zip(x, grads, strict=True)}}
-
-
-def rule_cotangents(x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    random = torch.Generator(x["v"].device).manual_seed(7)
-    return tuple(
-        torch.randn(t.shape, generator=random, device=t.device).to(t.dtype) for t in (x["v"], x["initial_state"])
-    )
 
 
 def no_fla(setting: Setting) -> str | None:
@@ -163,17 +128,6 @@ def in_two_shards(x: dict[str, Tensor], cotangents: tuple[Tensor, Tensor], cut: 
 
 
 # --- windows ---
-
-
-def rules() -> dict[str, WindowRule]:
-    """Every kind in both readings of the window."""
-    frame = {"window": 3, "dilation": 4, "token_window": False, "restrict_history": True, "all_attend_history": False}
-    token = {**frame, "token_window": True, "restrict_history": False}
-    return {
-        f"{kind} in {reading}": WindowRule(kind=kind, **flags)
-        for reading, flags in (("frames", frame), ("tokens", token))
-        for kind in ("SWA", "DSWA", "FA")
-    }
 
 
 def run_windows(qkv: Tensor, cotangent: Tensor, windows: Windows, backend: str) -> dict[str, Tensor]:
@@ -353,8 +307,8 @@ def transformer_engine(
 ) -> Entries:
     """Recipe `current` is the emulated arithmetic; the others have finer scales and are compared with no rounding."""
     from kairos_train.basics.errors import UserError
-    from kairos_train.config.schema import Fp8Config
     from parallel import fp8
+    from parallel.config import Fp8Config
 
     exact = (x.double() @ weight.double().T, grad.double() @ weight.double(), grad.double().T @ x.double())
     for recipe in ("current", "block", "mxfp8", "delayed"):

@@ -21,7 +21,7 @@ from gpu_harness import Entry, Setting, absent, check, interleaved, ratio, rms_r
 from torch import Tensor, nn
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import Config, Fp8Config, KernelsConfig, ModelConfig, VideoStreamConfig
+from kairos_train.config.schema import Config, KernelsConfig, ModelConfig, VideoStreamConfig
 from kairos_train.model import WorldActionModel
 from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.flops import forward_flops, training_flops
@@ -32,6 +32,7 @@ from kairos_train.model.seams import ModelSeams
 from kairos_train.model.world_action import _VideoPass
 from kairos_train.training.describe import PEAK_TFLOPS
 from parallel import fp8
+from parallel.config import Fp8Config
 from parallel.topology import Topology
 
 Entries = Iterator[tuple[str, Entry]]

@@ -35,10 +35,10 @@ import av
 import numpy as np
 import torch
 
+from dataloaders.config import WindowConfig
 from dataloaders.files.video import encode_mp4
 from dataloaders.loading.loader import ShardLoader
 from dataloaders.shards import INDEX, ShardIndex, sample_block, write_json, write_shard
-from kairos_train.config.schema import WindowConfig
 
 SMALL_SAMPLES = 50_000
 """Of the memory's measurement."""

@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from dataloaders.config import ClipConfig, WindowConfig
 from dataloaders.files.urls import is_url, join, open_url, read_url, size_of
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ClipConfig, WindowConfig, from_dict
+from kairos_train.basics.plain import from_dict
 
 FORMAT = "kairos-shards-1"
 INDEX, STATISTICS, EMPTY_CONTEXT = "index.json", "dataset_stats.json", "empty_context.npy"

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dataloaders.config import WindowConfig
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import WindowConfig
 
 LAYOUTS = ("side_by_side", "head_over_wrists")
 ACTION_VALUES = ("recorded", "minus_state")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from kairos_train.operations.preflight.agreement import gather
+from kairos_train.basics.errors import EXIT_CODES, MachineFault
 from parallel.topology import Topology
 
 
@@ -33,3 +33,55 @@ def from_first(value: Any, topology: Topology) -> Any:
 def from_all(value: Any, topology: Topology) -> list[Any]:
     """The plain values of all ranks, on all ranks. Collective."""
     return gather(value, topology.size)
+
+
+Result = TypeVar("Result")
+
+
+def gather(value: Any, size: int) -> list[Any]:
+    """The values of all ranks, by rank. Collective.
+
+    Args:
+        value: this rank's, picklable.
+        size: of the world; 1 needs no process group.
+    """
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_does(action: Callable[[], Result], *, rank: int, size: int) -> Result | None:
+    """Let rank 0 do something that may fail. Collective: all ranks return when it is done, or all raise.
+
+    Args:
+        action: what rank 0 does; its result stays there.
+        rank, size: of this process in the world.
+
+    Returns:
+        The result on rank 0, None elsewhere.
+
+    Raises:
+        UserError, RunStopped, MachineFault, Interrupted: on every rank what `action` raised on rank 0.
+        MachineFault: on the others, when it raised something else, which keeps its traceback on rank 0.
+    """
+    result, error = None, None
+    if rank == 0:
+        try:
+            result = action()
+        except Exception as raised:
+            error = raised
+    told = [None if error is None else (_kind_of(error), str(error))]
+    if size > 1:
+        dist.broadcast_object_list(told)
+    if error is not None:
+        raise error
+    if told[0] is not None:
+        kind, text = told[0]
+        raise next(known for known in EXIT_CODES if known.__name__ == kind)(text)
+    return result
+
+
+def _kind_of(error: Exception) -> str:
+    return next((kind.__name__ for kind in EXIT_CODES if isinstance(error, kind)), MachineFault.__name__)

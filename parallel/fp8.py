@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import Fp8Config, ModelConfig
+from parallel.config import Fp8Config
 from parallel.fp8_emulated import EmulatedFp8Linear
 
 if TYPE_CHECKING:
@@ -239,22 +239,6 @@ def width_fault(policy: Fp8Policy, features: int) -> str | None:
         f"{features}; use a smaller parallel.tensor, leave the layers out with precision.fp8.streams or skip_layers, "
         f"{INSTEAD}"
     )
-
-
-def check_widths(policy: Fp8Policy, model: ModelConfig, tensor: int) -> None:
-    """Raise UserError for the first width that the recipe cannot take on one of `tensor` ranks. Allocates nothing."""
-    for layer in range(model.num_layers):
-        widths = []
-        if policy.applies("video", layer):
-            video = model.video
-            widths += [video.dim, video.dim // tensor, video.ffn_dim // tensor]
-            if video.layer_cycle[layer % len(video.layer_cycle)] == "GATED":
-                widths += [model.num_heads // tensor * width for width in (video.gdn_key_dim, video.gdn_value_dim)]
-        if model.action is not None and policy.applies("action", layer):
-            widths += [model.action.dim, model.video.dim // tensor, model.action.ffn_dim // tensor]
-        for width in widths:
-            if fault := width_fault(policy, width):
-                raise UserError(fault)
 
 
 def require(policy: Fp8Policy, *, recompute: str = "none", context: int = 1) -> None:

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ParallelConfig
 from parallel import collectives, linear
+from parallel.config import ParallelConfig
 from parallel.exchange import halo, state_passing
 from parallel.exchange.frame_exchange import FrameExchange
 from parallel.exchange.frame_plan import plan_frames

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ParallelConfig
+from parallel.config import ParallelConfig
 
 TIMEOUT = timedelta(hours=3)
 """After which a collective gives up by itself. Longer than the watch over a run (`watch.stuck`, four times that while

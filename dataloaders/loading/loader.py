@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dataloaders.config import DataConfig, SourceConfig
 from dataloaders.files.urls import is_url
 from dataloaders.loading.batch import Batch, Sample, collate, decode_sample
 from dataloaders.loading.buckets import Bucket, BucketQueue, SourceShapes
@@ -43,7 +44,6 @@ from dataloaders.loading.quarantine import Finding, Quarantine
 from dataloaders.loading.streams import SourceOrder, default_streams
 from dataloaders.shards import CorruptData, ShardIndex, check_size, read_index, read_shard
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import DataConfig, SourceConfig
 
 Gather = Callable[[Any], list[Any]]
 

@@ -14,57 +14,27 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dataloaders.config import DataConfig
 from dataloaders.files.urls import is_url
 from dataloaders.files.video import decode_mp4
 from dataloaders.lerobot.reader import LeRobotDataset
 from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector
+from dataloaders.packing.findings import Findings, Strip, Vector
 from dataloaders.shards import INDEX, CorruptData, ShardIndex, ShardInfo, read_index, read_shard
-from dataloaders.sources.base import Clip, SourceSettings, kind_of, open_source
+from dataloaders.sources.base import Clip, SourceSettings
+from dataloaders.sources.open import kind_of, open_source
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import DataConfig
 
 EPISODES = 1000
 WINDOWS = 2000  # about: whole shards
 UNITS = 50
 FRAMES = 6
 """Pictures of a row of the contact sheet."""
-
-
-@dataclass
-class Vector:
-    """Numbers of the actions or states: a sample of them (N, D), their ranges, and what they are of."""
-
-    name: str
-    values: np.ndarray
-    low: list[float]
-    high: list[float]
-    of: str
-
-
-@dataclass
-class Strip:
-    """One row of the contact sheet: pictures uint8 (n, H, W, 3) of a sample, and its text."""
-
-    label: str
-    text: str
-    pictures: np.ndarray
-
-
-@dataclass
-class Findings:
-    """All that is shown. `facts`: (name, text); `tables`: title -> rows, the first of which is the head."""
-
-    title: str
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    tables: dict[str, list[list[str]]] = field(default_factory=dict)
-    vectors: list[Vector] = field(default_factory=list)
-    strips: list[Strip] = field(default_factory=list)
 
 
 def inspect(location: Path | str, out: Path, *, data: DataConfig, samples: int = 12) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.packing.inspection import Findings, Strip, Vector
+from dataloaders.packing.findings import Findings, Strip, Vector
 
 SHEET, REPORT, PAGE = "contact_sheet.png", "report.json", "index.html"
 _HEIGHT, _GAP, _MARGIN, _LINE = 96, 4, 12, 14

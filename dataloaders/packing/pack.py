@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from dataloaders.config import ClipConfig, WindowConfig
 from dataloaders.files.workers import spread
 from dataloaders.packing.members import MemberWriter, SampleEncoder, half
 from dataloaders.packing.spool import Record, Spool
@@ -46,9 +47,9 @@ from dataloaders.shards import (
     write_json,
     write_shard,
 )
-from dataloaders.sources.base import Source, SourceSettings, open_source
+from dataloaders.sources.base import Source, SourceSettings
+from dataloaders.sources.open import open_source
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ClipConfig, WindowConfig
 
 VERSION = 2
 """Of what packing makes of a source: another one does not go on with an older one's work."""

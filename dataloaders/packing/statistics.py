@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dataloaders.config import WindowConfig
 from dataloaders.windows import action_count, action_offset, windows_of
-from kairos_train.config.schema import WindowConfig
 
 NAMES = ("min", "max", "mean", "std", "q01", "q99")
 QUANTILES = {"q01": 0.01, "q99": 0.99}

@@ -93,21 +93,3 @@ def check_task(env: str, task: str | None) -> str:
     if task not in TASKS[env]:
         raise UserError(f"task is {task!r}; {env} has {', '.join(TASKS[env])}")
     return task
-
-
-def make(env: str, task: str | None = None, size: int = 128) -> Simulator:
-    """A simulator by name, with pictures of `size` x `size` pixels.
-
-    Raises:
-        UserError: unknown environment or task, a size that video cannot hold, packages or GL libraries missing.
-    """
-    task = check_task(env, task)
-    if size < 16 or size % 2:
-        raise UserError(f"size is {size}; pictures must be an even number of pixels wide, 16 or more")
-    if env == "push2d":
-        from dataloaders.simulators.push2d import Push2D
-
-        return Push2D(task, size)
-    from dataloaders.simulators.metaworld import MetaWorld
-
-    return MetaWorld(task, size)

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.simulators.base import CAMERA_KEY, DEFAULT_TASKS, TASKS, Simulator, check_task, make
+from dataloaders.simulators.base import CAMERA_KEY, DEFAULT_TASKS, TASKS, Simulator, check_task
+from dataloaders.simulators.make import make
 from kairos_train.basics.errors import UserError
 
 STEPS_AFTER_SUCCESS = 5

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dataloaders.config import ClipConfig
 from dataloaders.files.video import decode_mp4, frame_times
 from dataloaders.sources.base import Clip
 from dataloaders.sources.rows import Row
 from dataloaders.windows import cover
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ClipConfig
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi")

@@ -5,50 +5,21 @@ Shapes: n actions of a plan, da action dimensions.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dataloaders.simulators.base import Simulator
+from evaluation.closed_loop.episode import Episode, Outcome
 
 if TYPE_CHECKING:
     from evaluation.closed_loop.policies import Policy
 
 
-@dataclass(frozen=True)
-class Episode:
-    """One episode to be played. The layout is a function of `seed`, whichever policy plays."""
-
-    policy: str
-    env: str
-    task: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of an episode: `steps` that were executed, and why it crashed where it did. A crash is a failure."""
-
-    success: bool
-    steps: int
-    error: str | None = None
-
-
 Game = Generator[Callable[[], np.ndarray], np.ndarray, Outcome]
 """An episode in progress: gives what is to be computed next, takes its result, returns the outcome."""
-
-
-def noise_seed(episode: Episode, replan: int) -> int:
-    """Seed of the sampling noise of an episode's `replan`-th plan.
-
-    The policy's name is left out: the right and the wrong instruction are compared under the same noise.
-    """
-    text = f"{episode.env}:{episode.task}:{episode.seed}:{replan}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 def play(simulator: Simulator, policy: Policy, episode: Episode, *, replan_every: int) -> Game:

@@ -20,7 +20,7 @@ import numpy as np
 
 from dataloaders.simulators.base import DEFAULT_TASKS, TASKS, Observation, Simulator
 from evaluation.closed_loop.demonstrations import Demonstrations
-from evaluation.closed_loop.episodes import Episode, noise_seed
+from evaluation.closed_loop.episode import Episode, noise_seed
 from kairos_train.basics.errors import UserError
 from kairos_train.serving.client import PolicyClient
 

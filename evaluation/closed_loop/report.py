@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from evaluation.closed_loop.episodes import Episode, Outcome
+from evaluation.closed_loop.episode import Episode, Outcome
 from evaluation.intervals import wilson
 from evaluation.pictures import save_figure, write_whole
 

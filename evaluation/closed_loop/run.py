@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataloaders.simulators.base import DEFAULT_TASKS, Simulator, check_task, make
+from dataloaders.simulators.base import DEFAULT_TASKS, Simulator, check_task
+from dataloaders.simulators.make import make
 from evaluation.closed_loop import report, server
 from evaluation.closed_loop.demonstrations import open_demonstrations, picture_side, read_demonstrations, seeds_of
-from evaluation.closed_loop.episodes import Episode, Outcome
+from evaluation.closed_loop.episode import Episode, Outcome
 from evaluation.closed_loop.policies import POLICIES, SERVED, ServedKeys, served_keys
 from evaluation.closed_loop.workers import Setup, play_all
 from kairos_train.basics.errors import RunStopped, UserError

@@ -16,10 +16,12 @@ from multiprocessing.connection import wait as wait_for_pipes
 
 import numpy as np
 
-from dataloaders.simulators.base import Simulator, make
+from dataloaders.simulators.base import Simulator
+from dataloaders.simulators.make import make
 from evaluation.closed_loop import policies
 from evaluation.closed_loop.demonstrations import Demonstrations
-from evaluation.closed_loop.episodes import Episode, Game, Outcome, play
+from evaluation.closed_loop.episode import Episode, Outcome
+from evaluation.closed_loop.episodes import Game, play
 from kairos_train.basics.errors import RunStopped
 from kairos_train.serving.client import PolicyClient
 

@@ -10,8 +10,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from kairos_train.basics.plain import from_dict
 from kairos_train.checkpoint.canonical import CheckpointReader
-from kairos_train.config.schema import LoraConfig, from_dict
+from kairos_train.config.schema import LoraConfig
 from kairos_train.model.lora import A, B, is_adapter, merge, scale_of
 
 

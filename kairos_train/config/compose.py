@@ -27,18 +27,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from dataloaders.config import DataConfig, WindowConfig
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.plain import from_dict
 from kairos_train.config.keys import MAPPINGS, annotation_of, describe, nearest, type_of
-from kairos_train.config.schema import (
-    MISSING,
-    ActionStreamConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    StageConfig,
-    WindowConfig,
-    from_dict,
-)
+from kairos_train.config.schema import MISSING, ActionStreamConfig, Config, ModelConfig, StageConfig
 from kairos_train.config.validate import validate, value_of
 
 # --- composing and storing ---

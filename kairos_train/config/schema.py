@@ -8,8 +8,8 @@ chose is marked *ours*. Cross-field rules live in `kairos_train.config.validate`
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from dataloaders.config import DataConfig
 from kairos_train.config.operation_schema import (
     ClusterConfig,
     FaultsConfig,
@@ -17,6 +17,7 @@ from kairos_train.config.operation_schema import (
     MonitorConfig,
     WatchConfig,
 )
+from parallel.config import Fp8Config, ParallelConfig
 
 MISSING = "???"
 """A mandatory value that has not been given."""
@@ -25,7 +26,6 @@ ATTENTION_KINDS = ("SWA", "DSWA", "FA", "GATED")
 WINDOW_SEMANTICS = ("frame", "token")
 CONDITIONS = ("t2v", "ti2v", "i2v", "null2v")
 IMAGE_CONDITIONS = ("t2i", "n2i")
-NORMALIZATIONS = ("minmax", "quantile", "zscore", "none")
 
 
 @dataclass
@@ -107,71 +107,6 @@ class EncodersConfig:
 
 
 @dataclass
-class WindowConfig:
-    """A training window cut from an episode: `frames` video frames, every `action_video_freq_ratio`-th raw frame.
-
-    It spans (frames - 1) * ratio + 1 raw frames and as many actions less one. `stride` is the distance between the
-    first raw frames of two windows. Keys of several columns joined by `+` mean these columns one behind the other.
-    """
-
-    frames: int = 9  # video frames, 4k + 1
-    action_video_freq_ratio: int = 4
-    stride: int = 1
-    height: int = 224  # pixels: of one camera's picture side by side, of the whole picture in the other layout
-    width: int = 224
-    cameras: list[str] = field(default_factory=list)  # empty: every camera that has files, in name order
-    layout: str = "side_by_side"  # side_by_side | head_over_wrists (three cameras: head, left wrist, right wrist)
-    state_key: str = "observation.state"
-    action_key: str = "action"
-    action_values: str = "recorded"  # recorded | minus_state (absolute actions less the window's first state)
-    absolute_dims: list[int] = field(default_factory=list)  # of actions: no deltas (gripper); kept, held in padding
-
-
-@dataclass
-class ClipConfig:
-    """How plain videos and images become samples. Their sizes differ; each keeps its own aspect."""
-
-    fps: float = 16.0  # slower videos keep their own
-    short_side: int = 256  # pixels, as in 256p, 480p, 720p; cut down to a multiple of 32
-    aspects: list[float] = field(default_factory=lambda: [1.0, 4 / 3, 16 / 9, 21 / 9])  # long side over short (ours)
-    most_frames: int = 81  # 4k + 1; longer videos give several samples
-    least_frames: int = 5  # 4k + 1; what is left of a video below that is left out and counted (ours)
-
-
-@dataclass
-class SourceConfig:
-    """One of several sources that a run draws from."""
-
-    shards: str = "???"  # folder written by `kairos-train data pack`
-    weight: float | None = None  # share of the samples, relative to the others; null: the number of its samples
-    max_epochs: int | None = None  # how often it may be repeated; null: without limit
-
-
-@dataclass
-class DataConfig:
-    name: str = "custom"
-    shards: str = "???"  # folder written by `kairos-train data pack`; the one source where `sources` is empty
-    sources: list[SourceConfig] = field(default_factory=list)  # several sources, mixed
-    temperature: float = 1.0  # weights of sources to the power 1 / temperature: above 1 evens their shares out
-    validation_shards: str | None = None
-    window: WindowConfig = field(default_factory=WindowConfig)
-    clips: ClipConfig = field(default_factory=ClipConfig)
-    prompt_template: str = "{task}"
-    normalize_action: str = "minmax"  # minmax | quantile | zscore | none
-    normalize_state: str = "minmax"
-    workers: int = 2  # loader processes per data-parallel rank; 0 loads in the training process
-    streams: int | None = None  # interleaved parts of an epoch; null: 2^n by the number of shards, at most 64 (ours)
-    shuffle_buffer: int = 1000  # most places by which a sample is moved within its stream
-    tokens_per_micro_batch: int | None = None  # video tokens; null: train.micro_batch samples of one shape
-    on_corrupt: str = "stop"  # stop | skip: what an unreadable shard or sample does
-    max_corrupt: float = 0.01  # skip: share of all samples from which the run stops (ours)
-    cache_dir: str = "runs/shard_cache"  # copies of shards that are named by URL (ours)
-    cache_gb: float = 100.0  # what the copies may take on one machine (ours)
-    timeout: float = 600.0  # seconds after which a silent loader process counts as hung (ours)
-    check_peers: bool = False  # every step, compare the batches of processes that share samples (ours)
-
-
-@dataclass
 class CaptionShare:
     """How often one of a sample's captions is taken, relative to the others, from the stage's start to its end."""
 
@@ -236,26 +171,6 @@ class OptimizerConfig:
     schedule: str = "constant"  # constant | cosine, after the warm-up
     min_lr_ratio: float = 0.0  # cosine: last learning rate / lr
     gradient_clip: float = 1.0
-
-
-@dataclass
-class ParallelConfig:
-    """How a model is split over processes; what is left of the world is data-parallel."""
-
-    tensor: int = 1  # ranks that share every layer's heads and FFN channels
-    context: int = 1  # ranks that share a sample's latent frames
-    sequence: bool = False  # with tensor > 1: between layers, tensor ranks share the tokens of each frame
-    state_exchange: str = "auto"  # auto | serial | ring | all_gather: GATED states between context ranks
-    frame_layout: str = "auto"  # auto (fewer bytes) | contiguous | residue: who computes dilated windows
-
-
-@dataclass
-class Fp8Config:
-    """FP8 in linear layers; the rest stays in `train.precision`."""
-
-    recipe: str | None = None  # null: off | current | delayed | block | mxfp8 (Transformer Engine) | emulated
-    streams: list[str] = field(default_factory=lambda: ["video"])  # video, action
-    skip_layers: list[int] = field(default_factory=list)  # layers kept out, negative from the end
 
 
 @dataclass
@@ -342,27 +257,3 @@ class Config:
 def stage_model(config: Config) -> ModelConfig:
     """The model that a stage trains and its checkpoints hold: a video stage has no action stream."""
     return replace(config.model, action=None) if config.stage.streams == "video" else config.model
-
-
-def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """Build a schema dataclass (nested ones too) from a plain dictionary, as read from a saved JSON or YAML.
-
-    Raises:
-        UserError: a key that `cls` does not have.
-    """
-    import dataclasses
-    import typing
-
-    from kairos_train.basics.errors import UserError
-
-    hints = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - names):
-        raise UserError(f"{cls.__name__}: unknown key {unknown[0]!r}; it has {', '.join(sorted(names))}")
-    kwargs = {}
-    for key, value in values.items():
-        kinds = [k for k in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(k)]
-        if kinds and isinstance(value, list):
-            value = [from_dict(kinds[0], item) for item in value]
-        kwargs[key] = from_dict(kinds[0], value) if kinds and isinstance(value, dict) else value
-    return cls(**kwargs)

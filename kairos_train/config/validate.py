@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dataloaders.config import NORMALIZATIONS
 from kairos_train.basics.errors import UserError
 from kairos_train.config.cluster_rules import (
     container_or_venv,
@@ -44,12 +45,7 @@ from kairos_train.config.operation_rules import (
     guard_sees_enough,
     silence_is_longer_than_heartbeats,
 )
-from kairos_train.config.schema import (
-    MISSING,
-    NORMALIZATIONS,
-    WINDOW_SEMANTICS,
-    Config,
-)
+from kairos_train.config.schema import MISSING, WINDOW_SEMANTICS, Config
 from kairos_train.config.stage_rules import (
     action_weights_fit,
     adapters_fit,

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import Config, ModelConfig, from_dict
+from kairos_train.basics.plain import from_dict
+from kairos_train.config.schema import Config, ModelConfig
 from kairos_train.inference.fingerprint import fingerprint
 from kairos_train.inference.quantized import METHODS, replace_large
 from kairos_train.inference.sampler import SamplerConfig

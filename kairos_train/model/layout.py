@@ -6,14 +6,15 @@ from functools import partial
 
 import torch
 
-from kairos_train.config.schema import Config, stage_model
+from kairos_train.basics.errors import UserError
+from kairos_train.config.schema import Config, ModelConfig, stage_model
 from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.lora import adapter_shapes, add_adapters
 from kairos_train.model.public_keys import public_keys
 from kairos_train.model.seams import ModelSeams, single_device
 from kairos_train.model.sharding_rules import sharding_table
 from kairos_train.model.world_action import WorldActionModel
-from parallel.fp8 import Fp8Policy, check_widths, forward_region, require
+from parallel.fp8 import Fp8Policy, forward_region, require, width_fault
 from parallel.sharding import ShardingTable
 from parallel.topology import Topology
 from parallel.traffic import Traffic
@@ -70,3 +71,19 @@ def check_layers(config: Config) -> None:
     require(policy, recompute=config.train.recompute, context=config.parallel.context)
     if config.stage.lora.rank is not None:
         adapter_shapes(public_keys(stage_model(config)), config.stage.lora)
+
+
+def check_widths(policy: Fp8Policy, model: ModelConfig, tensor: int) -> None:
+    """Raise UserError for the first width that the recipe cannot take on one of `tensor` ranks. Allocates nothing."""
+    for layer in range(model.num_layers):
+        widths = []
+        if policy.applies("video", layer):
+            video = model.video
+            widths += [video.dim, video.dim // tensor, video.ffn_dim // tensor]
+            if video.layer_cycle[layer % len(video.layer_cycle)] == "GATED":
+                widths += [model.num_heads // tensor * width for width in (video.gdn_key_dim, video.gdn_value_dim)]
+        if model.action is not None and policy.applies("action", layer):
+            widths += [model.action.dim, model.video.dim // tensor, model.action.ffn_dim // tensor]
+        for width in widths:
+            if fault := width_fault(policy, width):
+                raise UserError(fault)

@@ -14,13 +14,14 @@ from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ActionStreamConfig, Config, ModelConfig, VideoStreamConfig, stage_model
 from kairos_train.model.flops import forward_flops
 from kairos_train.model.kernels.windows import WindowRule, frames_read, key_frames
+from kairos_train.model.layout import check_widths
 from kairos_train.model.lora import adapter_shapes
 from kairos_train.model.public_keys import public_keys
 from kairos_train.model.sharding_rules import sharding_table
 from kairos_train.model.streams import layer_kinds
 from kairos_train.model.trainable import trains
 from parallel.exchange.frame_plan import FramePlan, plan_frames
-from parallel.fp8 import Fp8Policy, check_widths
+from parallel.fp8 import Fp8Policy
 from parallel.sharding import ShardingError
 from parallel.topology import Degrees, split_frames
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from dataloaders.config import WindowConfig
 from dataloaders.windows import action_offset, compose, picture_size
 from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.interfaces import TIME_STRIDE
-from kairos_train.config.schema import WindowConfig
 from kairos_train.inference.load import STATISTICS_FILE, load
 from kairos_train.inference.predict import Predictor, Request
 from kairos_train.serving.observation import Observation, ObservationReader, layouts_of

@@ -26,7 +26,7 @@ from kairos_train.model.layout import check_layers, full_shapes, model_table
 from kairos_train.model.trainable import trains
 from kairos_train.operations.events import EventLog, next_life, read_events
 from kairos_train.operations.guard import Guard
-from kairos_train.operations.preflight.agreement import agree, first_does
+from kairos_train.operations.preflight.agreement import agree
 from kairos_train.operations.prometheus import TextFile
 from kairos_train.operations.reports.records import abandoned
 from kairos_train.operations.run_lock import RunLock
@@ -49,7 +49,7 @@ from kairos_train.training.measure.sample_log import SampleLog
 from kairos_train.training.measure.telemetry import Place, Telemetry, say
 from kairos_train.training.run import Reports, Run
 from kairos_train.training.run_state import RunState
-from parallel.consensus import from_all, from_first
+from parallel.consensus import first_does, from_all, from_first
 from parallel.topology import Topology
 
 

@@ -17,6 +17,7 @@ from kairos_train.operations.events import EventLog
 from kairos_train.operations.prometheus import TextFile
 from kairos_train.operations.stopping import Requests
 from kairos_train.operations.watch.liveness import Liveness
+from kairos_train.training import run_state
 from kairos_train.training.budget import Budget, Progress
 from kairos_train.training.checkpointing import Checkpointing
 from kairos_train.training.dry_run import dry_run
@@ -26,7 +27,7 @@ from kairos_train.training.measure.monitor import Monitor
 from kairos_train.training.measure.profiling import Profile
 from kairos_train.training.measure.sample_log import SampleLog
 from kairos_train.training.measure.telemetry import Telemetry
-from kairos_train.training.rollback import roll_back
+from kairos_train.training.rollback import last_good
 from kairos_train.training.run_state import Best, RunState
 from kairos_train.training.samples import draw_samples
 from kairos_train.training.step import StepReport, weighted_loss
@@ -191,9 +192,25 @@ class Run:
             "skipped", step=self.step, why=why, loss=report.loss, grad_norm=report.grad_norm, samples=keys
         )
         if self.guard.exceeded:
-            self._went_back = True
-            roll_back(self, where=f"{text}; samples {', '.join(keys)}")
-            self._reported = self.step
+            self._roll_back(where=f"{text}; samples {', '.join(keys)}")
+
+    def _roll_back(self, *, where: str) -> None:
+        """Continue from the last good checkpoint, with the data that come next now: none is seen a second time.
+
+        Steps count from that checkpoint on again. Collective.
+        """
+        self.checkpointing.settle()
+        here, bad = self.step, self.guard.describe()
+        reader = last_good(self.guard, run_state.checkpoints(self.config), self.topology, where=where)
+        run_state.restore(self.state, reader)
+        for _ in range((here - reader.step) * self.config.train.accumulation):
+            next(self.loader)
+        self.guard.rollbacks += 1
+        self.reports.close()
+        self.reports = self.open_reports(reader.step)
+        self.telemetry.say(f"{bad}: back to step {reader.step}, and on with the data behind step {here}")
+        self.events.write("rollback", step=here, to=reader.step, rollbacks=self.guard.rollbacks)
+        self._went_back, self._reported = True, self.step
 
     def follow_up(self) -> None:
         """What comes after a step when it is time: report, validation, samples, checkpoint. The last step has all.

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ATTENTION_KINDS, ModelConfig, from_dict
+from kairos_train.basics.plain import from_dict
+from kairos_train.config.schema import ATTENTION_KINDS, ModelConfig
 from kairos_train.model.public_keys import public_keys
 
 Shapes = Mapping[str, tuple[int, ...]]

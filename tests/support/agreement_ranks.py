@@ -12,9 +12,10 @@ import torch.distributed as dist
 import kairos_train
 from kairos_train.basics.errors import UserError
 from kairos_train.config.compose import load_config
-from kairos_train.operations.preflight.agreement import agree, first_does
+from kairos_train.operations.preflight.agreement import agree
 from kairos_train.operations.preflight.collective import Collective, try_all_reduce
 from kairos_train.operations.preflight.health import check_health
+from parallel.consensus import first_does
 
 
 def agreed(run_dir: str, overrides: list[list[str]], *, checkpoint_bytes: float, old_rank: int | None = None) -> Any:

@@ -7,8 +7,9 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
+from dataloaders.config import DataConfig
 from kairos_train.basics.errors import RunStopped
-from kairos_train.config.schema import Config, DataConfig, TrainConfig
+from kairos_train.config.schema import Config, TrainConfig
 from kairos_train.training.build_run import _open_loader
 from parallel.topology import Degrees, Topology
 

@@ -16,12 +16,13 @@ from kairos_train.basics.errors import MachineFault
 from kairos_train.checkpoint.canonical import CheckpointReader, checkpoint_path
 from kairos_train.checkpoint.saver import Saver
 from kairos_train.checkpoint.writing import whole_pieces
-from kairos_train.config.schema import Config, ParallelConfig
+from kairos_train.config.schema import Config
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine, build_engine, start_processes
 from kairos_train.training.engine.ema import Ema
 from kairos_train.training.engine.engine_state import gather_full_state, load_full_state, state_pieces
 from kairos_train.training.engine.optimizer import lr_at
 from parallel.collectives import copy_to, reduce_from
+from parallel.config import ParallelConfig
 from parallel.sharding import Rule, ShardingTable
 from parallel.topology import Topology
 

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from support.model_factory import make_config, make_inputs, make_model
 from torch import Tensor
 
-from kairos_train.config.schema import Config, ParallelConfig, StageConfig
+from kairos_train.config.schema import Config, StageConfig
 from kairos_train.model import WorldActionModel
 from kairos_train.model.layout import empty_model, model_table
+from parallel.config import ParallelConfig
 from parallel.gradient_sync import sum_partial_gradients
 from parallel.topology import Degrees, Topology
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dataloaders.config import DataConfig, WindowConfig
 from dataloaders.lerobot.writer import LeRobotWriter
 from dataloaders.packing.pack import pack
 from kairos_train.checkpoint.writing import write_checkpoint
@@ -17,14 +18,12 @@ from kairos_train.config.compose import to_yaml
 from kairos_train.config.schema import (
     ActionStreamConfig,
     Config,
-    DataConfig,
     EncodersConfig,
     ModelConfig,
     StageConfig,
     TextEncoderConfig,
     VideoEncoderConfig,
     VideoStreamConfig,
-    WindowConfig,
 )
 from kairos_train.model import WorldActionModel
 

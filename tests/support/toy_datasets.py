@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dataloaders.config import WindowConfig
 from dataloaders.lerobot.writer import LeRobotWriter
-from kairos_train.config.schema import WindowConfig
 
 CAMERA = "observation.images.top"
 WINDOW = WindowConfig(frames=5, action_video_freq_ratio=1, stride=2, height=32, width=32)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dataloaders.config import WindowConfig
 from dataloaders.files.video import encode_mp4
 from dataloaders.loading.loader import ShardLoader
 from dataloaders.shards import INDEX, ShardIndex, sample_block, write_json, write_shard
-from kairos_train.config.schema import WindowConfig
 
 WINDOW = WindowConfig(frames=5, action_video_freq_ratio=1, height=32, width=32)
 

@@ -13,72 +13,26 @@ import json
 import platform
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import kairos_train
-from kairos_train.basics.errors import EXIT_CODES, MachineFault, UserError
+from kairos_train.basics.errors import MachineFault, UserError
 from kairos_train.checkpoint.canonical import list_checkpoints
 from kairos_train.config.schema import Config
 from kairos_train.operations.preflight.disk import free_bytes
+from parallel.consensus import gather
 
 PACKAGES = ("deepspeed", "megatron-core", "flash-linear-attention", "transformer-engine")
 SOURCES = ("kairos_train", "parallel", "dataloaders")
 DRIVER = Path("/proc/driver/nvidia/version")
 ABSENT = "absent"
 GB = 1e9
-
-Result = TypeVar("Result")
-
-
-def gather(value: Any, size: int) -> list[Any]:
-    """The values of all ranks, by rank. Collective.
-
-    Args:
-        value: this rank's, picklable.
-        size: of the world; 1 needs no process group.
-    """
-    if size == 1:
-        return [value]
-    values: list[Any] = [None] * size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def first_does(action: Callable[[], Result], *, rank: int, size: int) -> Result | None:
-    """Let rank 0 do something that may fail. Collective: all ranks return when it is done, or all raise.
-
-    Args:
-        action: what rank 0 does; its result stays there.
-        rank, size: of this process in the world.
-
-    Returns:
-        The result on rank 0, None elsewhere.
-
-    Raises:
-        UserError, RunStopped, MachineFault, Interrupted: on every rank what `action` raised on rank 0.
-        MachineFault: on the others, when it raised something else, which keeps its traceback on rank 0.
-    """
-    result, error = None, None
-    if rank == 0:
-        try:
-            result = action()
-        except Exception as raised:
-            error = raised
-    told = [None if error is None else (_kind_of(error), str(error))]
-    if size > 1:
-        dist.broadcast_object_list(told)
-    if error is not None:
-        raise error
-    if told[0] is not None:
-        kind, text = told[0]
-        raise next(known for known in EXIT_CODES if known.__name__ == kind)(text)
-    return result
 
 
 def agree(config: Config, *, checkpoint_bytes: float, size: int) -> dict[str, str]:
@@ -221,10 +175,6 @@ def _rarest_last(found: Mapping[str, set]) -> list[tuple[str, set]]:
 def _few(names: Sequence[str], most: int = 4) -> str:
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _kind_of(error: Exception) -> str:
-    return next((kind.__name__ for kind in EXIT_CODES if isinstance(error, kind)), MachineFault.__name__)
 
 
 def _installed(package: str) -> str:

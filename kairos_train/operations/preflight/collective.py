@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from kairos_train.operations.preflight.agreement import gather
+from parallel.consensus import gather
 
 REPEATS = 5
 ROUNDS = 5  # of comparing clocks

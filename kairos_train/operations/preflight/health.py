@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 
 from kairos_train.basics.errors import MachineFault
-from kairos_train.operations.preflight.agreement import different_versions, gather, versions
+from kairos_train.operations.preflight.agreement import different_versions, versions
 from kairos_train.operations.preflight.collective import Collective, clock_offsets, try_all_reduce
 from kairos_train.operations.preflight.devices import Gpu, list_gpus
 from kairos_train.operations.preflight.disk import DiskSpeed, existing_folder, free_bytes, measure_speed
+from parallel.consensus import gather
 
 PATIENCE = 120.0  # seconds for processes to join, for their own checks, and for a collective
 LEAST_FREE = 10**9  # bytes in the run directory's file system

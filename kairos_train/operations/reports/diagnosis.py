@@ -16,7 +16,7 @@ from kairos_train.operations.reports.goodput import Goodput
 from kairos_train.operations.reports.records import Record
 
 if TYPE_CHECKING:
-    from kairos_train.operations.reports.history import Checkpoints, Progress, State
+    from kairos_train.operations.reports.state import Checkpoints, Progress, State
 
 HEALTHY, LOOK, TROUBLE = "healthy", "look", "trouble"
 ORDER = (TROUBLE, LOOK, HEALTHY)

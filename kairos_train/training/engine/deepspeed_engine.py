@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import Config, ParallelConfig
+from kairos_train.config.schema import Config
 from kairos_train.training.engine.master_layout import MasterLayout
 from kairos_train.training.engine.optimizer import Masters, build_optimizer, parameter_groups, set_lr
 from kairos_train.training.engine.ownership import Shares
 from parallel.audit import audit
+from parallel.config import ParallelConfig
 from parallel.gradient_sync import gradient_norm, sum_partial_gradients
 from parallel.mpu import DeepSpeedMpu
 from parallel.sharding import Shape, ShardingTable, set_attributes

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dataloaders.config import WindowConfig
 from dataloaders.shards import ShardIndex
 from dataloaders.windows import POLICY_FIELDS
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import Config, WindowConfig
+from kairos_train.config.schema import Config
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
 from kairos_train.training.inputs.contexts import check_captions
 

@@ -3,7 +3,7 @@
 `losses.jsonl` has one line per step and nothing that depends on time or machine, so that two runs can be compared with
 a text tool. `metrics.jsonl` and TensorBoard have what was averaged since the last report: losses by σ bin, speed,
 memory, model FLOPs and MFU; and what was measured in the step before it (`kairos_train.training.measure.monitor`). A
-line of `metrics.jsonl` is {"step", "time" (seconds since 1970), name: value, …}. """
+line of `metrics.jsonl` is {"step", "time" (seconds since 1970), name: value, …}."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kairos_train.config.schema import Config, ParallelConfig
+from kairos_train.config.schema import Config
 from kairos_train.model.initialise import generator
 from kairos_train.model.layout import full_shapes, model_table
 from kairos_train.objective.flow_matching import ConditionedBatch, FlowMatching
@@ -29,6 +29,7 @@ from kairos_train.training.engine.engine_state import gather_full_state
 from kairos_train.training.engine.initial_weights import build_model
 from kairos_train.training.engine.optimizer import lr_at
 from kairos_train.training.step import train_step
+from parallel.config import ParallelConfig
 from parallel.sharding import ShardingTable
 from parallel.topology import Topology
 

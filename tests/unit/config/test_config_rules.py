@@ -8,19 +8,13 @@ from typing import Any
 
 import pytest
 
+from dataloaders.config import SourceConfig
 from kairos_train.basics.errors import UserError
 from kairos_train.config import validate as rules
 from kairos_train.config.compose import load_config
 from kairos_train.config.keys import all_keys
 from kairos_train.config.operation_schema import FaultConfig
-from kairos_train.config.schema import (
-    CaptionShare,
-    Config,
-    CurriculumConfig,
-    CurriculumStage,
-    LoraConfig,
-    SourceConfig,
-)
+from kairos_train.config.schema import CaptionShare, Config, CurriculumConfig, CurriculumStage, LoraConfig
 
 DEMO = "experiment=demo"
 

@@ -22,10 +22,10 @@ from support.packed_samples import packed_samples
 from support.toy_datasets import WINDOW, write_dataset
 from support.toy_videos import caption, mp4
 
+from dataloaders.config import ClipConfig
 from dataloaders.packing.pack import QUARANTINE, pack
 from dataloaders.shards import read_index
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ClipConfig
 
 CLIPS = ClipConfig(fps=10.0, short_side=64, most_frames=9)
 EPISODES = 4

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.toy_shards import keys_of, take, toy_key, toy_loader, write_clips, write_folder
 
+from dataloaders.config import SourceConfig
 from dataloaders.loading.buckets import Bucket, SourceShapes
 from dataloaders.shards import INDEX, read_index, write_json
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import SourceConfig
 
 RUNS = [
     [(1, 32, 64, 9), (5, 32, 32, 4)],

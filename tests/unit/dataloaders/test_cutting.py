@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dataloaders.config import WindowConfig
 from dataloaders.windows import (
     check_dimensions,
     check_window,
@@ -15,7 +16,6 @@ from dataloaders.windows import (
     windows_of,
 )
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import WindowConfig
 
 
 @pytest.mark.parametrize(

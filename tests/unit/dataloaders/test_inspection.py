@@ -8,13 +8,13 @@ from PIL import Image
 from support.toy_datasets import WINDOW, write_dataset
 from support.toy_videos import counting, mp4, write_manifest
 
+from dataloaders.config import ClipConfig, DataConfig
 from dataloaders.lerobot.reader import LeRobotDataset
 from dataloaders.packing.inspection import FRAMES, inspect
 from dataloaders.packing.pack import pack
 from dataloaders.shards import read_index
 from kairos_train import cli
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ClipConfig, DataConfig
 
 DATA = DataConfig(window=WINDOW, clips=ClipConfig(fps=10.0, short_side=64, most_frames=9))
 

@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.toy_shards import keys_of, take, toy_key, toy_loader, write_clips, write_folder
 
+from dataloaders.config import SourceConfig
 from dataloaders.loading.streams import SourceOrder, default_streams
 from dataloaders.shards import read_index
-from kairos_train.config.schema import SourceConfig
 
 COUNTS = [7, 5, 1, 6, 7, 6, 4, 2]  # 38 samples
 LAYOUTS = [  # micro-batch, accumulation, data ranks: 12 samples per step

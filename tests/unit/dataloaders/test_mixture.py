@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.toy_shards import WINDOW, keys_of, npy, take, toy_key, toy_loader, toy_members, write_folder
 
+from dataloaders.config import DataConfig, SourceConfig
 from dataloaders.loading.loader import sources_of
 from dataloaders.loading.mixture import Exhausted, Mixture
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import DataConfig, SourceConfig
 
 
 def _mixture(samples, weights=None, max_epochs=None, temperature=1.0, seed=0):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from support.packed_samples import packed_samples, psnr
 
+from dataloaders.config import WindowConfig
 from dataloaders.lerobot.reader import LeRobotDataset
 from dataloaders.packing.pack import pack
 from dataloaders.shards import read_index, verify
 from dataloaders.sources.lerobot import choose_task
 from dataloaders.windows import action_count, cover, frame_indices, windows_of
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import WindowConfig
 
 GR1, METAWORLD = "lerobot_v20_gr1", "lerobot_v30_metaworld"
 WINDOWS = {

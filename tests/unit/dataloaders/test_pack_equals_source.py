@@ -9,13 +9,13 @@ import pytest
 from support.lerobot_layouts import as_version_2, direct_read
 from support.packed_samples import packed_samples, psnr
 
+from dataloaders.config import WindowConfig
 from dataloaders.lerobot.reader import LeRobotDataset
 from dataloaders.lerobot.writer import LeRobotWriter
 from dataloaders.packing.pack import pack
 from dataloaders.shards import read_index
 from dataloaders.simulators.collect import simulate
 from dataloaders.windows import cover
-from kairos_train.config.schema import WindowConfig
 
 SMALL = WindowConfig(frames=5, action_video_freq_ratio=2, stride=4, height=64, width=64)
 WINDOWS = {

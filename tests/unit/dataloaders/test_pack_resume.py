@@ -24,7 +24,7 @@ ARGUMENTS = {"prompt_template": "Do: {task}", "shard_samples": 9}
 COMMAND = """
 import sys, time
 from dataloaders.packing.pack import pack
-from kairos_train.config.schema import WindowConfig
+from dataloaders.config import WindowConfig
 window = WindowConfig(frames=5, action_video_freq_ratio=1, stride=2, height=32, width=32)
 source, out, processes, halt = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 pack(source, out, window=window, prompt_template="Do: {task}", shard_samples=9, processes=processes,

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from dataloaders.lerobot.reader import LeRobotDataset
-from dataloaders.simulators.base import CAMERA_KEY, TASKS, make
+from dataloaders.simulators.base import CAMERA_KEY, TASKS
 from dataloaders.simulators.collect import STEPS_AFTER_SUCCESS, Job, play, simulate
+from dataloaders.simulators.make import make
 from dataloaders.simulators.push2d import AGENT_RADIUS, BLOCK_RADIUS, STEP, Push2D
 from kairos_train.basics.errors import UserError
 

@@ -10,13 +10,13 @@ from support.http_server import Habits, serving
 from support.packed_samples import Packed, folder_bytes, packed_samples, psnr
 from support.toy_videos import caption, counting, jpg, mp4, write_manifest, write_tar
 
+from dataloaders.config import ClipConfig, WindowConfig
 from dataloaders.files.video import decode_mp4
 from dataloaders.packing.pack import QUARANTINE, pack
 from dataloaders.shards import read_index
 from dataloaders.sources.clips import clip_size, pieces
 from dataloaders.windows import cover
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ClipConfig, WindowConfig
 
 CLIPS = ClipConfig(fps=10.0, short_side=64, most_frames=9, least_frames=5)
 

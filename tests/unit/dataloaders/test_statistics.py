@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from dataloaders.config import WindowConfig
 from dataloaders.packing.statistics import NAMES, QUANTILES, ColumnSummary, column_statistics, dataset_statistics
 from dataloaders.windows import action_count, cut_actions, windows_of
-from kairos_train.config.schema import WindowConfig
 
 
 def _reference(values: np.ndarray) -> dict[str, np.ndarray]:

@@ -12,13 +12,13 @@ import pytest
 from support.http_server import Habits, serving
 from support.toy_datasets import WINDOW, toy_encoder, write_dataset
 
+from dataloaders.config import DataConfig
 from dataloaders.packing.inspection import inspect
 from dataloaders.packing.pack import pack
 from dataloaders.packing.verification import verify
 from dataloaders.shards import INDEX, STATISTICS, read_index
 from kairos_train import cli
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import DataConfig
 
 
 @pytest.fixture(scope="module")

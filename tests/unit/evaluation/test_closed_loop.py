@@ -9,11 +9,13 @@ import sys
 import numpy as np
 import pytest
 
-from dataloaders.simulators.base import TASKS, make
+from dataloaders.simulators.base import TASKS
 from dataloaders.simulators.collect import simulate
+from dataloaders.simulators.make import make
 from evaluation.closed_loop import run
 from evaluation.closed_loop.demonstrations import open_demonstrations, read_demonstrations, seeds_of
-from evaluation.closed_loop.episodes import Episode, Outcome, noise_seed, play
+from evaluation.closed_loop.episode import Episode, Outcome, noise_seed
+from evaluation.closed_loop.episodes import play
 from evaluation.closed_loop.policies import ExpertPolicy, HoldPolicy, RandomPolicy, ReplayPolicy, another_task
 from evaluation.closed_loop.report import summarise
 from evaluation.closed_loop.run import Protocol, Source, check_seeds, closed_loop

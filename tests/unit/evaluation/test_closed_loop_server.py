@@ -12,10 +12,12 @@ from PIL import Image
 from support.serving_exports import config_of, write_export
 from support.serving_server import in_thread
 
-from dataloaders.simulators.base import TASKS, make
+from dataloaders.simulators.base import TASKS
 from dataloaders.simulators.collect import simulate
+from dataloaders.simulators.make import make
 from evaluation.closed_loop import policies, run, server
-from evaluation.closed_loop.episodes import Episode, noise_seed, play
+from evaluation.closed_loop.episode import Episode, noise_seed
+from evaluation.closed_loop.episodes import play
 from evaluation.closed_loop.run import Protocol, Source, closed_loop
 from evaluation.closed_loop.workers import Setup
 from evaluation.intervals import wilson

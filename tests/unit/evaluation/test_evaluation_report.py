@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from support.tiny_export import tiny_config, write_tiny_checkpoint
 
+from dataloaders.config import ClipConfig
 from dataloaders.shards import read_index, write_json
 from evaluation.compare import compare
 from evaluation.held_out import open_shards
@@ -19,7 +20,6 @@ from evaluation.run import Settings, evaluate, obstacles
 from evaluation.video import DriftSettings
 from kairos_train import cli
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ClipConfig
 from kairos_train.inference.load import load
 from kairos_train.weights.export import export
 

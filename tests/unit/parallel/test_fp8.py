@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ActionStreamConfig, Config, Fp8Config, ModelConfig, VideoStreamConfig
+from kairos_train.config.schema import ActionStreamConfig, Config, ModelConfig, VideoStreamConfig
 from kairos_train.model import WorldActionModel
 from kairos_train.model.layout import empty_model, model_seams
 from parallel import fp8
+from parallel.config import Fp8Config
 from parallel.fp8 import TransformerEngineLinear
 from parallel.fp8_emulated import BACKWARD, FORWARD, EmulatedFp8Linear, scale_of, to_fp8
 from parallel.topology import Topology

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ParallelConfig
+from parallel.config import ParallelConfig
 from parallel.mpu import DeepSpeedMpu
 from parallel.topology import AXES, Coordinates, Degrees, Topology, split_frames
 

@@ -193,8 +193,7 @@ def test_cameras_beside_each_other_widen_the_picture():
 def test_states_are_as_many_bytes_as_the_design_says_however_many_the_tokens(ranks, method, forward):
     overrides = ("stage=physical", "model.video.layer_cycle=[GATED]", f"parallel.context={ranks}")
     short, long = (
-        plan(*overrides, f"parallel.state_exchange={method}", f"data.window.frames={frames}")
-        for frames in (81, 161)
+        plan(*overrides, f"parallel.state_exchange={method}", f"data.window.frames={frames}") for frames in (81, 161)
     )
     backward = forward if method == "ring" or ranks > 8 else forward * 2 / 3
     assert short.cost.received.context == long.cost.received.context

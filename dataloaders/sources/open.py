@@ -1,0 +1,58 @@
+"""A source by what lies at its location."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dataloaders.files.urls import is_url
+from dataloaders.sources.base import Source, SourceSettings
+from kairos_train.basics.errors import UserError
+
+
+def open_source(location: Path | str, settings: SourceSettings) -> Source:
+    """The source at a path or URL: a LeRobot dataset, a manifest (or its folder), WebDataset tars.
+
+    Raises:
+        UserError: it is none of these, or cannot be read.
+    """
+    kind = kind_of(location)
+    if settings.captions is not None and kind != "lerobot":
+        raise UserError(
+            f"--captions {settings.captions}: is for LeRobot datasets; {location} holds captions of its own"
+        )
+    if kind == "lerobot":
+        from dataloaders.sources.lerobot import LeRobotSource
+
+        return LeRobotSource(Path(location), settings)
+    if kind == "manifest":
+        from dataloaders.sources.videos import VideoSource
+
+        return VideoSource(location, settings)
+    from dataloaders.sources.tars import TarSource
+
+    return TarSource(location, settings)
+
+
+def kind_of(location: Path | str) -> str:
+    """lerobot, manifest or tars. Raises UserError when it is none of them."""
+    text = str(location)
+    if text.endswith((".jsonl", ".csv")):
+        return "manifest"
+    if text.endswith(".tar"):
+        return "tars"
+    if not is_url(location):
+        folder = Path(location)
+        if (folder / "meta").is_dir():
+            return "lerobot"
+        if (folder / "index.json").is_file() and (folder / "dataset_stats.json").is_file():
+            raise UserError(f"{folder}: was packed already; give the dataset that it was packed from")
+        if any((folder / name).is_file() for name in ("manifest.jsonl", "manifest.csv")):
+            return "manifest"
+        if next(folder.glob("*.tar"), None) is not None:
+            return "tars"
+        if not folder.exists():
+            raise UserError(f"{folder}: does not exist; give a dataset")
+    raise UserError(
+        f"{location}: is no source; give a LeRobot dataset (with meta/), a manifest .jsonl or .csv or the folder of a "
+        "manifest.jsonl, or WebDataset tars (a folder, FILE.tar or a pattern like DIR/part-{000..012}.tar)"
+    )
