@@ -2,8 +2,8 @@
 
     python benchmarks/chaos.py [--faults 100] [--seed 0] [--part runs|packing] [--quick]
 
-The faults: benchmarks/chaos_faults.py, and SIGKILL of `kairos-train data pack`, which is started again and must leave
-the same shards. Each run of 30 steps has a few of them; every run is compared with one that was left alone. Without the
+The faults: benchmarks/chaos_parts/faults.py, and SIGKILL of `kairos-train data pack`, which is started again and must
+leave the same shards. Each run of 30 steps has a few of them; every run is compared with one that was left alone. Without the
 right to mount a small file system, full disks are left out and it is said.
 
 The last line is one JSON object: machine, `faults`, `identical` (runs and packings all equal to the undisturbed ones,
@@ -27,9 +27,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from chaos_compare import compare_runs
-from chaos_faults import KINDS, STEPS, Outcome, finish, run_with_faults, small_disk
-from chaos_pack import EPISODES, make_shards, pack_through_kills
+from chaos_parts.compare import compare_runs
+from chaos_parts.faults import KINDS, STEPS, FaultOutcome, finish, run_with_faults, small_disk
+from chaos_parts.pack import EPISODES, make_shards, pack_through_kills
 
 FAULTS_PER_RUN = 5
 QUICK_STEPS = 8
@@ -45,9 +45,9 @@ def plan_faults(faults: int, kinds: list[str], rng: random.Random) -> tuple[list
     return [rest[i : i + FAULTS_PER_RUN] for i in range(0, len(rest), FAULTS_PER_RUN)], packing
 
 
-def table(outcomes: list[Outcome]) -> list[str]:
+def table(outcomes: list[FaultOutcome]) -> list[str]:
     """Markdown, a row per kind."""
-    by_kind: dict[str, list[Outcome]] = defaultdict(list)
+    by_kind: dict[str, list[FaultOutcome]] = defaultdict(list)
     for outcome in outcomes:
         by_kind[outcome.kind].append(outcome)
     lines = [
@@ -81,7 +81,7 @@ def main() -> int:
     rng = random.Random(args.seed)
     machine = f"{platform.machine()}, {os.cpu_count()} cores; torch {torch.__version__}, gloo"
     print(machine)
-    outcomes: list[Outcome] = []
+    outcomes: list[FaultOutcome] = []
     differing, lost, repeated, leftovers = [], 0, 0, 0
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:

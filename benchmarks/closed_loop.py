@@ -37,18 +37,18 @@ QUICK_EPISODES = 10
 def judge(env: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """The content of closed_loop.json of one simulator, a second export's counts among the policies."""
     # Not at the top: a simulator process imports this file anew, and has no use for torch.
-    from evaluation.closed_loop.run import Protocol, Source, closed_loop
+    from evaluation.closed_loop.run import PolicySource, Protocol, closed_loop
 
     export, demos = getattr(args, env), getattr(args, f"{env}_demos")
     names = (*(("model", "wrong") if export else ()), *(name for name in REFERENCES if demos or name != "replay"))
     settings = {"episodes": args.episodes, "processes": args.processes, "concurrent": args.concurrent}
     result = closed_loop(
-        Protocol(env, policies=names, **settings), Source(export, device=args.device), demos=demos, out=out / env
+        Protocol(env, policies=names, **settings), PolicySource(export, device=args.device), demos=demos, out=out / env
     )
     if env == "metaworld" and args.metaworld_actions:
         alone = closed_loop(
             Protocol(env, policies=["model"], **settings),
-            Source(args.metaworld_actions, device=args.device),
+            PolicySource(args.metaworld_actions, device=args.device),
             demos=demos,
             out=out / f"{env}_actions",
         )

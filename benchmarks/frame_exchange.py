@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from kairos_train.model.kernels.windows import WindowRule, frames_read
+from kairos_train.model.kernels.windows import WindowSpec, frames_read
 from parallel.exchange.frame_exchange import FrameExchange
 from parallel.exchange.frame_plan import FramePlan, plan_frames
 
@@ -49,7 +49,7 @@ SMALL = 4 * 8
 
 def plan_layer(kind: str, frames: int, ranks: int, numbers: int, choice: str = "auto") -> FramePlan:
     """The plan of a full-size layer kind: window 3, dilation 4, no history; `numbers` per frame of hidden state."""
-    rule = WindowRule(kind, 3, 4, token_window=False, restrict_history=True, all_attend_history=False)
+    rule = WindowSpec(kind, 3, 4, token_window=False, restrict_history=True, all_attend_history=False)
     reads, step = frames_read(rule, frames, (0,)), rule.step(frames)
     return plan_frames(frames, reads, (), ranks=ranks, period=step, hidden=numbers, keys=2 * numbers, choice=choice)
 
@@ -91,7 +91,7 @@ def table(frames: int, ranks: int) -> dict[str, Any]:
 # ---------------------------------------------------------------- the ways of getting the keys
 
 
-class Exchange:
+class LayerExchange:
     """One layer by frame exchange, forward and backward: hidden states there, K and V, outputs back."""
 
     def __init__(self, plan: FramePlan, group: dist.ProcessGroup, shape: tuple[int, ...]) -> None:
@@ -189,7 +189,7 @@ def count_bytes(groups: dict[int, dist.ProcessGroup | None], everyone: dist.Proc
         rank = group.rank()
         for kind, choice in (("SWA", "auto"), ("DSWA", "contiguous"), ("DSWA", "residue"), ("FA", "auto")):
             plan = plan_layer(kind, frames, ranks, SMALL, choice)
-            layer = Exchange(plan, group, (4, 8))
+            layer = LayerExchange(plan, group, (4, 8))
             with counted(group) as found:
                 outputs = layer.forward()
                 forward = sum(found)
@@ -230,8 +230,10 @@ def rank_main(rank: int, size: int, store: str, args: argparse.Namespace, result
     if group is not None:
         shape = (args.tokens, args.width)
 
-        def exchange(kind: str, choice: str) -> Exchange:
-            return Exchange(plan_layer(kind, args.frames, args.ranks, args.tokens * args.width, choice), group, shape)
+        def exchange(kind: str, choice: str) -> LayerExchange:
+            return LayerExchange(
+                plan_layer(kind, args.frames, args.ranks, args.tokens * args.width, choice), group, shape
+            )
 
         subjects = {
             "swa": exchange("SWA", "auto"),

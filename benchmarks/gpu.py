@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_harness import Entry, Setting, Worker
+from gpu_sections.harness import Entry, Setting, Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,21 +45,21 @@ class Section:
 
     @property
     def conformance(self) -> bool:
-        return self.module == "gpu_conformance"
+        return self.module == "gpu_sections.conformance"
 
 
 SECTIONS = (
-    Section("gated_delta", "gpu_conformance", 110),
-    Section("windows", "gpu_conformance", 40),
-    Section("model", "gpu_conformance", 60),
-    Section("state_passing", "gpu_conformance", 110),
-    Section("step", "gpu_speed", 160),
-    Section("blocks", "gpu_speed", 100),
-    Section("fp8", "gpu_conformance", 30),
-    Section("flex", "gpu_conformance", 100),
-    Section("fp8_layers", "gpu_speed", 60),
-    Section("compiled", "gpu_speed", 120),
-    Section("flex_layers", "gpu_speed", 60),
+    Section("gated_delta", "gpu_sections.conformance", 110),
+    Section("windows", "gpu_sections.conformance", 40),
+    Section("model", "gpu_sections.conformance", 60),
+    Section("state_passing", "gpu_sections.conformance", 110),
+    Section("step", "gpu_sections.speed", 160),
+    Section("blocks", "gpu_sections.speed", 100),
+    Section("fp8", "gpu_sections.conformance", 30),
+    Section("flex", "gpu_sections.conformance", 100),
+    Section("fp8_layers", "gpu_sections.speed", 60),
+    Section("compiled", "gpu_sections.speed", 120),
+    Section("flex_layers", "gpu_sections.speed", 60),
 )
 """In the order of their worth. What a section needs for itself: a few seconds, minutes where kernels are compiled."""
 
@@ -67,7 +67,7 @@ SHORTEST = 10.0
 """Seconds left below which no section begins."""
 
 
-class Report:
+class GpuReport:
     """What was found, on its way into the file."""
 
     def __init__(self, path: Path, about: Entry) -> None:
@@ -122,11 +122,11 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def run(sections: list[Section], setting: Setting, budget: float, report: Report) -> None:
+def run(sections: list[Section], setting: Setting, budget: float, report: GpuReport) -> None:
     """All sections that the budget (seconds) has time for."""
     end = time.monotonic() + budget
     worker = Worker()
-    for section in (Section("machine", "gpu_harness", 60), *sections):
+    for section in (Section("machine", "gpu_sections.harness", 60), *sections):
         left = end - time.monotonic()
         if left < SHORTEST:
             report.end(section.name, "skipped", 0.0, f"{max(left, 0):.0f} s of the budget were left")
@@ -188,7 +188,7 @@ def main() -> int:
 
     sys.path.insert(0, str(ROOT))  # the project need not be installed
     about = {"date": today, "commit": args.commit, "device": args.device, "tiny": args.tiny}
-    report = Report(args.out, {**about, "budget_minutes": args.budget_minutes})
+    report = GpuReport(args.out, {**about, "budget_minutes": args.budget_minutes})
     chosen = [section for section in SECTIONS if section.name in args.only]
     run(chosen, Setting(args.device, args.tiny), 60 * args.budget_minutes, report)
     summary = report.summary()

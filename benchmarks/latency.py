@@ -33,8 +33,8 @@ import torch
 
 from kairos_train.config.compose import load_config
 from kairos_train.config.schema import Config, ModelConfig
-from kairos_train.inference.rollout import CarriedHistory, ChunkSize, SlidingHistory, chunk_seed
-from kairos_train.inference.sampler import Conditions, Sample, SamplerConfig, sample
+from kairos_train.inference.rollout import ChunkSize, SlidingHistory, StreamingHistory, chunk_seed
+from kairos_train.inference.sampler import Conditions, SampledOutput, SamplerConfig, sample
 from kairos_train.model import WorldActionModel
 from kairos_train.model.flops import action_context_flops, forward_flops
 from kairos_train.model.streams import layer_kinds
@@ -70,7 +70,7 @@ def make_conditions(config: ModelConfig, side: int, device: torch.device) -> Con
     )
 
 
-def timed(run: Callable[[], Sample], device: torch.device) -> float:
+def timed(run: Callable[[], SampledOutput], device: torch.device) -> float:
     """Seconds of one call. With one thread of a CPU they are seconds of that thread, so that the waiting for other
     programs does not count."""
     if device.type == "cuda":
@@ -101,7 +101,7 @@ def long_rollout(way: type, model: WorldActionModel, given: Conditions, steps: i
     memory = way(model, SamplerConfig(steps=steps, guidance=1.0), ChunkSize(FRAMES, HISTORY))
     memory.observe(given.history, given)
 
-    def advance(number: int) -> Sample:
+    def advance(number: int) -> SampledOutput:
         sampled = memory.sample(given, mode="video", seeds=[chunk_seed(0, number)], size=(side, side))
         memory.observe(sampled.latents, given)
         return sampled
@@ -125,7 +125,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> d
     shape = {"latent_shape": (FRAMES, side, side), "horizon": ACTIONS}
     modes = ("joint", "action") if args.quick else ("joint", "video", "action")
 
-    def run(mode: str, steps: int = args.steps) -> Sample:
+    def run(mode: str, steps: int = args.steps) -> SampledOutput:
         return sample(model, given, mode=mode, config=replace(settings, steps=steps), seeds=[0], **shape)
 
     apart = (run("joint", 2).actions - run("action", 2).actions).abs().max()  # warms up, too
@@ -146,7 +146,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> d
     carrying.load_state_dict(model.state_dict())
     walks = {
         "sliding": long_rollout(SlidingHistory, model, small, args.long_steps, args.chunks),
-        "carried": long_rollout(CarriedHistory, carrying, small, args.long_steps, args.chunks),
+        "carried": long_rollout(StreamingHistory, carrying, small, args.long_steps, args.chunks),
     }
     speedup, ratio = seconds["joint"] / seconds["action"], flops["joint"] / flops["action"]
     executed = flops["joint"] / flops["action_executed"]

@@ -93,7 +93,7 @@ def served(folder: Path, options: list[str]) -> Iterator[int]:
 
 
 @dataclass
-class Outcome:
+class LoadOutcome:
     """What one client saw: seconds per reply, the part of them outside the model, and what went wrong."""
 
     seconds: list[float] = field(default_factory=list)
@@ -108,7 +108,7 @@ def observation_for(metadata: dict[str, Any], rng: np.random.Generator) -> dict[
     return {**pictures, state: rng.uniform(-1, 1, metadata["state_dim"]).astype(np.float32)}
 
 
-def ask(client: PolicyClient, number: int, ready: threading.Barrier, seconds: float, outcome: Outcome) -> None:
+def ask(client: PolicyClient, number: int, ready: threading.Barrier, seconds: float, outcome: LoadOutcome) -> None:
     """One client: request after request until the time is over."""
     metadata, rng = client.metadata, np.random.default_rng(number)
     observation = observation_for(metadata, rng) | {"prompt": f"put the bowl on plate {number}"}
@@ -129,9 +129,9 @@ def ask(client: PolicyClient, number: int, ready: threading.Barrier, seconds: fl
             outcome.lost.append(f"actions of shape {actions.shape}, finite: {np.isfinite(actions).all()}")
 
 
-def load(port: int, count: int, seconds: float) -> list[Outcome]:
+def load(port: int, count: int, seconds: float) -> list[LoadOutcome]:
     """All clients at once; one outcome each."""
-    outcomes = [Outcome() for _ in range(count)]
+    outcomes = [LoadOutcome() for _ in range(count)]
     clients = [PolicyClient(f"ws://127.0.0.1:{port}") for _ in outcomes]
     for client in clients:
         assert client.metadata  # connected
@@ -183,7 +183,7 @@ def main() -> int:
     return 1 if result["lost"] else 0
 
 
-def summary(outcomes: list[Outcome], counted: dict[str, float], seconds: float) -> dict[str, float]:
+def summary(outcomes: list[LoadOutcome], counted: dict[str, float], seconds: float) -> dict[str, float]:
     """Numbers of all clients together; what was lost is printed by reason."""
     times, beside = (np.array([t for o in outcomes for t in getattr(o, name)]) for name in ("seconds", "beside"))
     lost = [reason for outcome in outcomes for reason in outcome.lost]

@@ -24,7 +24,7 @@ from kairos_train.basics.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
+class WindowPosition:
     """A window in the shards.
 
     Attributes:
@@ -50,25 +50,27 @@ class Recording:
         frames: N, video frames that follow each other from the window's first on.
     """
 
-    first: Place
+    first: WindowPosition
     pieces: dict[int, list[tuple[int, int]]]
     frames: int
 
 
-def places(index: ShardIndex) -> list[Place]:
+def places(index: ShardIndex) -> list[WindowPosition]:
     """Every window of a shard folder; reads its JSON members alone, decodes nothing.
 
     Raises:
         UserError: a shard is damaged, or a sample does not say which window of which episode it is.
     """
-    found: list[Place] = []
+    found: list[WindowPosition] = []
     try:
         for shard in index.shards:
             for raw in read_shard(index.folder, shard):
                 meta = json.loads(bytes(raw["json"]))
                 episode = (meta.get("dataset"), meta["episode"])
                 number = len(found)
-                found.append(Place(number, raw["__key__"], episode, int(meta["start"]), int(meta["valid_frames"])))
+                found.append(
+                    WindowPosition(number, raw["__key__"], episode, int(meta["start"]), int(meta["valid_frames"]))
+                )
     except CorruptData as error:
         raise UserError(f"{index.folder}: {error}; restore or repack the shards") from error
     except (KeyError, ValueError, TypeError) as error:
@@ -79,7 +81,7 @@ def places(index: ShardIndex) -> list[Place]:
     return found
 
 
-def choose(windows: Sequence[Place], *, count: int, frames: int, ratio: int) -> list[Recording]:
+def choose(windows: Sequence[WindowPosition], *, count: int, frames: int, ratio: int) -> list[Recording]:
     """The windows with the longest recordings, spread over the episodes; the same at every call.
 
     Every episode in turn, before any gives a second one; inside an episode, windows spread evenly over those whose
@@ -90,7 +92,7 @@ def choose(windows: Sequence[Place], *, count: int, frames: int, ratio: int) -> 
         frames: N that is wanted; longer recordings are cut.
         ratio: raw frames between video frames.
     """
-    episodes: dict[tuple[Hashable, Hashable], list[Place]] = defaultdict(list)
+    episodes: dict[tuple[Hashable, Hashable], list[WindowPosition]] = defaultdict(list)
     for window in windows:
         episodes[window.episode].append(window)
     names = sorted(episodes, key=str)
@@ -128,9 +130,9 @@ def read(index: ShardIndex, recordings: Sequence[Recording]) -> list[tuple[Sampl
     return [(firsts[i], frames[i]) for i in range(len(recordings))]
 
 
-def _of_episode(windows: Sequence[Place], count: int, frames: int, ratio: int) -> list[Recording]:
+def _of_episode(windows: Sequence[WindowPosition], count: int, frames: int, ratio: int) -> list[Recording]:
     """At most `count` windows of one episode, out of those with its longest recording."""
-    aligned: dict[int, list[Place]] = defaultdict(list)
+    aligned: dict[int, list[WindowPosition]] = defaultdict(list)
     for window in sorted(windows, key=lambda w: w.start):
         aligned[window.start % ratio].append(window)
     found = [_recording(w, aligned[w.start % ratio], frames, ratio) for w in sorted(windows, key=lambda w: w.start)]
@@ -140,7 +142,7 @@ def _of_episode(windows: Sequence[Place], count: int, frames: int, ratio: int) -
     return [found[i] for i in chosen]
 
 
-def _recording(first: Place, windows: Sequence[Place], frames: int, ratio: int) -> Recording:
+def _recording(first: WindowPosition, windows: Sequence[WindowPosition], frames: int, ratio: int) -> Recording:
     """What follows a window: at each point from the last window that shows it, which leads furthest.
 
     Args:

@@ -47,7 +47,7 @@ LEAST_DECAY = 1e-12
 
 
 @dataclass(frozen=True)
-class Measured:
+class MemoryMeasurement:
     """What one GATED layer did on a batch; float64 on the CPU.
 
     Attributes:
@@ -77,7 +77,7 @@ def measure(predictor: Predictor, index: ShardIndex, *, samples: int, seed: int,
         "decay_per_frame", e^(L·ḡ) at the mean ḡ of all windows; "largest_factor", the largest ‖A_t‖ that was met.
     """
     objective, policy = objective_of(predictor, seed=seed), predictor.policy
-    found: dict[str, list[Measured]] = {}
+    found: dict[str, list[MemoryMeasurement]] = {}
     frames = tokens = windows = 0
     for batch in spread_batches(index, count=samples, batch_size=batch_size, with_frames=index.encoders is None):
         noisy = conditioned(predictor, objective, batch, draw=0)
@@ -100,7 +100,7 @@ def measure(predictor: Predictor, index: ShardIndex, *, samples: int, seed: int,
     }
 
 
-def contraction(k: Tensor, g: Tensor, beta: Tensor) -> Measured:
+def contraction(k: Tensor, g: Tensor, beta: Tensor) -> MemoryMeasurement:
     """Bound and norm of what a recurrence does to the difference of two states.
 
     Args:
@@ -115,7 +115,7 @@ def contraction(k: Tensor, g: Tensor, beta: Tensor) -> Measured:
     nothing = torch.zeros_like(g, dtype=torch.float32)
     _, left = gated_delta_rule(k, k, torch.zeros_like(k), nothing, beta.float(), identity, backend="torch")
     norm = torch.linalg.matrix_norm(left.double().cpu(), ord=2)  # many small matrices: LAPACK is quicker than a GPU
-    return Measured(
+    return MemoryMeasurement(
         log_decay=g.cpu(),
         log_bound=factor.sum(1).cpu(),
         log_norm=g.sum(1).cpu() + norm.clamp(min=torch.finfo(torch.float64).tiny).log(),
@@ -128,7 +128,7 @@ def horizon(mean_log_decay: np.ndarray, tokens_per_frame: int) -> np.ndarray:
     return 1 / (tokens_per_frame * np.maximum(-mean_log_decay, LEAST_DECAY))
 
 
-def _heads(parts: list[Measured], tokens_per_frame: int) -> list[dict[str, Any]]:
+def _heads(parts: list[MemoryMeasurement], tokens_per_frame: int) -> list[dict[str, Any]]:
     """The numbers of each head of one layer."""
     g = torch.cat([part.log_decay for part in parts]).numpy()  # (W, S, H)
     bound, norm, largest = (

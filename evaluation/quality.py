@@ -46,7 +46,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return similarity.flatten(1).double().mean(1).numpy()
 
 
-class Judge:
+class QualityModel:
     """A TorchScript module that compares pictures or describes clips.
 
     Pictures go in as float32 RGB from −1 to 1. `--lpips`: module(a, b), both (N, 3, H, W), gives N distances, in any

@@ -25,7 +25,7 @@ from dataloaders.shards import ShardIndex
 from evaluation import losses, memory_probe, open_loop, plots, video
 from evaluation.held_out import open_shards
 from evaluation.pictures import contact_sheet, save_figure, write_whole
-from evaluation.quality import Judge
+from evaluation.quality import QualityModel
 from evaluation.report import EVALUATION, FORMAT, write_page
 from kairos_train.basics.errors import UserError
 from kairos_train.inference.load import Policy, load
@@ -49,7 +49,7 @@ class Settings:
         seed: of all noise.
         draws: noises per window for the losses.
         drift: of the part video.
-        lpips, fvd: TorchScript files, see `evaluation.quality.Judge`.
+        lpips, fvd: TorchScript files, see `evaluation.quality.QualityModel`.
         batch_size: windows at a time; changes no number but by rounding.
     """
 
@@ -163,17 +163,17 @@ def _chosen(blocked: dict[str, str], wanted: Sequence[str] | None) -> tuple[list
     return parts, {part: blocked.get(part, "not asked for") for part in PARTS if part not in parts}
 
 
-def _check_video(predictor: Predictor, settings: Settings) -> dict[str, Judge]:
+def _check_video(predictor: Predictor, settings: Settings) -> dict[str, QualityModel]:
     """The judges by name. Raises UserError where a setting does not fit, before any work."""
     drift = settings.drift
     predictor.memory(mode="video", history=drift.history, carried=drift.carried)
     files = {"lpips": settings.lpips, "fvd": settings.fvd}
     device = predictor.policy.device
-    return {name: Judge(file, option=name, device=device) for name, file in files.items() if file is not None}
+    return {name: QualityModel(file, option=name, device=device) for name, file in files.items() if file is not None}
 
 
 def _measure(
-    part: str, predictor: Predictor, index: ShardIndex, settings: Settings, judges: dict[str, Judge], out: Path
+    part: str, predictor: Predictor, index: ShardIndex, settings: Settings, judges: dict[str, QualityModel], out: Path
 ) -> dict[str, Any]:
     """The numbers of one part; its pictures are written."""
     common = {"samples": settings.samples, "seed": settings.seed, "batch_size": settings.batch_size}
@@ -194,7 +194,7 @@ def _measure(
     return result
 
 
-def _sheets(clips: Sequence[video.Clip], given: int, out: Path) -> list[str]:
+def _sheets(clips: Sequence[video.ComparedClip], given: int, out: Path) -> list[str]:
     """A contact sheet of each clip; returns their names."""
     names = [f"video_{i:03d}.png" for i in range(len(clips))]
     for name, clip in zip(names, clips):

@@ -27,7 +27,7 @@ from dataloaders.shards import ShardIndex
 from evaluation.episodes import Recording, choose, places, read
 from evaluation.held_out import given_frames, observe, window_seed
 from evaluation.intervals import ratio_half_width
-from evaluation.quality import Judge, frechet, ssim
+from evaluation.quality import QualityModel, frechet, ssim
 from evaluation.rollout import psnr
 from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.interfaces import TIME_STRIDE
@@ -57,7 +57,7 @@ class DriftSettings:
 
 
 @dataclass(frozen=True)
-class Clip:
+class ComparedClip:
     """One rollout beside its recording, uint8 (n, H, W, 3) each, n ≤ N the frames that were recorded."""
 
     key: str
@@ -80,9 +80,9 @@ def measure(
     settings: DriftSettings,
     *,
     seed: int,
-    lpips: Judge | None = None,
-    fvd: Judge | None = None,
-) -> tuple[dict[str, Any], list[Clip]]:
+    lpips: QualityModel | None = None,
+    fvd: QualityModel | None = None,
+) -> tuple[dict[str, Any], list[ComparedClip]]:
     """Roll out and compare; `lpips` and `fvd` judge as well where they are given.
 
     Returns:
@@ -134,7 +134,7 @@ def _clips(
     *,
     frames: int,
     seed: int,
-) -> list[Clip]:
+) -> list[ComparedClip]:
     """Roll out from the first window of every recording, BATCH at a time."""
     found = []
     for first in range(0, len(recordings), BATCH):
@@ -144,7 +144,7 @@ def _clips(
         for recording, (sample, recorded), model in zip(some, pairs, predicted):
             known, task = len(recorded), sample.meta.get("task", sample.meta["text"])
             encoder = _through_encoder(predictor, recorded, frames)[:known]
-            found.append(Clip(sample.key, task, recording.first.episode, recorded, model[:known], encoder))
+            found.append(ComparedClip(sample.key, task, recording.first.episode, recorded, model[:known], encoder))
     return found
 
 
@@ -174,7 +174,7 @@ def _psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.array([psnr(x, y) for x, y in zip(a, b)])
 
 
-def _values(clips: Sequence[Clip], distance: Distance, given: int, horizon: int) -> dict[str, np.ndarray]:
+def _values(clips: Sequence[ComparedClip], distance: Distance, given: int, horizon: int) -> dict[str, np.ndarray]:
     """(V, J) of each row and of the difference, NaN where nothing was recorded."""
     values = {name: np.full((len(clips), horizon), np.nan) for name in ROWS}
     for i, clip in enumerate(clips):
@@ -215,7 +215,7 @@ def _leading(differences: Sequence[float | None]) -> int:
     return count
 
 
-def _fvd(clips: Sequence[Clip], judge: Judge, given: int, frames: int) -> dict[str, Any]:
+def _fvd(clips: Sequence[ComparedClip], judge: QualityModel, given: int, frames: int) -> dict[str, Any]:
     """Fréchet distance of each row's features from the recording's, over the clips that are recorded to the end.
 
     A clip is what was given and all that follows it. With fewer clips than some hundreds the number is far above what

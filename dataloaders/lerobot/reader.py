@@ -29,7 +29,7 @@ from kairos_train.basics.errors import UserError
 
 
 @dataclass
-class Episode:
+class DatasetEpisode:
     """One episode.
 
     Attributes:
@@ -124,14 +124,14 @@ class LeRobotDataset:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __iter__(self) -> Iterator[Episode]:
+    def __iter__(self) -> Iterator[DatasetEpisode]:
         return (self.episode(i) for i in range(self.num_episodes))
 
     def outline(self) -> list[list[Any]]:
         """[index, length, tasks, extra] of every episode: what the table of episodes says, without reading data."""
         return [[e.index, e.length, e.tasks, e.extra] for e in self._entries]
 
-    def episode(self, i: int) -> Episode:
+    def episode(self, i: int) -> DatasetEpisode:
         """The i-th episode in the order of episode indices.
 
         Raises:
@@ -153,7 +153,7 @@ class LeRobotDataset:
                 columns[name] = np.full((entry.length, 1), value, dtype)
         if "timestamp" not in columns:
             raise UserError(f"{entry.data}: has no timestamp column; every LeRobot dataset has one: restore the file")
-        return Episode(
+        return DatasetEpisode(
             index=entry.index,
             length=entry.length,
             tasks=self._ordered_tasks(entry, columns.get("task_index")),

@@ -102,7 +102,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchSchema:
     """Sizes that batches are padded to, so that sources of different embodiments fit into one: A, da, ds."""
 
     actions: int
@@ -110,7 +110,7 @@ class Layout:
     state_dim: int
 
     @classmethod
-    def of(cls, indices: Sequence[ShardIndex]) -> Layout:
+    def of(cls, indices: Sequence[ShardIndex]) -> BatchSchema:
         """The largest of all sources."""
         labelled = [index for index in indices if index.action_dim]
         return cls(
@@ -163,7 +163,11 @@ def decode_sample(
 
 
 def collate(
-    samples: Sequence[Sample], layout: Layout | None = None, *, frames: Rows | None = None, latents: Rows | None = None
+    samples: Sequence[Sample],
+    layout: BatchSchema | None = None,
+    *,
+    frames: Rows | None = None,
+    latents: Rows | None = None,
 ) -> Batch:
     """Stack samples. Contexts of unequal length are padded on the right; latents, context or frames that any sample
     lacks are None for the whole batch.
@@ -195,13 +199,13 @@ def _variant(member: str) -> str:
     return member.removesuffix(".npy").removeprefix("context").removeprefix("_")
 
 
-def _actions(samples: Sequence[Sample], layout: Layout | None) -> dict[str, torch.Tensor | None]:
+def _actions(samples: Sequence[Sample], layout: BatchSchema | None) -> dict[str, torch.Tensor | None]:
     """actions, action_mask, action_dim_mask and state of a batch."""
     given = [sample for sample in samples if sample.actions is not None]
     if not given:
         return {"actions": None, "action_mask": None, "action_dim_mask": None, "state": None}
     if layout is None:
-        layout = Layout(*given[0].actions.shape, given[0].state.shape[1])
+        layout = BatchSchema(*given[0].actions.shape, given[0].state.shape[1])
     actions = torch.zeros(len(samples), layout.actions, layout.action_dim)
     state = torch.zeros(len(samples), 1, layout.state_dim)
     mask = torch.zeros(len(samples), layout.actions, dtype=torch.bool)

@@ -23,7 +23,7 @@ from dataloaders.loading.streams import Slot, SourceOrder
 
 
 @dataclass(frozen=True)
-class Request:
+class BatchRequest:
     """One micro-batch to be read.
 
     Attributes:
@@ -36,7 +36,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Share:
+class LoaderShard:
     """Which part of each global step is read here. `micro_batch` is of no meaning under a token budget."""
 
     micro_batch: int
@@ -58,7 +58,7 @@ class Steps(Protocol):
 class FixedSteps:
     """Micro-batches of a fixed number of samples."""
 
-    def __init__(self, orders: list[SourceOrder], mixture: Mixture, share: Share) -> None:
+    def __init__(self, orders: list[SourceOrder], mixture: Mixture, share: LoaderShard) -> None:
         self._orders, self._mixture, self._share = orders, mixture, share
 
     def next(self) -> list[tuple[Slot, ...]]:
@@ -74,7 +74,7 @@ class FixedSteps:
 class BucketedSteps:
     """Micro-batches of one shape each, by a token budget."""
 
-    def __init__(self, queue: BucketQueue, share: Share) -> None:
+    def __init__(self, queue: BucketQueue, share: LoaderShard) -> None:
         self._queue, self._share = queue, share
 
     def next(self) -> list[tuple[Slot, ...]]:
@@ -85,14 +85,14 @@ class BucketedSteps:
         return self._queue.state_dict()
 
 
-def requests(steps: Steps) -> Iterator[Request]:
+def requests(steps: Steps) -> Iterator[BatchRequest]:
     """Every micro-batch of this rank; the last one, when the sources are used up, is empty."""
     while True:
         try:
             mine = steps.next()
         except Exhausted:
-            yield Request((), None)
+            yield BatchRequest((), None)
             return
         for slots in mine[:-1]:
-            yield Request(slots, None)
-        yield Request(mine[-1], steps.state_dict())
+            yield BatchRequest(slots, None)
+        yield BatchRequest(mine[-1], steps.state_dict())

@@ -11,12 +11,12 @@ from torch.utils.data import Dataset
 
 from dataloaders.files.urls import is_url
 from dataloaders.loading.access import ShardReader
-from dataloaders.loading.batch import Batch, Layout, Sample, collate, decode_sample
+from dataloaders.loading.batch import Batch, BatchSchema, Sample, collate, decode_sample
 from dataloaders.loading.buckets import Bucket, SourceShapes
 from dataloaders.loading.cache import ShardCache
-from dataloaders.loading.cursor import Request
+from dataloaders.loading.cursor import BatchRequest
 from dataloaders.loading.memory import Blocks, Buffers, Rows
-from dataloaders.loading.quarantine import Finding
+from dataloaders.loading.quarantine import CorruptSample
 from dataloaders.loading.streams import Slot, uniform
 from dataloaders.shards import CorruptData, ShardIndex
 from kairos_train.basics.errors import UserError
@@ -40,14 +40,14 @@ class Item:
     """A batch on its way from a loader process, or the end of all (`failure`)."""
 
     batch: Batch | None
-    findings: list[Finding]
+    findings: list[CorruptSample]
     failure: str | None = None
 
     def pin_memory(self) -> Item:
         return replace(self, batch=self.batch.pin_memory() if self.batch else None)
 
 
-class _Place(NamedTuple):
+class _BatchSlot(NamedTuple):
     """Where a sample goes: its number in the batch, and memory of the batch for what is large (None: not known yet)."""
 
     number: int
@@ -80,7 +80,7 @@ class Fetcher(Dataset):
 
     def __init__(self, indices: Sequence[ShardIndex], shapes: Sequence[SourceShapes], reading: Reading) -> None:
         self.indices, self.shapes, self.reading = indices, shapes, reading
-        self.layout = Layout.of(indices)
+        self.layout = BatchSchema.of(indices)
         self.buffers = Buffers()
         self._rows = _KnownSizes()
         skip = None if reading.with_frames else "mp4"
@@ -88,8 +88,8 @@ class Fetcher(Dataset):
             ShardReader(index, skip=skip, cache=reading.cache if is_url(index.folder) else None) for index in indices
         ]
 
-    def __getitem__(self, request: Request) -> Item:
-        findings: list[Finding] = []
+    def __getitem__(self, request: BatchRequest) -> Item:
+        findings: list[CorruptSample] = []
         if not request.slots:
             folders = ", ".join(str(index.folder) for index in self.indices)
             return Item(None, [], f"data.sources: {folders} are used up; raise max_epochs or lower train.steps")
@@ -97,7 +97,7 @@ class Fetcher(Dataset):
             bucket = self._bucket(request.slots[0])
             frames, latents = (self._rows.of(name, bucket, len(request.slots)) for name in ("frames", "latents"))
             samples = [
-                self._sample(slot, _Place(number, frames, latents), findings)
+                self._sample(slot, _BatchSlot(number, frames, latents), findings)
                 for number, slot in enumerate(request.slots)
             ]
             self._rows.note(bucket, samples[0])
@@ -105,7 +105,7 @@ class Fetcher(Dataset):
         except UserError as error:  # as a value: an exception would reach the user wrapped in the worker's traceback
             return Item(None, findings, str(error))
 
-    def _sample(self, slot: Slot, place: _Place, findings: list[Finding]) -> Sample:
+    def _sample(self, slot: Slot, place: _BatchSlot, findings: list[CorruptSample]) -> Sample:
         """The slot's sample, or the first stand-in that can be read."""
         index = self.indices[slot.source]
         try:
@@ -114,7 +114,7 @@ class Fetcher(Dataset):
             if self.reading.on_corrupt == "stop":
                 raise refusal(index, error) from error
             name = error.name if len(self.indices) == 1 else f"{index.folder}/{error.name}"
-            findings.append(Finding(name, error.reason, error.samples))
+            findings.append(CorruptSample(name, error.reason, error.samples))
         for attempt in range(ATTEMPTS):
             try:
                 sample = self._decode(self._stand_in(slot, attempt), place)
@@ -135,7 +135,7 @@ class Fetcher(Dataset):
     def _bucket(self, slot: Slot) -> Bucket:
         return self.shapes[slot.source].bucket(slot.shard, slot.row)
 
-    def _decode(self, slot: Slot, place: _Place) -> Sample:
+    def _decode(self, slot: Slot, place: _BatchSlot) -> Sample:
         index = self.indices[slot.source]
         number, frames, latents = place
         into = None if latents is None else latents.bytes_of(number)

@@ -35,12 +35,12 @@ from dataloaders.files.urls import is_url
 from dataloaders.loading.batch import Batch, Sample, collate, decode_sample
 from dataloaders.loading.buckets import Bucket, BucketQueue, SourceShapes
 from dataloaders.loading.cache import ShardCache
-from dataloaders.loading.cursor import BucketedSteps, FixedSteps, Request, Share, Steps, requests
+from dataloaders.loading.cursor import BatchRequest, BucketedSteps, FixedSteps, LoaderShard, Steps, requests
 from dataloaders.loading.fetch import Fetcher, Item, Reading, refusal
 from dataloaders.loading.mixture import Mixture
 from dataloaders.loading.peers import check_same
 from dataloaders.loading.prefetch import Prefetch
-from dataloaders.loading.quarantine import Finding, Quarantine
+from dataloaders.loading.quarantine import CorruptSample, Quarantine
 from dataloaders.loading.streams import SourceOrder, default_streams
 from dataloaders.shards import CorruptData, ShardIndex, check_size, read_index, read_shard
 from kairos_train.basics.errors import UserError
@@ -116,7 +116,7 @@ class ShardLoader:
             sources = [SourceConfig(shards=str(sources))]
         self.indices = [read_index(source.shards) for source in sources]
         self.index = self.indices[0]
-        self.share = Share(batch_size, accumulation, rank, world_size)
+        self.share = LoaderShard(batch_size, accumulation, rank, world_size)
         self.workers, self.pin_memory, self.timeout, self._gather = workers, pin_memory, timeout, gather
         self._budget = tokens_per_micro_batch
         self._reading = Reading(seed, on_corrupt, with_frames, ShardCache(Path(cache_dir), int(cache_gb * 1e9)))
@@ -138,12 +138,12 @@ class ShardLoader:
         self._position = Mixture(**self._mixture_of).state_dict()
         self._steps()  # what does not fit the token budget is found now
         self._quarantine = Quarantine(samples=sum(counts), limit=max_corrupt, file=quarantine)
-        self._findings: list[Finding] = []
+        self._findings: list[CorruptSample] = []
         self._inside_step = 0  # batches given of the step that is not complete
         self._check_peers = check_peers and gather is not None
         self._digests: list[str] = []  # of those batches
         self._items: Prefetch[Item] | None = None
-        self._under_way: deque[Request] = deque()
+        self._under_way: deque[BatchRequest] = deque()
 
     def __iter__(self) -> ShardLoader:
         return self
@@ -283,10 +283,10 @@ class ShardLoader:
 class _Noted:
     """Hands requests to the workers and notes which are on their way."""
 
-    def __init__(self, stream: Iterator[Request], under_way: deque[Request]) -> None:
+    def __init__(self, stream: Iterator[BatchRequest], under_way: deque[BatchRequest]) -> None:
         self.stream, self.under_way = stream, under_way
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[BatchRequest]:
         for request in self.stream:
             self.under_way.append(request)
             yield request
@@ -306,7 +306,7 @@ def fixed_batches(
     skipped. Where the shape of the clips changes, a batch ends and another begins.
     """
     index = read_index(shards)
-    _check(Share(batch_size, 1, 0, 1), 0, None, 0, on_corrupt, [index])
+    _check(LoaderShard(batch_size, 1, 0, 1), 0, None, 0, on_corrupt, [index])
     batches = (
         chunk
         for _, alike in itertools.groupby(_in_packed_order(index, with_frames, on_corrupt), key=_shape_of)
@@ -348,7 +348,7 @@ def check_shards(index: ShardIndex) -> None:
 
 
 def _check(
-    share: Share, shuffle: int, streams: int | None, workers: int, on_corrupt: str, indices: list[ShardIndex]
+    share: LoaderShard, shuffle: int, streams: int | None, workers: int, on_corrupt: str, indices: list[ShardIndex]
 ) -> None:
     if on_corrupt not in ("stop", "skip"):
         raise UserError(f"data.on_corrupt={on_corrupt!r}: must be stop or skip")
@@ -373,7 +373,7 @@ def _check(
             )
 
 
-def _check_one_shape(shapes: list[SourceShapes], share: Share) -> None:
+def _check_one_shape(shapes: list[SourceShapes], share: LoaderShard) -> None:
     found = sorted({bucket[:3] for source in shapes for bucket in source.buckets})
     if len(found) > 1 and share.micro_batch > 1:
         texts = [f"{frames}x{height}x{width}" for frames, height, width in found]

@@ -17,7 +17,7 @@ from kairos_train.basics.errors import RunStopped
 
 
 @dataclass(frozen=True)
-class Finding:
+class CorruptSample:
     """A sample that was due and could not be read, or that was lost with its shard.
 
     Attributes:
@@ -52,7 +52,7 @@ class Quarantine:
         """How often a sample was due that could not be read."""
         return sum(entry["count"] for entry in self.entries.values())
 
-    def add(self, findings: Iterable[Finding]) -> None:
+    def add(self, findings: Iterable[CorruptSample]) -> None:
         """Take findings in and write the file.
 
         Raises:

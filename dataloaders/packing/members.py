@@ -25,7 +25,7 @@ CLIP_GOP = 8  # best balance of size and seeking for training clips
 _TEXTS_KEPT = 256  # contexts of captions alone that are kept: the windows of an episode share theirs
 
 
-class SampleEncoder(Protocol):
+class MemberEncoder(Protocol):
     """The frozen encoders, as packing calls them: one sample at a time, numpy in and out."""
 
     @property
@@ -46,7 +46,7 @@ class SampleEncoder(Protocol):
 class MemberWriter:
     """Makes the members of clips; with an encoder, the encoded ones too."""
 
-    def __init__(self, encoder: SampleEncoder | None) -> None:
+    def __init__(self, encoder: MemberEncoder | None) -> None:
         self._encoder = encoder
         self._texts: dict[str, bytes] = {}
 

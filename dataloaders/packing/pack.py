@@ -34,8 +34,8 @@ import numpy as np
 
 from dataloaders.config import ClipConfig, WindowConfig
 from dataloaders.files.workers import spread
-from dataloaders.packing.members import MemberWriter, SampleEncoder, half
-from dataloaders.packing.spool import Record, Spool
+from dataloaders.packing.members import MemberEncoder, MemberWriter, half
+from dataloaders.packing.spool import Spool, SpoolRecord
 from dataloaders.packing.statistics import DatasetStatistics
 from dataloaders.shards import (
     EMPTY_CONTEXT,
@@ -55,7 +55,7 @@ VERSION = 2
 """Of what packing makes of a source: another one does not go on with an older one's work."""
 
 QUARANTINE = "quarantine.jsonl"
-LoadEncoder = Callable[[int], SampleEncoder]
+LoadEncoder = Callable[[int], MemberEncoder]
 """Number of the process -> the frozen encoders. Picklable when there are several processes."""
 
 
@@ -220,8 +220,8 @@ def _sweep(work: Path) -> None:
 
 
 def _pack_units(
-    job: _Job, source: Source, encoders: SampleEncoder | None, processes: int, progress: Callable | None
-) -> list[Record]:
+    job: _Job, source: Source, encoders: MemberEncoder | None, processes: int, progress: Callable | None
+) -> list[SpoolRecord]:
     """The records of all units, in their order; those that an earlier call left are taken as they are."""
     spool = Spool(job.work / "units")
     records = {unit: record for unit in range(source.units) if (record := spool.record(unit)) is not None}
@@ -240,7 +240,7 @@ def _pack_units(
 
 
 def _packer(
-    job: _Job, worker: int, *, source: Source | None = None, encoders: SampleEncoder | None = None
+    job: _Job, worker: int, *, source: Source | None = None, encoders: MemberEncoder | None = None
 ) -> Callable[[int], None]:
     """What a process does with the number of a unit. It opens what it is not given."""
     source = source or open_source(job.location, job.settings)
@@ -254,7 +254,7 @@ def _packer(
 
 
 def _write_folder(
-    folder: Path, job: _Job, source: Source, records: Sequence[Record], shard_samples: int, seed: int
+    folder: Path, job: _Job, source: Source, records: Sequence[SpoolRecord], shard_samples: int, seed: int
 ) -> dict[str, Any]:
     """Shards, statistics and quarantine list; returns the index without what only `pack` knows."""
     entries = np.concatenate([np.insert(record.samples, 0, unit, axis=1) for unit, record in enumerate(records)])
@@ -304,7 +304,7 @@ def _write_folder(
     return index.to_dict()
 
 
-def _one_size(location: Path | str, records: Sequence[Record]) -> tuple[int, int]:
+def _one_size(location: Path | str, records: Sequence[SpoolRecord]) -> tuple[int, int]:
     """(action_dim, state_dim) of all episodes; (0, 0) without a robot."""
     first: dict[tuple[int, int], int] = {}
     for unit, record in enumerate(records):
@@ -344,7 +344,7 @@ def _write_shards(
     return tuple(shards)
 
 
-def _statistics(window: WindowConfig, spool: Spool, records: Sequence[Record]) -> tuple[dict[str, Any], float]:
+def _statistics(window: WindowConfig, spool: Spool, records: Sequence[SpoolRecord]) -> tuple[dict[str, Any], float]:
     """(content of dataset_stats.json, largest rank error of its quantiles)."""
     with_numbers = [(unit, record) for unit, record in enumerate(records) if record.numbers]
     if not with_numbers:

@@ -26,7 +26,7 @@ _FOLDER_UNITS = 1000  # units of a folder
 
 
 @dataclass
-class Record:
+class SpoolRecord:
     """What a unit gave.
 
     Attributes:
@@ -56,12 +56,12 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def record(self, unit: int) -> Record | None:
+    def record(self, unit: int) -> SpoolRecord | None:
         """What is known of a unit; None when it is not done, or its files are no longer what they were."""
         path = self._path(unit, "json")
         if not path.is_file():
             return None
-        record = Record(**json.loads(path.read_text()))
+        record = SpoolRecord(**json.loads(path.read_text()))
         record.samples = np.array(record.samples, dtype=np.int64).reshape(-1, 5)  # millions of lists would be gigabytes
         return record if record.files == _signatures(map(Path, record.files)) else None
 
@@ -88,7 +88,7 @@ class Spool:
         for unit, offset, size in rows.tolist():
             yield self._read(unit, offset, size)
 
-    def numbers(self, unit: int, record: Record) -> tuple[np.ndarray, np.ndarray]:
+    def numbers(self, unit: int, record: SpoolRecord) -> tuple[np.ndarray, np.ndarray]:
         """States and actions of a unit's episode."""
         state, actions = (np.load(io.BytesIO(self._read(unit, *place)), allow_pickle=False) for place in record.numbers)
         return state, actions
@@ -102,17 +102,17 @@ class Spool:
         return self._folder / f"{unit // _FOLDER_UNITS:06d}" / f"{unit:09d}.{suffix}"
 
 
-def _pack(unit: int, source: Source, writer: MemberWriter, file: io.BufferedWriter, skip_bad: bool) -> Record:
+def _pack(unit: int, source: Source, writer: MemberWriter, file: io.BufferedWriter, skip_bad: bool) -> SpoolRecord:
     try:
         found = source.unit(unit)
     except UserError as error:
         if not skip_bad:
             raise
-        return Record(bad=[[f"{source.name}: unit {unit}", str(error)]])
-    record = Record(files=_signatures(found.files))
+        return SpoolRecord(bad=[[f"{source.name}: unit {unit}", str(error)]])
+    record = SpoolRecord(files=_signatures(found.files))
     for sample in _samples(found, skip_bad):
         if sample is None:  # an episode that cannot be read to its end counts as none
-            return Record(bad=record.bad, files=record.files)
+            return SpoolRecord(bad=record.bad, files=record.files)
         if isinstance(sample, Bad):
             record.bad.append([sample.name, sample.reason])
             continue

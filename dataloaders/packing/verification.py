@@ -24,7 +24,7 @@ from kairos_train.basics.errors import UserError
 
 
 @dataclass(frozen=True)
-class Fault:
+class ShardFault:
     """Something that does not hold: `name` says where, as `shard-000003.tar/KEY`."""
 
     name: str
@@ -32,20 +32,20 @@ class Fault:
 
 
 @dataclass
-class Verdict:
+class VerificationResult:
     """What was looked at and what is wrong with it."""
 
     shards: int = 0
     samples: int = 0
     bytes: int = 0
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[ShardFault] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class _ShardVerdict:
     keys: list[str]
     bytes: int
-    faults: list[Fault]
+    faults: list[ShardFault]
 
 
 def verify(
@@ -54,7 +54,7 @@ def verify(
     decode: bool = True,
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> Verdict:
+) -> VerificationResult:
     """Look at everything in a shard folder.
 
     Args:
@@ -66,7 +66,7 @@ def verify(
         UserError: there is no index that can be read, hence nothing to compare with.
     """
     index = read_index(folder)
-    verdict = Verdict(shards=len(index.shards), faults=_folder_faults(folder, index))
+    verdict = VerificationResult(shards=len(index.shards), faults=_folder_faults(folder, index))
     found: dict[int, _ShardVerdict] = {}
     make = functools.partial(_looker, folder, index, decode)
     for number, shard in spread(make, range(len(index.shards)), processes):
@@ -80,29 +80,29 @@ def verify(
         verdict.faults += found[number].faults
         for key in found[number].keys:
             if key in seen:
-                verdict.faults.append(Fault(f"{info.name}/{key}", f"has the key of a sample of {seen[key]}"))
+                verdict.faults.append(ShardFault(f"{info.name}/{key}", f"has the key of a sample of {seen[key]}"))
             seen[key] = info.name
     return verdict
 
 
-def _folder_faults(folder: Path | str, index: ShardIndex) -> list[Fault]:
+def _folder_faults(folder: Path | str, index: ShardIndex) -> list[ShardFault]:
     """Of the files beside the shards."""
     faults = []
     try:
         statistics = index.statistics()
-        faults += [Fault(STATISTICS, reason) for reason in _statistics_faults(statistics, index)]
+        faults += [ShardFault(STATISTICS, reason) for reason in _statistics_faults(statistics, index)]
     except UserError as error:
-        faults.append(Fault(STATISTICS, str(error)))
+        faults.append(ShardFault(STATISTICS, str(error)))
     if index.encoders is not None:
         try:
             if index.empty_context() is None:
-                faults.append(Fault("empty_context.npy", "is missing, but the shards are encoded"))
+                faults.append(ShardFault("empty_context.npy", "is missing, but the shards are encoded"))
         except UserError as error:
-            faults.append(Fault("empty_context.npy", str(error)))
+            faults.append(ShardFault("empty_context.npy", str(error)))
     if not is_url(folder):
         known = {shard.name for shard in index.shards}
         strange = sorted(path.name for path in Path(folder).glob("*.tar") if path.name not in known)
-        faults += [Fault(name, "is not in the index") for name in strange]
+        faults += [ShardFault(name, "is not in the index") for name in strange]
     return faults
 
 
@@ -136,28 +136,28 @@ def _look(folder: Path | str, index: ShardIndex, info: ShardInfo, decode: bool) 
             try:
                 download(join(folder, info.name), Path(here) / info.name)
             except OSError as error:
-                return _ShardVerdict([], 0, [Fault(info.name, str(error))])
+                return _ShardVerdict([], 0, [ShardFault(info.name, str(error))])
             return _look(here, index, info, decode)
     path = Path(folder) / info.name
     if not path.is_file():
-        return _ShardVerdict([], 0, [Fault(info.name, "is missing")])
+        return _ShardVerdict([], 0, [ShardFault(info.name, "is missing")])
     size, faults, keys = path.stat().st_size, [], []
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if size != info.bytes:
-        faults.append(Fault(info.name, f"has {size} bytes, the index says {info.bytes}"))
+        faults.append(ShardFault(info.name, f"has {size} bytes, the index says {info.bytes}"))
     elif digest != info.sha256:
-        faults.append(Fault(info.name, f"sha256 is {digest[:16]}…, the index says {info.sha256[:16]}…"))
+        faults.append(ShardFault(info.name, f"sha256 is {digest[:16]}…, the index says {info.sha256[:16]}…"))
     shapes = _shapes(index, info)
     for key, members in tar_samples(path):
         reason = members if isinstance(members, str) else _sample_fault(key, members, index, next(shapes, None), decode)
         if reason is None:
             keys.append(key)
         else:
-            faults.append(Fault(f"{info.name}/{key}", reason))
+            faults.append(ShardFault(f"{info.name}/{key}", reason))
     rows = len(keys) + sum("/" in fault.name for fault in faults)
     if rows != info.samples:
-        faults.append(Fault(info.name, f"holds {rows} samples, the index says {info.samples}"))
+        faults.append(ShardFault(info.name, f"holds {rows} samples, the index says {info.samples}"))
     return _ShardVerdict(keys, size, faults)
 
 

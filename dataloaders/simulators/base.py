@@ -35,7 +35,7 @@ DEFAULT_TASKS: dict[str, list[str]] = {
 
 
 @dataclass(frozen=True)
-class Observation:
+class SimulatorObservation:
     """What the policy gets: `frame` uint8 RGB (H, H, 3), `state` float32 (ds,)."""
 
     frame: np.ndarray
@@ -55,11 +55,11 @@ class Simulator(Protocol):
     max_steps: int
     instruction: str
 
-    def reset(self, seed: int) -> Observation:
+    def reset(self, seed: int) -> SimulatorObservation:
         """Start the episode that is a pure function of `seed`."""
         ...
 
-    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+    def step(self, action: np.ndarray) -> tuple[SimulatorObservation, bool]:
         """Execute (da,) in [-1, 1], larger values are clipped; the next observation, and whether the task is solved."""
         ...
 
@@ -67,7 +67,7 @@ class Simulator(Protocol):
         """As `step`, without the observation: pictures take most of a step's time, and not everybody looks at all."""
         ...
 
-    def observe(self) -> Observation:
+    def observe(self) -> SimulatorObservation:
         """The scene as it is now."""
         ...
 

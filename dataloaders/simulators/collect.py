@@ -29,7 +29,7 @@ _FAILURES = 20  # failed episodes of a task, beyond as many as are wanted, after
 
 
 @dataclass(frozen=True)
-class Job:
+class EpisodeJob:
     """One episode to be played."""
 
     env: str
@@ -104,7 +104,7 @@ def simulate(
         while any(wanted.values()):
             jobs = []
             for task in tasks:
-                jobs += [Job(env, task, size, next_seed[task] + i, noise) for i in range(wanted[task])]
+                jobs += [EpisodeJob(env, task, size, next_seed[task] + i, noise) for i in range(wanted[task])]
                 next_seed[task] += wanted[task]
             for job, demonstration in zip(jobs, _play_all(jobs, min(processes, len(jobs)))):
                 if demonstration is None:
@@ -126,7 +126,7 @@ def simulate(
     }
 
 
-def play(simulator: Simulator, job: Job) -> Demonstration | None:
+def play(simulator: Simulator, job: EpisodeJob) -> Demonstration | None:
     """One episode of the expert; None when it is not solved in time."""
     noisy = job.seed % 2 == 1 and job.noise > 0
     rng = np.random.default_rng([job.seed, *job.task.encode()])
@@ -168,7 +168,7 @@ def _check_failures(env: str, dropped: dict[str, int], episodes_per_task: int) -
             raise UserError(f"{env} {task}: the expert failed {count} episodes; lower noise or leave the task out")
 
 
-def _write(writer, job: Job, demonstration: Demonstration) -> None:
+def _write(writer, job: EpisodeJob, demonstration: Demonstration) -> None:
     writer.add_episode(
         {CAMERA_KEY: demonstration.frames},
         demonstration.state,
@@ -178,7 +178,7 @@ def _write(writer, job: Job, demonstration: Demonstration) -> None:
     )
 
 
-def _play_all(jobs: list[Job], processes: int) -> Iterator[Demonstration | None]:
+def _play_all(jobs: list[EpisodeJob], processes: int) -> Iterator[Demonstration | None]:
     """The outcome of every job in the order of the jobs."""
     if processes > 1:
         yield from _play_apart(jobs, processes)
@@ -198,7 +198,7 @@ class _Player:
         self._made: tuple[str, str, int] | None = None
         self._simulator: Simulator | None = None
 
-    def play(self, job: Job) -> Demonstration | None:
+    def play(self, job: EpisodeJob) -> Demonstration | None:
         if self._made != (job.env, job.task, job.size):
             self.close()
             self._simulator = make(job.env, job.task, job.size)
@@ -211,7 +211,7 @@ class _Player:
             self._simulator, self._made = None, None
 
 
-def _play_apart(jobs: list[Job], processes: int) -> Iterator[Demonstration | None]:
+def _play_apart(jobs: list[EpisodeJob], processes: int) -> Iterator[Demonstration | None]:
     """As `_play_all`, in processes of their own; outcomes that come early wait for their turn."""
     context = multiprocessing.get_context("spawn")  # GL contexts and threads do not survive a fork
     workers: dict[Connection, multiprocessing.Process] = {}
@@ -242,7 +242,7 @@ def _play_apart(jobs: list[Job], processes: int) -> Iterator[Demonstration | Non
                 worker.terminate()
 
 
-def _send_next(pipe: Connection, coming: Iterator[tuple[int, Job]]) -> None:
+def _send_next(pipe: Connection, coming: Iterator[tuple[int, EpisodeJob]]) -> None:
     if (item := next(coming, None)) is not None:
         pipe.send(item)
 

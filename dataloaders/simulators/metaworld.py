@@ -13,7 +13,7 @@ import warnings
 
 import numpy as np
 
-from dataloaders.simulators.base import CAMERA_KEY, TASKS, Observation
+from dataloaders.simulators.base import CAMERA_KEY, TASKS, SimulatorObservation
 from kairos_train.basics.errors import UserError
 
 _CAMERA = "corner2"
@@ -63,14 +63,14 @@ class MetaWorld:
         self._raw: np.ndarray | None = None
         self._open_renderer(mujoco, size, backend)
 
-    def reset(self, seed: int) -> Observation:
+    def reset(self, seed: int) -> SimulatorObservation:
         """Start the episode of this seed."""
         self._env.seed(seed)
         self._raw, _ = self._env.reset(seed=seed)
         self._policy = self._make_policy()
         return self.observe()
 
-    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+    def step(self, action: np.ndarray) -> tuple[SimulatorObservation, bool]:
         """Execute (4,) in [-1, 1]; what is seen then, and whether the task is solved."""
         solved = self.advance(action)
         return self.observe(), solved
@@ -80,12 +80,12 @@ class MetaWorld:
         self._raw, _, _, _, info = self._env.step(np.clip(np.asarray(action, np.float64), -1, 1))
         return bool(info["success"])
 
-    def observe(self) -> Observation:
+    def observe(self) -> SimulatorObservation:
         """The scene as it is now."""
         self._renderer.update_scene(self._env.data, camera=_CAMERA)
         picture = self._renderer.render()
         # The camera hangs upside down.
-        return Observation(np.ascontiguousarray(picture[::-1, ::-1]), self._raw[:4].astype(np.float32))
+        return SimulatorObservation(np.ascontiguousarray(picture[::-1, ::-1]), self._raw[:4].astype(np.float32))
 
     def expert_action(self) -> np.ndarray:
         """Meta-World's scripted policy, clipped to [-1, 1]."""

@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from dataloaders.simulators.base import CAMERA_KEY, TASKS, Observation
+from dataloaders.simulators.base import CAMERA_KEY, TASKS, SimulatorObservation
 from dataloaders.simulators.push2d_expert import expert_action
 
 AGENT_RADIUS = 0.07
@@ -68,7 +68,7 @@ class Push2D:
         self.goal: tuple[float, float] = (0.0, 0.5)
         self._ground = self._draw_ground()
 
-    def reset(self, seed: int) -> Observation:
+    def reset(self, seed: int) -> SimulatorObservation:
         """Lay the table for this seed; the task has no part in it."""
         rng = np.random.default_rng(seed)
         agent, left, right, goal = rng.uniform(*_PLACES).tolist()
@@ -77,7 +77,7 @@ class Push2D:
         self._ground = self._draw_ground()
         return self.observe()
 
-    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+    def step(self, action: np.ndarray) -> tuple[SimulatorObservation, bool]:
         """Execute (2,) in [-1, 1]; what is seen then, and whether the task is solved."""
         solved = self.advance(action)
         return self.observe(), solved
@@ -93,13 +93,13 @@ class Push2D:
             self._resolve_contacts((self.agent[0] - before[0], self.agent[1] - before[1]))
         return math.dist(self.blocks[self._named], self.goal) < SUCCESS_DISTANCE
 
-    def observe(self) -> Observation:
+    def observe(self) -> SimulatorObservation:
         """The scene as it is now."""
         frame = self._ground.copy()
         for block, colour in zip(self.blocks, _BLOCKS):
             _draw(frame, block, BLOCK_RADIUS, colour)
         _draw(frame, self.agent, AGENT_RADIUS, _AGENT)
-        return Observation(frame, np.array(self.agent, np.float32))
+        return SimulatorObservation(frame, np.array(self.agent, np.float32))
 
     def expert_action(self) -> np.ndarray:
         """The scripted expert's movement, float32 (2,)."""

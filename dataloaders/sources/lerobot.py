@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.lerobot.layout import INFO_PATH
-from dataloaders.lerobot.reader import Episode, LeRobotDataset
+from dataloaders.lerobot.reader import DatasetEpisode, LeRobotDataset
 from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector
 from dataloaders.sources.base import Clip, SourceSettings, Unit
 from dataloaders.sources.rows import plain_name, read_captions
@@ -111,18 +111,18 @@ class LeRobotSource:
         tasks = {w.start: self._task(episode, w.start, where) for w in windows}
         return Unit(where, self._samples(episode, windows, tasks, numbers), numbers, self._files(episode))
 
-    def _task(self, episode: Episode, row: int, where: str) -> str:
+    def _task(self, episode: DatasetEpisode, row: int, where: str) -> str:
         tasks = episode.tasks_at(row)
         if (task := choose_task(tasks)) is None:
             raise UserError(f"{where}: has no task string (tasks={tasks}); add one to the dataset")
         return task
 
-    def _files(self, episode: Episode) -> tuple[Path, ...]:
+    def _files(self, episode: DatasetEpisode) -> tuple[Path, ...]:
         return (episode.data_file, *(episode.video_files[c] for c in self._cameras if c in episode.video_files))
 
     def _samples(
         self,
-        episode: Episode,
+        episode: DatasetEpisode,
         windows: Sequence[Window],
         tasks: dict[int, str],
         numbers: tuple[np.ndarray, np.ndarray] | None,
@@ -148,7 +148,7 @@ class LeRobotSource:
                 state=None if numbers is None else numbers[0][w.start][None],
             )
 
-    def _pictures(self, episode: Episode, needed: np.ndarray) -> np.ndarray:
+    def _pictures(self, episode: DatasetEpisode, needed: np.ndarray) -> np.ndarray:
         """uint8 (len(needed), H, W, 3): each needed raw frame decoded once and composed at the window's size."""
         size = picture_size(self._window, len(self._cameras))
         out = np.empty((len(needed), *size, 3), dtype=np.uint8)
@@ -157,7 +157,7 @@ class LeRobotSource:
             out[first : first + len(chunk)] = compose([episode.frames(c, chunk) for c in self._cameras], self._window)
         return out
 
-    def _beside(self, episode: Episode) -> tuple[dict[str, str], dict[str, float]]:
+    def _beside(self, episode: DatasetEpisode) -> tuple[dict[str, str], dict[str, float]]:
         """Further captions and the scores of an episode."""
         captions, scores = {}, {}
         for name, value in episode.extra.items():

@@ -12,7 +12,7 @@ from typing import Any
 import av
 
 from dataloaders.files.video import decode_mp4
-from evaluation.benchmarks.interface import Job, VideoBenchmark, read_json
+from evaluation.benchmarks.interface import VideoBenchmark, VideoJob, read_json
 from kairos_train.basics.errors import UserError
 
 MANIFEST = "kairos_benchmark.json"
@@ -95,7 +95,7 @@ def video_fault(path: Path, made: dict[str, Any]) -> str:
     return "" if shape == wanted else f"has {_told(shape)}; the manifest says {_told(wanted)}"
 
 
-def missing_images(jobs: Sequence[Job]) -> list[str]:
+def missing_images(jobs: Sequence[VideoJob]) -> list[str]:
     """First frames that are not there."""
     return sorted({str(job.image) for job in jobs if job.image is not None and not job.image.is_file()})
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.benchmarks.interface import Job, PlainBenchmark, check_jobs, listed, read_text, same_set, yes_or_no
+from evaluation.benchmarks.interface import PlainBenchmark, VideoJob, check_jobs, listed, read_text, same_set, yes_or_no
 from evaluation.benchmarks.scores import rate
 from kairos_train.basics.errors import UserError
 
@@ -39,7 +39,7 @@ class DreamGen(PlainBenchmark):
     }
     recursive = True
 
-    def jobs(self, prompts: Path, *, images: Path | None = None, samples: int = 1) -> list[Job]:
+    def jobs(self, prompts: Path, *, images: Path | None = None, samples: int = 1) -> list[VideoJob]:
         """One job per image, by index."""
         if not prompts.is_dir():
             raise UserError(f"{prompts}: is no folder; give {self.prompts}")
@@ -51,7 +51,7 @@ class DreamGen(PlainBenchmark):
             instruction = _instruction(image)
             if word := next((word for word in PARSER_WORDS[:2] if word in instruction), None):
                 raise UserError(f"{image}: its instruction holds {word!r}, by which the judges misread the file's name")
-            jobs.append(Job(f"{match[1]}_{instruction.replace(' ', '_')}.mp4", match[1], instruction, image))
+            jobs.append(VideoJob(f"{match[1]}_{instruction.replace(' ', '_')}.mp4", match[1], instruction, image))
         if len({job.key for job in jobs}) < len(jobs):
             raise UserError(f"{prompts}: two images have one index; give one subset's own folder")
         return check_jobs(sorted(jobs, key=lambda job: int(job.key)), prompts)
@@ -68,7 +68,7 @@ class DreamGen(PlainBenchmark):
                 " the path; write to a folder whose whole path holds none of " + ", ".join(PARSER_WORDS)
             )
 
-    def read_results(self, files: Mapping[str, Path], jobs: Sequence[Job]) -> dict[str, Any]:
+    def read_results(self, files: Mapping[str, Path], jobs: Sequence[VideoJob]) -> dict[str, Any]:
         """The rate of instructions followed, of a CSV written without quotes: a path may hold commas, a prompt none."""
         path = files["sr"]
         heading, *rows = [line.split(",") for line in read_text(path, self.results["sr"]).splitlines()] or [[]]

@@ -18,8 +18,8 @@ from dataloaders.files.video import encode_mp4
 from dataloaders.windows import cover
 from evaluation.benchmarks.completeness import MANIFEST, missing_images, read_manifest, video_fault
 from evaluation.benchmarks.interface import (
-    Job,
     VideoBenchmark,
+    VideoJob,
     listed,
     noise_seed,
     sha256,
@@ -111,7 +111,7 @@ def first_frame(path: Path, height: int, width: int) -> np.ndarray:
     return cover(pixels[None], height, width)[0]
 
 
-def _video(predictor: Predictor, job: Job, seed: int, chunks: int) -> np.ndarray:
+def _video(predictor: Predictor, job: VideoJob, seed: int, chunks: int) -> np.ndarray:
     """uint8 (T, H, W, 3)."""
     policy, window = predictor.policy, predictor.policy.config.data.window
     frame = first_frame(job.image, window.height, window.width) if policy.history_frames else None
@@ -124,7 +124,7 @@ def _video(predictor: Predictor, job: Job, seed: int, chunks: int) -> np.ndarray
     return np.concatenate([part.frames[0] for part in parts])
 
 
-def _check_model(policy: Policy, jobs: Sequence[Job]) -> None:
+def _check_model(policy: Policy, jobs: Sequence[VideoJob]) -> None:
     """Raise UserError unless the model starts from what the jobs have: one picture of one camera, or none."""
     window, given = policy.config.data.window, policy.history_frames
     if window.layout != "side_by_side" or len(window.cameras) > 1:
@@ -148,7 +148,7 @@ def _check_model(policy: Policy, jobs: Sequence[Job]) -> None:
 
 
 def _manifest(
-    benchmark: VideoBenchmark, predictor: Predictor, jobs: Sequence[Job], *, fps: float, seed: int, chunks: int
+    benchmark: VideoBenchmark, predictor: Predictor, jobs: Sequence[VideoJob], *, fps: float, seed: int, chunks: int
 ) -> dict[str, Any]:
     """All that decides what the videos show."""
     policy, window = predictor.policy, predictor.policy.config.data.window

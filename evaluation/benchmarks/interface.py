@@ -22,7 +22,7 @@ LONGEST_NAME = 255  # bytes of a file name on the usual file systems
 
 
 @dataclass(frozen=True)
-class Job:
+class VideoJob:
     """One video that a benchmark wants.
 
     Attributes:
@@ -61,16 +61,16 @@ class VideoBenchmark(Protocol):
     takes_samples: bool
     recursive: bool
 
-    def jobs(self, prompts: Path, *, images: Path | None, samples: int) -> list[Job]:
+    def jobs(self, prompts: Path, *, images: Path | None, samples: int) -> list[VideoJob]:
         """The jobs of an official prompt list; UserError where it is not one."""
 
     def refuse_folder(self, folder: Path) -> None:
         """Raise UserError where the official code would misread videos of this folder."""
 
-    def companions(self, folder: Path, jobs: Sequence[Job]) -> dict[str, bytes]:
+    def companions(self, folder: Path, jobs: Sequence[VideoJob]) -> dict[str, bytes]:
         """Other files that the official code reads: relative path -> content."""
 
-    def read_results(self, files: Mapping[str, Path], jobs: Sequence[Job]) -> dict[str, Any]:
+    def read_results(self, files: Mapping[str, Path], jobs: Sequence[VideoJob]) -> dict[str, Any]:
         """Scores of official result files (kind -> file); UserError unless they cover every job exactly once."""
 
 
@@ -84,7 +84,7 @@ class PlainBenchmark:
     def refuse_folder(self, folder: Path) -> None:
         """Nothing to refuse."""
 
-    def companions(self, folder: Path, jobs: Sequence[Job]) -> dict[str, bytes]:
+    def companions(self, folder: Path, jobs: Sequence[VideoJob]) -> dict[str, bytes]:
         """None."""
         return {}
 
@@ -161,7 +161,7 @@ def yes_or_no(value: Any, where: str) -> int:
 # --- sets of jobs ---
 
 
-def check_jobs(jobs: list[Job], prompts: Path) -> list[Job]:
+def check_jobs(jobs: list[VideoJob], prompts: Path) -> list[VideoJob]:
     """The jobs, at least one, with different names that a file may have; UserError otherwise."""
     if not jobs:
         raise UserError(f"{prompts}: names no video; give the benchmark's own prompt list")

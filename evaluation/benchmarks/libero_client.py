@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.benchmarks.interface import repeated
-from evaluation.benchmarks.replanning import ActionStream
+from evaluation.benchmarks.replanning import Replanner
 from kairos_train.basics.errors import UserError
 
 FORMAT = "kairos-libero-1"
@@ -44,7 +44,7 @@ GRIPPERS: dict[str, Callable[[float], float]] = {
 def run_suite(
     suite: Any,
     make_env: Callable[[Any], Any],
-    stream: ActionStream,
+    stream: Replanner,
     *,
     header: dict[str, Any],
     out: Path,
@@ -85,7 +85,7 @@ def run_suite(
                 env.close()
 
 
-def run_trial(env: Any, state: Any, instruction: str, stream: ActionStream, header: dict[str, Any]) -> tuple[bool, int]:
+def run_trial(env: Any, state: Any, instruction: str, stream: Replanner, header: dict[str, Any]) -> tuple[bool, int]:
     """(success, steps of the policy) from one initial state."""
     env.reset()
     raw = env.set_init_state(state)
@@ -128,7 +128,7 @@ def initial_states(suite: Any, task_id: int, trials: int) -> Sequence[Any]:
     return states
 
 
-def header_of(suite: Any, stream: ActionStream, metadata: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def header_of(suite: Any, stream: Replanner, metadata: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """All that decides what a run's trials are.
 
     Raises:
@@ -220,7 +220,7 @@ def _run(args: argparse.Namespace) -> None:
     token = None if args.token_file is None else args.token_file.read_text().strip()
     suite = benchmark.get_benchmark_dict()[args.suite]()
     with PolicyClient(args.url, token=token) as policy:
-        stream = ActionStream(policy, replan_steps=args.replan_steps, seed=args.seed)
+        stream = Replanner(policy, replan_steps=args.replan_steps, seed=args.seed)
         header = header_of(suite, stream, policy.metadata, args)
         run_suite(suite, make_env, stream, header=header, out=args.out)
 

@@ -20,8 +20,8 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from evaluation.benchmarks.interface import (
-    Job,
     PlainBenchmark,
+    VideoJob,
     check_jobs,
     number,
     read_json,
@@ -52,7 +52,7 @@ class PaiPredict(PlainBenchmark):
     takes_images = True
     takes_samples = True
 
-    def jobs(self, prompts: Path, *, images: Path | None = None, samples: int = 1) -> list[Job]:
+    def jobs(self, prompts: Path, *, images: Path | None = None, samples: int = 1) -> list[VideoJob]:
         """`samples` jobs per entry, seeds from 0; images from `images`, or condition_image/ beside the list."""
         if not 1 <= samples <= MOST_SAMPLES:
             raise UserError(f"samples={samples}: the official questioning looks for 1 to {MOST_SAMPLES} a prompt")
@@ -65,10 +65,10 @@ class PaiPredict(PlainBenchmark):
             where = f"{prompts}: entry {i}"
             video_id, prompt = text_field(entry, "video_id", where), text_field(entry, "prompt_en", where)
             image, group = folder / text_field(entry, "image_name", where), _category(video_id, where)
-            jobs += [Job(f"{video_id}__{seed}.mp4", video_id, prompt, image, group) for seed in range(samples)]
+            jobs += [VideoJob(f"{video_id}__{seed}.mp4", video_id, prompt, image, group) for seed in range(samples)]
         return check_jobs(jobs, prompts)
 
-    def read_results(self, files: Mapping[str, Path], jobs: Sequence[Job]) -> dict[str, Any]:
+    def read_results(self, files: Mapping[str, Path], jobs: Sequence[VideoJob]) -> dict[str, Any]:
         """Every quality dimension over videos, and the questions' accuracy over prompts; both by category.
 
         Videos of one prompt are no independent samples, so that a dimension is first averaged over a prompt's videos.
@@ -92,7 +92,7 @@ def _category(video_id: str, where: str) -> str:
     raise UserError(f"{where}: video_id {video_id!r} begins with none of {', '.join(CATEGORIES)}, and an underscore")
 
 
-def _quality(path: Path, what: str, jobs: Sequence[Job]) -> tuple[dict[str, Any], dict[str, float]]:
+def _quality(path: Path, what: str, jobs: Sequence[VideoJob]) -> tuple[dict[str, Any], dict[str, float]]:
     """Scores by dimension, and the file's own means."""
     saved = read_json(path, what)
     if not isinstance(saved, dict) or not saved or not set(saved) <= set(QUALITY):
@@ -115,7 +115,7 @@ def _quality(path: Path, what: str, jobs: Sequence[Job]) -> tuple[dict[str, Any]
     return scores, official
 
 
-def _questions(path: Path, what: str, jobs: Sequence[Job]) -> dict[str, Any]:
+def _questions(path: Path, what: str, jobs: Sequence[VideoJob]) -> dict[str, Any]:
     """Accuracy over prompts; the file has averaged a prompt's videos and questions."""
     saved = read_json(path, what)
     if not isinstance(saved, list) or not all(isinstance(entry, dict) for entry in saved):

@@ -15,7 +15,7 @@ from evaluation.benchmarks.interface import noise_seed
 from kairos_train.basics.errors import UserError
 
 
-class Policy(Protocol):
+class ActionServer(Protocol):
     """What is asked for actions, as `kairos_train.serving.client.PolicyClient`."""
 
     metadata: dict[str, Any]
@@ -27,7 +27,7 @@ class Policy(Protocol):
         """Begin an episode."""
 
 
-class ActionStream:
+class Replanner:
     """Executes the first `replan_steps` actions of every chunk, then asks anew.
 
     A model that is given several frames gets one of every `action_video_freq_ratio` steps, as in training; the frames
@@ -42,7 +42,7 @@ class ActionStream:
         UserError: more steps than a chunk has, or a number of them that does not fit the model's frames.
     """
 
-    def __init__(self, policy: Policy, *, replan_steps: int | None = None, seed: int = 0) -> None:
+    def __init__(self, policy: ActionServer, *, replan_steps: int | None = None, seed: int = 0) -> None:
         told = policy.metadata
         self.replan_steps = told["horizon"] if replan_steps is None else replan_steps
         self._policy, self._seed = policy, seed

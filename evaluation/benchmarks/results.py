@@ -17,11 +17,11 @@ from statistics import fmean
 from typing import Any
 
 from evaluation.benchmarks.completeness import check
-from evaluation.benchmarks.interface import Job, VideoBenchmark, listed, sha256, write_json
+from evaluation.benchmarks.interface import VideoBenchmark, VideoJob, listed, sha256, write_json
 from evaluation.benchmarks.scores import grouped, mean, rate
 from kairos_train.basics.errors import UserError
 
-Judge = Callable[[Path, Job], Mapping[str, bool | int | float]]
+Judge = Callable[[Path, VideoJob], Mapping[str, bool | int | float]]
 """(video, job) -> names and scores of this video. True and False make a rate, numbers a mean."""
 
 
@@ -129,7 +129,7 @@ def _answer(given: Any, where: str) -> dict[str, bool | float]:
     return answer
 
 
-def _score(values: Mapping[str, bool | float], jobs: Sequence[Job]) -> dict[str, Any]:
+def _score(values: Mapping[str, bool | float], jobs: Sequence[VideoJob]) -> dict[str, Any]:
     """A rate or a mean, by group. Several videos of one prompt are averaged first: they are no independent samples."""
     groups = {job.key: job.group for job in jobs}
     by_key: dict[str, list[bool | float]] = {}

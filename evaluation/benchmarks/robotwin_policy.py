@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.benchmarks.replanning import ActionStream, Policy
+from evaluation.benchmarks.replanning import ActionServer, Replanner
 from kairos_train.basics.errors import UserError
 
 DIMENSIONS = 14
@@ -41,7 +41,7 @@ class Robotwin:
         UserError: a robot or a policy without 14 dimensions, or cameras that are not RoboTwin's.
     """
 
-    def __init__(self, policy: Policy, args: Mapping[str, Any]) -> None:
+    def __init__(self, policy: ActionServer, args: Mapping[str, Any]) -> None:
         arms = [args.get(f"{side}_arm_dim", 6) for side in ("left", "right")]
         told = policy.metadata
         sizes = {"robot": sum(arms) + 2, "policy's state": told["state_dim"], "policy's actions": told["action_dim"]}
@@ -56,7 +56,7 @@ class Robotwin:
         self._state_key = states[0]
         self._cameras = cameras_of(told["cameras"], _given(args, "cameras") or "")
         steps = _given(args, "replan_steps")
-        self._stream = ActionStream(
+        self._stream = Replanner(
             policy, replan_steps=None if steps is None else int(steps), seed=int(_given(args, "seed") or 0)
         )
         self._name = "/".join(str(args.get(key)) for key in ("task_name", "task_config", "ckpt_setting", "seed"))

@@ -23,7 +23,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.benchmarks.interface import Job, PlainBenchmark, check_jobs, number, read_rows, read_table, same_set
+from evaluation.benchmarks.interface import (
+    PlainBenchmark,
+    VideoJob,
+    check_jobs,
+    number,
+    read_rows,
+    read_table,
+    same_set,
+)
 from evaluation.benchmarks.scores import mean, rate
 from kairos_train.basics.errors import UserError
 
@@ -38,19 +46,19 @@ class _Captions(PlainBenchmark, ABC):
     prompts = "a CSV with a column caption (and image, for models that need a first frame)"
     columns: tuple[str, str]
 
-    def jobs(self, prompts: Path, *, images: Path | None = None, samples: int = 1) -> list[Job]:
+    def jobs(self, prompts: Path, *, images: Path | None = None, samples: int = 1) -> list[VideoJob]:
         """One job per different caption, in the table's order: published tables repeat captions, once per model."""
-        jobs: dict[tuple[str, str], Job] = {}
+        jobs: dict[tuple[str, str], VideoJob] = {}
         for i, row in enumerate(read_table(prompts, ["caption"], self.prompts), start=2):
             caption, image = row["caption"], row.get("image", "")
             if not caption.strip():
                 raise UserError(f"{prompts}: row {i} has an empty caption; give {self.prompts}")
             key = f"{len(jobs):05d}"
-            job = Job(f"{key}.mp4", key, caption, prompts.parent / image if image else None)
+            job = VideoJob(f"{key}.mp4", key, caption, prompts.parent / image if image else None)
             jobs.setdefault((caption, image), job)
         return check_jobs(list(jobs.values()), prompts)
 
-    def companions(self, folder: Path, jobs: Sequence[Job]) -> dict[str, bytes]:
+    def companions(self, folder: Path, jobs: Sequence[VideoJob]) -> dict[str, bytes]:
         """The table that the judge is given; paths are absolute."""
         out = io.StringIO()
         table = csv.DictWriter(out, self.columns, lineterminator="\n")
@@ -59,7 +67,7 @@ class _Captions(PlainBenchmark, ABC):
             table.writerow({"videopath": str((folder / job.name).absolute()), "caption": job.instruction})
         return {TABLE: out.getvalue().encode()}
 
-    def read_results(self, files: Mapping[str, Path], jobs: Sequence[Job]) -> dict[str, Any]:
+    def read_results(self, files: Mapping[str, Path], jobs: Sequence[VideoJob]) -> dict[str, Any]:
         """Rates and means of SA and PC, and the rate of videos that have both, where both files are given."""
         scores, passed = {}, {}
         for kind, path in files.items():
@@ -72,7 +80,9 @@ class _Captions(PlainBenchmark, ABC):
         return {"scores": scores}
 
     @abstractmethod
-    def _judged(self, path: Path, kind: str, jobs: Sequence[Job]) -> tuple[dict[str, float], Callable[[float], bool]]:
+    def _judged(
+        self, path: Path, kind: str, jobs: Sequence[VideoJob]
+    ) -> tuple[dict[str, float], Callable[[float], bool]]:
         """Name -> score of one result file, and which scores count."""
 
 
@@ -87,7 +97,9 @@ class VideoPhy(_Captions):
         "pc": "the output of entailment_inference.py on physics_testing.csv",
     }
 
-    def _judged(self, path: Path, kind: str, jobs: Sequence[Job]) -> tuple[dict[str, float], Callable[[float], bool]]:
+    def _judged(
+        self, path: Path, kind: str, jobs: Sequence[VideoJob]
+    ) -> tuple[dict[str, float], Callable[[float], bool]]:
         rows = read_rows(path, self.results[kind])
         if wrong := next((row for row in rows if len(row) != 3), None):
             raise UserError(
@@ -115,7 +127,9 @@ class VideoPhy2(_Captions):
         "pc": "the output CSV of VIDEOPHY2/inference.py for physical commonsense",
     }
 
-    def _judged(self, path: Path, kind: str, jobs: Sequence[Job]) -> tuple[dict[str, float], Callable[[float], bool]]:
+    def _judged(
+        self, path: Path, kind: str, jobs: Sequence[VideoJob]
+    ) -> tuple[dict[str, float], Callable[[float], bool]]:
         rows = read_table(path, ["caption", "videopath", "score"], self.results[kind])
         remedy = "judge the complete table; the official script stops after 20 rows unless `df.iloc[:20]` is taken out"
         same_set((Path(row["videopath"]).name for row in rows), (job.name for job in jobs), str(path), remedy)

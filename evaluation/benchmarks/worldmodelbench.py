@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from evaluation.benchmarks.interface import (
-    Job,
     PlainBenchmark,
+    VideoJob,
     check_jobs,
     number,
     read_json,
@@ -47,7 +47,7 @@ class WorldModelBench(PlainBenchmark):
         "results": "worldmodelbench_results.json, saved by the official evaluation.py"
     }
 
-    def jobs(self, prompts: Path, *, images: Path | None = None, samples: int = 1) -> list[Job]:
+    def jobs(self, prompts: Path, *, images: Path | None = None, samples: int = 1) -> list[VideoJob]:
         """One job per entry, told apart by the first frame's stem, as the official script does."""
         entries = read_json(prompts, self.prompts)
         if not isinstance(entries, list):
@@ -57,7 +57,7 @@ class WorldModelBench(PlainBenchmark):
             where = f"{prompts}: entry {i}"
             frame = text_field(entry, "first_frame", where)
             jobs.append(
-                Job(
+                VideoJob(
                     name=f"{PurePosixPath(frame).stem}.mp4",
                     key=PurePosixPath(frame).stem,
                     instruction=text_field(entry, "text_instruction", where),
@@ -67,7 +67,7 @@ class WorldModelBench(PlainBenchmark):
             )
         return check_jobs(jobs, prompts)
 
-    def read_results(self, files: Mapping[str, Path], jobs: Sequence[Job]) -> dict[str, Any]:
+    def read_results(self, files: Mapping[str, Path], jobs: Sequence[VideoJob]) -> dict[str, Any]:
         """Scores of evaluation.py's file: each part and question, and the official total, by domain, too."""
         path = files["results"]
         saved = read_json(path, self.results["results"])

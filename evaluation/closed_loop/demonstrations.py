@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.lerobot.reader import LeRobotDataset
-from dataloaders.simulators.base import TASKS, Observation, Simulator
+from dataloaders.simulators.base import TASKS, Simulator, SimulatorObservation
 from dataloaders.windows import cover
 from kairos_train.basics.errors import UserError
 
@@ -34,7 +34,7 @@ class Beginnings:
     pictures: np.ndarray
     actions: tuple[np.ndarray, ...]
 
-    def nearest(self, first: Observation) -> int:
+    def nearest(self, first: SimulatorObservation) -> int:
         """The demonstration that began most like `first`.
 
         The distance is that of the states plus that of the pictures, mean squares, each in units of how far the
@@ -55,7 +55,7 @@ class Demonstrations:
     def __init__(self, tasks: dict[str, Beginnings]) -> None:
         self.tasks = tasks
 
-    def nearest(self, task: str, first: Observation) -> np.ndarray:
+    def nearest(self, task: str, first: SimulatorObservation) -> np.ndarray:
         """Actions (T, da) of the demonstration of `task` that began most like `first`."""
         known = self.tasks[task]
         return known.actions[known.nearest(first)]

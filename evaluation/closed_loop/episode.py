@@ -17,7 +17,7 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EpisodeOutcome:
     """What came of an episode: `steps` that were executed, and why it crashed where it did. A crash is a failure."""
 
     success: bool

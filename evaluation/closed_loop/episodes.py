@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dataloaders.simulators.base import Simulator
-from evaluation.closed_loop.episode import Episode, Outcome
+from evaluation.closed_loop.episode import Episode, EpisodeOutcome
 
 if TYPE_CHECKING:
-    from evaluation.closed_loop.policies import Policy
+    from evaluation.closed_loop.policies import EpisodePolicy
 
 
-Game = Generator[Callable[[], np.ndarray], np.ndarray, Outcome]
+Game = Generator[Callable[[], np.ndarray], np.ndarray, EpisodeOutcome]
 """An episode in progress: gives what is to be computed next, takes its result, returns the outcome."""
 
 
-def play(simulator: Simulator, policy: Policy, episode: Episode, *, replan_every: int) -> Game:
+def play(simulator: Simulator, policy: EpisodePolicy, episode: Episode, *, replan_every: int) -> Game:
     """Play one episode, to success or to the simulator's `max_steps`.
 
     It stops where a plan is needed, so that whoever drives it may compute several plans at a time; an exception that
@@ -42,11 +42,11 @@ def play(simulator: Simulator, policy: Policy, episode: Episode, *, replan_every
                 solved = simulator.advance(action)
                 steps += 1
                 if solved or steps == simulator.max_steps:
-                    return Outcome(solved, steps)
+                    return EpisodeOutcome(solved, steps)
                 if policy.looks_every is not None and steps % policy.looks_every == 0:
                     seen.append(simulator.observe())
     except Exception as error:  # whatever it is: the episode was not solved
-        return Outcome(False, steps, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return EpisodeOutcome(False, steps, f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _checked(plan: np.ndarray, action_dim: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dataloaders.simulators.base import DEFAULT_TASKS, TASKS, Observation, Simulator
+from dataloaders.simulators.base import DEFAULT_TASKS, TASKS, Simulator, SimulatorObservation
 from evaluation.closed_loop.demonstrations import Demonstrations
 from evaluation.closed_loop.episode import Episode, noise_seed
 from kairos_train.basics.errors import UserError
@@ -28,7 +28,7 @@ SERVED = ("model", "wrong")
 POLICIES = (*SERVED, "random", "hold", "replay", "expert")
 
 
-class Policy(Protocol):
+class EpisodePolicy(Protocol):
     """Plays one episode at a time.
 
     Attributes:
@@ -39,11 +39,11 @@ class Policy(Protocol):
     looks_every: int | None
     waits: bool
 
-    def begin(self, simulator: Simulator, episode: Episode, first: Observation) -> None:
+    def begin(self, simulator: Simulator, episode: Episode, first: SimulatorObservation) -> None:
         """An episode begins."""
         ...
 
-    def plan(self, seen: Sequence[Observation]) -> np.ndarray:
+    def plan(self, seen: Sequence[SimulatorObservation]) -> np.ndarray:
         """Actions from now on, (n, da), n at least 1; `seen` since the last plan, oldest first."""
         ...
 
@@ -53,12 +53,12 @@ class RandomPolicy:
 
     looks_every, waits = None, False
 
-    def begin(self, simulator: Simulator, episode: Episode, first: Observation) -> None:
+    def begin(self, simulator: Simulator, episode: Episode, first: SimulatorObservation) -> None:
         """Draw from the episode's own generator."""
         self._rng = np.random.default_rng([episode.seed, *f"random:{episode.task}".encode()])
         self._size = (1, simulator.action_dim)
 
-    def plan(self, seen: Sequence[Observation]) -> np.ndarray:
+    def plan(self, seen: Sequence[SimulatorObservation]) -> np.ndarray:
         """(1, da)."""
         return self._rng.uniform(-1, 1, self._size)
 
@@ -68,11 +68,11 @@ class HoldPolicy:
 
     looks_every, waits = None, False
 
-    def begin(self, simulator: Simulator, episode: Episode, first: Observation) -> None:
+    def begin(self, simulator: Simulator, episode: Episode, first: SimulatorObservation) -> None:
         """Nothing to remember."""
         self._still = np.zeros((1, simulator.action_dim))
 
-    def plan(self, seen: Sequence[Observation]) -> np.ndarray:
+    def plan(self, seen: Sequence[SimulatorObservation]) -> np.ndarray:
         """(1, da)."""
         return self._still
 
@@ -85,12 +85,12 @@ class ReplayPolicy:
     def __init__(self, demonstrations: Demonstrations) -> None:
         self._demonstrations = demonstrations
 
-    def begin(self, simulator: Simulator, episode: Episode, first: Observation) -> None:
+    def begin(self, simulator: Simulator, episode: Episode, first: SimulatorObservation) -> None:
         """Choose the demonstration by what is seen first."""
         self._actions = self._demonstrations.nearest(episode.task, first)
         self._next = 0
 
-    def plan(self, seen: Sequence[Observation]) -> np.ndarray:
+    def plan(self, seen: Sequence[SimulatorObservation]) -> np.ndarray:
         """(1, da)."""
         actions = self._actions[self._next : self._next + 1]
         self._next += 1
@@ -102,11 +102,11 @@ class ExpertPolicy:
 
     looks_every, waits = None, False
 
-    def begin(self, simulator: Simulator, episode: Episode, first: Observation) -> None:
+    def begin(self, simulator: Simulator, episode: Episode, first: SimulatorObservation) -> None:
         """Remember whose expert it is."""
         self._simulator = simulator
 
-    def plan(self, seen: Sequence[Observation]) -> np.ndarray:
+    def plan(self, seen: Sequence[SimulatorObservation]) -> np.ndarray:
         """(1, da)."""
         return self._simulator.expert_action()[None]
 
@@ -127,7 +127,7 @@ class ServedKeys:
     looks_every: int
 
 
-class ServedPolicy:
+class RemotePolicy:
     """A policy behind a server.
 
     Args:
@@ -142,13 +142,13 @@ class ServedPolicy:
         self._client, self._keys, self._wrong = client, keys, wrong
         self.looks_every = keys.looks_every
 
-    def begin(self, simulator: Simulator, episode: Episode, first: Observation) -> None:
+    def begin(self, simulator: Simulator, episode: Episode, first: SimulatorObservation) -> None:
         """The server forgets the episode before with the first plan."""
         self._episode, self._replan = episode, 0
         tasks = TASKS[episode.env]
         self._prompt = tasks[another_task(episode.env, episode.task) if self._wrong else episode.task]
 
-    def plan(self, seen: Sequence[Observation]) -> np.ndarray:
+    def plan(self, seen: Sequence[SimulatorObservation]) -> np.ndarray:
         """(n, da), in the server's own length."""
         if self._replan == 0:
             self._client.reset()

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from evaluation.closed_loop.episode import Episode, Outcome
+from evaluation.closed_loop.episode import Episode, EpisodeOutcome
 from evaluation.intervals import wilson
 from evaluation.pictures import save_figure, write_whole
 
@@ -17,7 +17,7 @@ JSON_FILE, CHART_FILE = "closed_loop.json", "closed_loop.png"
 
 
 def summarise(
-    played: Iterable[tuple[Episode, Outcome]], *, policies: Sequence[str], tasks: Sequence[str]
+    played: Iterable[tuple[Episode, EpisodeOutcome]], *, policies: Sequence[str], tasks: Sequence[str]
 ) -> dict[str, Any]:
     """The `policies` of closed_loop.json: by policy the counts of each task and of all, and every episode.
 
@@ -25,7 +25,7 @@ def summarise(
         played: every episode with its outcome, in any order.
         policies, tasks: in the order of the result.
     """
-    by_policy: dict[str, list[tuple[Episode, Outcome]]] = {name: [] for name in policies}
+    by_policy: dict[str, list[tuple[Episode, EpisodeOutcome]]] = {name: [] for name in policies}
     for episode, outcome in played:
         by_policy[episode.policy].append((episode, outcome))
     result = {}
@@ -48,7 +48,7 @@ def summarise(
     return result
 
 
-def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _counts(outcomes: Sequence[EpisodeOutcome]) -> dict[str, Any]:
     successes, count = sum(outcome.success for outcome in outcomes), len(outcomes)
     return {
         "successes": successes,

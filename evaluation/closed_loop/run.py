@@ -17,7 +17,7 @@ from dataloaders.simulators.base import DEFAULT_TASKS, Simulator, check_task
 from dataloaders.simulators.make import make
 from evaluation.closed_loop import report, server
 from evaluation.closed_loop.demonstrations import open_demonstrations, picture_side, read_demonstrations, seeds_of
-from evaluation.closed_loop.episode import Episode, Outcome
+from evaluation.closed_loop.episode import Episode, EpisodeOutcome
 from evaluation.closed_loop.policies import POLICIES, SERVED, ServedKeys, served_keys
 from evaluation.closed_loop.workers import Setup, play_all
 from kairos_train.basics.errors import RunStopped, UserError
@@ -72,7 +72,7 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Source:
+class PolicySource:
     """The policy that is judged, and where it is computed.
 
     Attributes:
@@ -90,7 +90,7 @@ class Source:
     device: str = "auto"
 
 
-def closed_loop(protocol: Protocol, source: Source, *, demos: Path | None, out: Path) -> dict[str, Any]:
+def closed_loop(protocol: Protocol, source: PolicySource, *, demos: Path | None, out: Path) -> dict[str, Any]:
     """Play every episode and write `closed_loop.json` and `closed_loop.png` into `out`.
 
     Args:
@@ -134,7 +134,9 @@ def closed_loop(protocol: Protocol, source: Source, *, demos: Path | None, out: 
     return result
 
 
-def _prepare(protocol: Protocol, tasks: list[str], source: Source, demos: Path | None, simulator: Simulator) -> Setup:
+def _prepare(
+    protocol: Protocol, tasks: list[str], source: PolicySource, demos: Path | None, simulator: Simulator
+) -> Setup:
     """What simulator processes need to know, but for the server; the seeds are checked."""
     demonstrations, size = None, protocol.size
     if demos is None:
@@ -176,7 +178,7 @@ def check_seeds(protocol: Protocol, demonstrated: set[int] | None) -> None:
 
 @contextmanager
 def _server(
-    protocol: Protocol, source: Source, simulator: Simulator, out: Path, *, needed: bool
+    protocol: Protocol, source: PolicySource, simulator: Simulator, out: Path, *, needed: bool
 ) -> Iterator[tuple[ServedKeys | None, str | None, dict[str, Any]]]:
     """How to ask, whom, and what "export" says; a server that was started is ended at the end."""
     about = {"path": None if source.export is None else str(source.export)}
@@ -197,7 +199,7 @@ def _server(
 
 
 def _greet(
-    url: str, protocol: Protocol, source: Source, simulator: Simulator, about: dict[str, Any]
+    url: str, protocol: Protocol, source: PolicySource, simulator: Simulator, about: dict[str, Any]
 ) -> tuple[ServedKeys, str, dict[str, Any]]:
     """Check that a server's policy is the one to be judged, and plays this simulator."""
     metadata = server.ask_metadata(url, source.token)
@@ -208,7 +210,7 @@ def _greet(
     return keys, url, {**about, "server": source.url, **{key: metadata.get(key) for key in told}}
 
 
-def _play(protocol: Protocol, tasks: list[str], setup: Setup) -> Iterator[tuple[Episode, Outcome]]:
+def _play(protocol: Protocol, tasks: list[str], setup: Setup) -> Iterator[tuple[Episode, EpisodeOutcome]]:
     """Every episode of the protocol with its outcome; says on stderr how far it is.
 
     One policy after another; tasks take turns, so that a process needs few simulators of each.

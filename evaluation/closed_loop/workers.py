@@ -20,7 +20,7 @@ from dataloaders.simulators.base import Simulator
 from dataloaders.simulators.make import make
 from evaluation.closed_loop import policies
 from evaluation.closed_loop.demonstrations import Demonstrations
-from evaluation.closed_loop.episode import Episode, Outcome
+from evaluation.closed_loop.episode import Episode, EpisodeOutcome
 from evaluation.closed_loop.episodes import Game, play
 from kairos_train.basics.errors import RunStopped
 from kairos_train.serving.client import PolicyClient
@@ -52,7 +52,7 @@ class Setup:
     demonstrations: Demonstrations | None = None
 
 
-def play_all(episodes: Sequence[Episode], setup: Setup, *, processes: int) -> Iterator[tuple[Episode, Outcome]]:
+def play_all(episodes: Sequence[Episode], setup: Setup, *, processes: int) -> Iterator[tuple[Episode, EpisodeOutcome]]:
     """Every episode with its outcome, in the order in which they end.
 
     Where a simulator process dies, the episodes that it had in progress have failed, and another one goes on.
@@ -81,7 +81,7 @@ def play_all(episodes: Sequence[Episode], setup: Setup, *, processes: int) -> It
                     crew.remove(process)
                     code = process.end()
                     for episode in process.doing.values():
-                        yield episode, Outcome(False, 0, f"its simulator process died with exit code {code}")
+                        yield episode, EpisodeOutcome(False, 0, f"its simulator process died with exit code {code}")
                     if (deaths := deaths + 1) == MOST_DEATHS:
                         raise RunStopped(f"{deaths} simulator processes died, the last with exit code {code}") from None
                     crew.append(_Process(setup))
@@ -109,7 +109,7 @@ class _Process:
             self.pipe.send((self._given, episode))
         self._given += 1
 
-    def take(self) -> tuple[Episode, Outcome]:
+    def take(self) -> tuple[Episode, EpisodeOutcome]:
         """The next episode that ended. EOFError or ConnectionError when the process has died."""
         number, outcome = self.pipe.recv()
         return self.doing.pop(number), outcome
@@ -149,7 +149,7 @@ class _Seat:
     episode: Episode
     simulator: Simulator
     client: PolicyClient | None
-    policy: policies.Policy
+    policy: policies.EpisodePolicy
     game: Game
 
 
@@ -169,19 +169,19 @@ class Table:
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(self.setup.concurrent, thread_name_prefix="plans")
 
-    def begin(self, number: int, episode: Episode) -> list[tuple[int, Outcome]]:
+    def begin(self, number: int, episode: Episode) -> list[tuple[int, EpisodeOutcome]]:
         """Play an episode up to its first wait; what has ended: it, or nothing."""
         try:
             simulator = self._simulator(episode)
         except Exception as error:
-            return [(number, Outcome(False, 0, f"{type(error).__name__}: {' '.join(str(error).split())}"))]
+            return [(number, EpisodeOutcome(False, 0, f"{type(error).__name__}: {' '.join(str(error).split())}"))]
         client = self._client() if episode.policy in policies.SERVED else None
         policy = _policy(episode.policy, client, self.setup)
         game = play(simulator, policy, episode, replan_every=self.setup.replan_every)
         seat = _Seat(number, episode, simulator, client, policy, game)
         return self._drive(seat, lambda: next(game))
 
-    def go_on(self) -> list[tuple[int, Outcome]]:
+    def go_on(self) -> list[tuple[int, EpisodeOutcome]]:
         """Go on with every episode whose plan is there by now; those that have ended."""
         done, _ = wait(self.waiting, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
         ended = []
@@ -201,7 +201,7 @@ class Table:
         ]:
             simulator.close()
 
-    def _drive(self, seat: _Seat, advance: Callable[[], Callable[[], np.ndarray]]) -> list[tuple[int, Outcome]]:
+    def _drive(self, seat: _Seat, advance: Callable[[], Callable[[], np.ndarray]]) -> list[tuple[int, EpisodeOutcome]]:
         """Advance an episode until it waits or has ended."""
         try:
             wanted = advance()
@@ -235,9 +235,9 @@ class Table:
             seat.simulator.close()
 
 
-def _policy(name: str, client: PolicyClient | None, setup: Setup) -> policies.Policy:
+def _policy(name: str, client: PolicyClient | None, setup: Setup) -> policies.EpisodePolicy:
     if name in policies.SERVED:
-        return policies.ServedPolicy(client, setup.keys, wrong=name == "wrong")
+        return policies.RemotePolicy(client, setup.keys, wrong=name == "wrong")
     if name == "replay":
         return policies.ReplayPolicy(setup.demonstrations)
     return {"random": policies.RandomPolicy, "hold": policies.HoldPolicy, "expert": policies.ExpertPolicy}[name]()

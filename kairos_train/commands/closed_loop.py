@@ -20,7 +20,7 @@ def run_closed_loop(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f"closed-loop: {error.name} is not installed; run `pip install kairos-train[serve]`") from error
     from evaluation.closed_loop.report import format_table
-    from evaluation.closed_loop.run import Protocol, Source, closed_loop
+    from evaluation.closed_loop.run import PolicySource, Protocol, closed_loop
     from evaluation.report import write_page
 
     token = None
@@ -39,7 +39,7 @@ def run_closed_loop(args: argparse.Namespace) -> int:
         processes=args.processes,
         concurrent=args.concurrent,
     )
-    source = Source(export=args.export, url=args.server, token=token, steps=args.steps, device=args.device)
+    source = PolicySource(export=args.export, url=args.server, token=token, steps=args.steps, device=args.device)
     result = closed_loop(protocol, source, demos=args.demos, out=args.out)
     write_page(args.out)
     print(format_table(result), file=sys.stderr)

@@ -17,7 +17,7 @@ from kairos_train.commands.parsing import command, count, with_overrides
 if TYPE_CHECKING:
     from kairos_train.config.curriculum import Curriculum
     from kairos_train.config.schema import Config
-    from kairos_train.launch.script import Job
+    from kairos_train.launch.script import SlurmJob
 
 PACKING = ("data.window", "data.clips", "data.prompt_template", "encoders", "cluster", "train")
 
@@ -67,7 +67,7 @@ def run_launch(args: argparse.Namespace) -> int:
 # --- the jobs ---
 
 
-def _train(args: argparse.Namespace) -> tuple[list[Job], Any]:
+def _train(args: argparse.Namespace) -> tuple[list[SlurmJob], Any]:
     """A job for all stages, or with `--chain` one for each."""
     from kairos_train.config.curriculum import load_curriculum
     from kairos_train.launch.submit import check_world
@@ -96,15 +96,15 @@ def _train_job(
     stage: int,
     walk: Sequence[str],
     overrides: Sequence[str] | None = None,
-) -> Job:
-    from kairos_train.launch.script import Job
+) -> SlurmJob:
+    from kairos_train.launch.script import SlurmJob
 
     config = curriculum.stages[stage]
     cluster = config.cluster
     words = [*(args.overrides if overrides is None else overrides), *walk]
     where = [word for folder in args.config_dir for word in ("--config-dir", str(folder.absolute()))]
     name = config.stage.name if not curriculum.names else curriculum.names[stage] if walk else "all"
-    return Job(
+    return SlurmJob(
         kind="train",
         name=_job_name(config.experiment, name),
         nodes=cluster.nodes,
@@ -130,10 +130,10 @@ def _check_shards(config: Config, curriculum: Curriculum) -> None:
             )
 
 
-def _pack(args: argparse.Namespace) -> tuple[list[Job], Any]:
+def _pack(args: argparse.Namespace) -> tuple[list[SlurmJob], Any]:
     """An array with a task for each source of a list."""
     from kairos_train.config.compose import load_config
-    from kairos_train.launch.script import Job
+    from kairos_train.launch.script import SlurmJob
 
     _unused(args, ("chain", "nodes"))
     if args.sources is None or args.out is None:
@@ -154,7 +154,7 @@ def _pack(args: argparse.Namespace) -> tuple[list[Job], Any]:
     words = [*shlex.split(args.arguments or ""), *where, *args.overrides]
     _check_words(args, "data", "pack", [sources[0], "--out", outs[0], *words])
     gpus = _gpus(args, config, 1 if "--encode" in words else 0)
-    job = Job(
+    job = SlurmJob(
         kind="pack",
         name=_job_name("pack", args.sources.stem),
         nodes=1,
@@ -166,10 +166,10 @@ def _pack(args: argparse.Namespace) -> tuple[list[Job], Any]:
     return [job], config.cluster
 
 
-def _one_command(args: argparse.Namespace) -> tuple[list[Job], Any]:
+def _one_command(args: argparse.Namespace) -> tuple[list[SlurmJob], Any]:
     """Export or evaluation: one of the commands of the same name on one node."""
     from kairos_train.config.compose import load_config
-    from kairos_train.launch.script import Job
+    from kairos_train.launch.script import SlurmJob
 
     _unused(args, ("chain", "nodes", "sources", "out"))
     if not args.arguments:
@@ -178,7 +178,7 @@ def _one_command(args: argparse.Namespace) -> tuple[list[Job], Any]:
     words = shlex.split(args.arguments)
     _check_words(args, args.job, None, words)
     gpus = _gpus(args, config, 1 if args.job == "evaluate" else 0)
-    job = Job(
+    job = SlurmJob(
         kind=args.job,
         name=_job_name(args.job, Path(words[0]).name),
         nodes=1,

@@ -21,7 +21,7 @@ from kairos_train.demos.steps import UNSEEN_SEEDS, argv, run_command
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoPlan:
     """Sizes of a demo, chosen to finish in six minutes on two cores.
 
     Attributes:
@@ -39,8 +39,10 @@ class Plan:
 
 
 PLANS = {
-    "metaworld": Plan("demo", size=128, episodes=12, unseen=4, steps={"physical": 40, "behaviour": 40, "joint": 300}),
-    "push2d": Plan(
+    "metaworld": DemoPlan(
+        "demo", size=128, episodes=12, unseen=4, steps={"physical": 40, "behaviour": 40, "joint": 300}
+    ),
+    "push2d": DemoPlan(
         "demo_push2d", size=64, episodes=150, unseen=12, steps={"physical": 20, "behaviour": 20, "joint": 300}
     ),
 }
@@ -74,7 +76,7 @@ def run(*, env: str, fresh: bool = False, root: Path | None = None) -> dict:
     return result
 
 
-def _simulate(env: str, plan: Plan, root: Path) -> None:
+def _simulate(env: str, plan: DemoPlan, root: Path) -> None:
     for name, episodes, seed in (("dataset", plan.episodes, 0), ("dataset_unseen", plan.unseen, UNSEEN_SEEDS)):
         if not (root / name).exists():
             run_command(
@@ -83,7 +85,7 @@ def _simulate(env: str, plan: Plan, root: Path) -> None:
             )
 
 
-def _pack(plan: Plan, root: Path) -> None:
+def _pack(plan: DemoPlan, root: Path) -> None:
     for source, shards in (("dataset", "shards"), ("dataset_unseen", "shards_validation")):
         if not (root / shards).exists():
             run_command(
@@ -92,7 +94,7 @@ def _pack(plan: Plan, root: Path) -> None:
             )
 
 
-def _train(plan: Plan, root: Path) -> Path:
+def _train(plan: DemoPlan, root: Path) -> Path:
     """The three stages, each from the one before; the last is killed once past a checkpoint and resumed."""
     before = None
     for stage, steps in plan.steps.items():

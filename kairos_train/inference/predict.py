@@ -19,8 +19,8 @@ from kairos_train.conditioning.interfaces import LATENT_CHANNELS, SPACE_STRIDE, 
 from kairos_train.inference.compiled import CompiledModel
 from kairos_train.inference.load import Policy
 from kairos_train.inference.normalization import Normalizer, from_statistics
-from kairos_train.inference.rollout import CarriedHistory, ChunkSize, History, SlidingHistory, chunk_seed
-from kairos_train.inference.sampler import Conditions, Sample, SamplerConfig, sample
+from kairos_train.inference.rollout import ChunkSize, RolloutHistory, SlidingHistory, StreamingHistory, chunk_seed
+from kairos_train.inference.sampler import Conditions, SampledOutput, SamplerConfig, sample
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Predictor:
             negative=None if negative is None else tuple(part.to(policy.device) for part in negative),
         )
 
-    def sample(self, conditions: Conditions, *, mode: str, seeds: Sequence[int]) -> Sample:
+    def sample(self, conditions: Conditions, *, mode: str, seeds: Sequence[int]) -> SampledOutput:
         """Latents and normalised actions of one batch; see `kairos_train.inference.sampler.sample`."""
         policy = self.policy
         latent_shape = None
@@ -150,12 +150,12 @@ class Predictor:
             horizon=policy.horizon,
         )
 
-    def actions(self, sampled: Sample) -> np.ndarray:
+    def actions(self, sampled: SampledOutput) -> np.ndarray:
         """Raw actions (B, A, D) float32 of a sample."""
         return self.action_normalizer.unnormalize(sampled.actions).float().cpu().numpy()
 
     @torch.no_grad()
-    def frames(self, sampled: Sample) -> np.ndarray:
+    def frames(self, sampled: SampledOutput) -> np.ndarray:
         """Decoded video (B, T, H, W, 3) uint8 of a sample."""
         return self.encoders.video.decode(sampled.latents).cpu().numpy()
 
@@ -298,7 +298,7 @@ class Predictor:
                 context, mask = context.to(self.policy.device, torch.float32), mask.to(self.policy.device)
                 conditions = replace(conditions, context=context, context_mask=mask)
 
-    def memory(self, *, mode: str, history: int | None = None, carried: bool = False) -> History:
+    def memory(self, *, mode: str, history: int | None = None, carried: bool = False) -> RolloutHistory:
         """What a rollout begins with; arguments and errors as for `rollout`."""
         policy = self.policy
         if mode == "action":
@@ -313,7 +313,7 @@ class Predictor:
             raise UserError(f"history={keep}: the model was trained with {least} history latent frames; use as many")
         chunk = ChunkSize(policy.latent_frames, keep, policy.horizon if mode == "joint" else None)
         if carried:
-            return CarriedHistory(policy.model, self.sampler, chunk)
+            return StreamingHistory(policy.model, self.sampler, chunk)
         return SlidingHistory(self.model, self.sampler, chunk)
 
     def _frames(self, frames: np.ndarray | Tensor | None, history_frames: int) -> Tensor:

@@ -3,7 +3,7 @@
 Two ways to remember, with one interface: `observe` clean latents, `sample` the frames behind them.
 
 - `SlidingHistory` keeps the last K latent frames and gives them to the model anew with every chunk, as in training.
-- `CarriedHistory` runs every frame through the model as history once and carries the GATED states and the keys in
+- `StreamingHistory` runs every frame through the model as history once and carries the GATED states and the keys in
   reach over (`kairos_train.model.streaming`); for models trained with `model.video.history_causal`.
 
 Both take the same work and memory for every chunk, but for FA layers of the video under a carried history, which reach
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from kairos_train.basics.errors import UserError
 from kairos_train.inference.sampler import (
     Conditions,
-    Sample,
+    SampledOutput,
     SamplerConfig,
     action_sigmas,
     check_request,
@@ -73,7 +73,7 @@ class ChunkSize:
         return self
 
 
-class History(Protocol):
+class RolloutHistory(Protocol):
     """What a rollout remembers.
 
     Attributes:
@@ -87,7 +87,9 @@ class History(Protocol):
     def observe(self, latents: Tensor, conditions: Conditions) -> None:
         """Take clean frames (B, C, n, H, W) as what happened next, under these conditions."""
 
-    def sample(self, conditions: Conditions, *, mode: str, seeds: Sequence[int], size: tuple[int, int]) -> Sample:
+    def sample(
+        self, conditions: Conditions, *, mode: str, seeds: Sequence[int], size: tuple[int, int]
+    ) -> SampledOutput:
         """Sample the next chunk.
 
         Args:
@@ -118,11 +120,13 @@ class SlidingHistory:
         self.latents: Tensor | None = None
 
     def observe(self, latents: Tensor, conditions: Conditions) -> None:
-        """See `History`."""
+        """See `RolloutHistory`."""
         self.latents = _tail(self.latents, latents, self.chunk.history)
 
-    def sample(self, conditions: Conditions, *, mode: str, seeds: Sequence[int], size: tuple[int, int]) -> Sample:
-        """See `History`."""
+    def sample(
+        self, conditions: Conditions, *, mode: str, seeds: Sequence[int], size: tuple[int, int]
+    ) -> SampledOutput:
+        """See `RolloutHistory`."""
         sampled = sample(
             self.model,
             replace(conditions, history=self.latents),
@@ -137,7 +141,7 @@ class SlidingHistory:
         return replace(sampled, latents=sampled.latents[:, :, self.latents.shape[2] :].clone())
 
 
-class CarriedHistory:
+class StreamingHistory:
     """States and keys of what has been, carried over.
 
     Actions see the last K frames, in the places that these have in training; SWA and DSWA layers reach as far back as
@@ -157,12 +161,12 @@ class CarriedHistory:
         streaming.check_causal(model)
         self.model, self.config, self.chunk = model, config, chunk.check()
         self.latents: Tensor | None = None
-        self._past: streaming.Past | None = None
-        self._negative: streaming.Past | None = None
+        self._past: streaming.StreamingState | None = None
+        self._negative: streaming.StreamingState | None = None
 
     @torch.no_grad()
     def observe(self, latents: Tensor, conditions: Conditions) -> None:
-        """See `History`."""
+        """See `RolloutHistory`."""
         options = {"state": conditions.state, "visible": self.chunk.history}
         text = (conditions.context, conditions.context_mask)
         self._past = streaming.carry(self.model, self._past, latents, *text, **options)
@@ -173,8 +177,10 @@ class CarriedHistory:
         self.latents = _tail(self.latents, latents, self.chunk.history)
 
     @torch.no_grad()
-    def sample(self, conditions: Conditions, *, mode: str, seeds: Sequence[int], size: tuple[int, int]) -> Sample:
-        """See `History`."""
+    def sample(
+        self, conditions: Conditions, *, mode: str, seeds: Sequence[int], size: tuple[int, int]
+    ) -> SampledOutput:
+        """See `RolloutHistory`."""
         if self.latents is None:  # the first chunk of a rollout that is given no frame
             plain = SlidingHistory(self.model, self.config, self.chunk)
             return plain.sample(conditions, mode=mode, seeds=seeds, size=size)
@@ -192,7 +198,7 @@ class CarriedHistory:
             cache = streaming.action_keys(self.model, self._past)
         if mode == "action":
             sigmas = action_sigmas(self.config)
-            return Sample(None, denoise_actions(self.model, cache, conditions, actions, sigmas))
+            return SampledOutput(None, denoise_actions(self.model, cache, conditions, actions, sigmas))
         return self._denoise(conditions, cache, actions, seeds, size)
 
     def _denoise(
@@ -202,13 +208,13 @@ class CarriedHistory:
         actions: Tensor | None,
         seeds: Sequence[int],
         size: tuple[int, int],
-    ) -> Sample:
+    ) -> SampledOutput:
         """Modes video and joint: the new frames alone, on what is kept of the history."""
         text, state = (conditions.context, conditions.context_mask), conditions.state
-        new = streaming.Continuation(self.model, self._past, *text, state=state)
+        new = streaming.StreamingModel(self.model, self._past, *text, state=state)
         without = None
         if self.config.guidance != 1:
-            without = streaming.Continuation(self.model, self._negative, *conditions.negative_branch(), state=state)
+            without = streaming.StreamingModel(self.model, self._negative, *conditions.negative_branch(), state=state)
 
         read = None if actions is None else self.model.encode_action_context(*text, state=state)
 

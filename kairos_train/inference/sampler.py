@@ -98,7 +98,7 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampledOutput:
     """Both float32: latents (B, C, F, H, W), None in mode action; normalised actions (B, A, D), None in mode video."""
 
     latents: Tensor | None
@@ -152,7 +152,7 @@ def sample(
     seeds: Sequence[int],
     latent_shape: tuple[int, int, int] | None = None,
     horizon: int | None = None,
-) -> Sample:
+) -> SampledOutput:
     """Sample one batch.
 
     Args:
@@ -175,7 +175,9 @@ def sample(
         actions = noise((horizon, model.config.action.action_dim), seeds, "action").to(device)
     with torch.no_grad():
         if mode == "action":
-            return Sample(latents=None, actions=_denoise_actions(model, conditions, actions, action_sigmas(config)))
+            return SampledOutput(
+                latents=None, actions=_denoise_actions(model, conditions, actions, action_sigmas(config))
+            )
         channels = model.config.video.latent_channels
         latents = noise((channels, *latent_shape), seeds, "video").to(device)
         return _denoise(model, conditions, config, latents, actions)
@@ -214,7 +216,7 @@ def check_request(
 
 def _denoise(
     model: nn.Module, conditions: Conditions, config: SamplerConfig, latents: Tensor, actions: Tensor | None
-) -> Sample:
+) -> SampledOutput:
     """Modes video and joint: the history frames are part of every pass."""
     history, state = [conditions.history_frames] * len(latents), conditions.state
 
@@ -245,7 +247,7 @@ def integrate(
     latents: Tensor,
     actions: Tensor | None,
     history: Tensor | None,
-) -> Sample:
+) -> SampledOutput:
     """Both streams step together, each at its own σ; only the video is guided.
 
     Args:
@@ -267,7 +269,7 @@ def integrate(
         latents = _put_history_back(euler(latents, velocity, sigmas, step), history)
         if actions is not None:
             actions = euler(actions, action_velocity.float(), sigmas_a, step)
-    return Sample(latents=latents, actions=actions)
+    return SampledOutput(latents=latents, actions=actions)
 
 
 def _denoise_actions(model: nn.Module, conditions: Conditions, actions: Tensor, sigmas: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """One job to be submitted.
 
     Attributes:
@@ -44,7 +44,7 @@ class Job:
     files: Mapping[str, str] = field(default_factory=dict)
 
 
-def render(job: Job, cluster: ClusterConfig, *, templates: Path, job_dir: Path, workdir: Path, python: str) -> str:
+def render(job: SlurmJob, cluster: ClusterConfig, *, templates: Path, job_dir: Path, workdir: Path, python: str) -> str:
     """The batch script of a job.
 
     Args:
@@ -81,7 +81,7 @@ def fill(template: str, places: Mapping[str, str]) -> str:
     return _PLACE.sub(lambda match: places[match[1]], template)
 
 
-def options(job: Job, cluster: ClusterConfig, job_dir: Path, workdir: Path) -> list[str]:
+def options(job: SlurmJob, cluster: ClusterConfig, job_dir: Path, workdir: Path) -> list[str]:
     """The options of sbatch, without what only a template's own kind has."""
     log = "%A_%a" if job.kind == "pack" else "%j"
     for path in (job_dir, workdir):
@@ -128,9 +128,9 @@ def container(cluster: ClusterConfig, job_dir: Path, workdir: Path) -> list[str]
     ]
 
 
-def _tasks(job: Job) -> Sequence[str]:
+def _tasks(job: SlurmJob) -> Sequence[str]:
     return [f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1"]
 
 
-def _step(job: Job) -> Sequence[str]:
+def _step(job: SlurmJob) -> Sequence[str]:
     return [f"--cpus-per-task={job.cpus}", "--cpu-bind=none", "--kill-on-bad-exit=1"]

@@ -20,7 +20,7 @@ import kairos_train
 from kairos_train.basics.errors import UserError
 from kairos_train.config.operation_schema import ClusterConfig
 from kairos_train.config.schema import Config
-from kairos_train.launch.script import BESIDE, Job, render
+from kairos_train.launch.script import BESIDE, SlurmJob, render
 
 CODE = ("kairos_train", "parallel", "dataloaders", "evaluation", "configs")
 SCRIPT = "job.sbatch"
@@ -61,13 +61,13 @@ def new_job_dir(cluster: ClusterConfig, name: str, *, workdir: Path) -> Path:
     return path
 
 
-def script_of(job: Job, cluster: ClusterConfig, job_dir: Path, *, workdir: Path, python: str) -> str:
+def script_of(job: SlurmJob, cluster: ClusterConfig, job_dir: Path, *, workdir: Path, python: str) -> str:
     """The batch script of a job in its folder."""
     return render(job, cluster, templates=project() / "slurm", job_dir=job_dir, workdir=workdir, python=python)
 
 
 def submit(
-    job: Job,
+    job: SlurmJob,
     cluster: ClusterConfig,
     job_dir: Path,
     *,

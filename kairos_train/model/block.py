@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kairos_train.model.gated_delta_net import GatedDeltaNet
-from kairos_train.model.kernels.attention import Attention, Keys
+from kairos_train.model.kernels.attention import Attention, KeyValue
 from kairos_train.model.precision import LayerNorm, upcast
 from kairos_train.model.seams import Seams
 
@@ -54,7 +54,9 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps, affine=False)
         self.ffn = nn.Sequential(seams.column_linear(dim, ffn_dim), nn.SiLU(), seams.row_linear(ffn_dim, dim))
 
-    def forward(self, x: Tensor, time: Tensor, attend: Attend, context: Tensor | Keys, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, attend: Attend, context: Tensor | KeyValue, mask: Tensor | None
+    ) -> Tensor:
         """One layer.
 
         Args:

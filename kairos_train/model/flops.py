@@ -12,7 +12,7 @@ Embeddings, norms, modulations' elementwise work and the head are counted where 
 
 from kairos_train.config.schema import ModelConfig
 from kairos_train.model.kernels.delta_rule import CHUNK
-from kairos_train.model.kernels.windows import WindowRule, key_frames
+from kairos_train.model.kernels.windows import WindowSpec, key_frames
 from kairos_train.model.streams import layer_kinds
 
 
@@ -60,7 +60,7 @@ def _video_flops(config: ModelConfig, frames: int, tokens_per_frame: int, contex
         if kind == "GATED":
             flops += tokens * _gated_flops(config)
             continue
-        rule = WindowRule.of(kind, video)
+        rule = WindowSpec.of(kind, video)
         read = sum(len(key_frames(rule, f, frames, history)) for f in range(frames)) * tokens_per_frame**2
         flops += tokens * 8 * width * width + 4 * width * read
     return flops

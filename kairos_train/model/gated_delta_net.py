@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
 
 
 @dataclass(frozen=True)
-class GatedMemory:
+class RecurrentState:
     """What a GATED layer keeps of the tokens before a sequence that goes on.
 
     Attributes:
@@ -111,14 +111,14 @@ class GatedDeltaNet(nn.Module):
         halo = self.seams.previous_tokens(grid.flatten(1, 2), self.conv_size - 1, grid.shape[2], frames)
         return self._run(grid, halo, None)[0]
 
-    def continued(self, x: Tensor, memory: GatedMemory | None) -> tuple[Tensor, GatedMemory]:
+    def continued(self, x: Tensor, memory: RecurrentState | None) -> tuple[Tensor, RecurrentState]:
         """`forward` on frames (B, F, L, D) that follow those behind `memory` (None: the first), and the memory after
         them. On one device: nothing is exchanged."""
         tokens, size = x.flatten(1, 2), self.conv_size - 1
         previous = tokens.new_zeros(x.shape[0], size, x.shape[-1]) if memory is None else memory.tokens
         out, state = self._run(x, previous, None if memory is None else memory.state)
         last = torch.cat([previous, tokens[:, max(tokens.shape[1] - size, 0) :]], dim=1)
-        return out, GatedMemory(state, last[:, last.shape[1] - size :])
+        return out, RecurrentState(state, last[:, last.shape[1] - size :])
 
     def _run(self, grid: Tensor, halo: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs and the state after x (B, F, L, D), given the inputs before it (B, conv_size − 1, D) and a state."""

@@ -134,7 +134,7 @@ class ModelSeams:
 
 
 @dataclass(frozen=True)
-class EverythingHere:
+class LocalFrameExchange:
     """The frame exchange of one device."""
 
     query_frames: tuple[int, ...]
@@ -198,7 +198,7 @@ class SingleDevice:
         hidden: int,
         keys: int,
     ) -> FrameExchange:
-        return EverythingHere(tuple(range(frames)))
+        return LocalFrameExchange(tuple(range(frames)))
 
     def previous_tokens(self, x: Tensor, count: int, tokens_per_frame: int, frames: int) -> Tensor | None:
         return None

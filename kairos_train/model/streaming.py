@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError
-from kairos_train.model.gated_delta_net import GatedMemory
+from kairos_train.model.gated_delta_net import RecurrentState
 from kairos_train.model.kernels import attention, rotary
-from kairos_train.model.kernels.attention import Keys
-from kairos_train.model.kernels.windows import WindowRule
+from kairos_train.model.kernels.attention import KeyValue
+from kairos_train.model.kernels.windows import WindowSpec
 from kairos_train.model.precision import upcast
 from kairos_train.model.seams import SingleDevice
 from kairos_train.model.world_action import HistoryCache, WorldActionModel
 
 
 @dataclass(frozen=True)
-class Past:
+class StreamingState:
     """What T history frames leave to later ones.
 
     Attributes:
@@ -44,7 +44,7 @@ class Past:
         size: latent height and width.
     """
 
-    layers: tuple[Keys | GatedMemory, ...]
+    layers: tuple[KeyValue | RecurrentState, ...]
     frames: int
     visible: int
     size: tuple[int, int]
@@ -57,14 +57,14 @@ class Past:
 
 def carry(
     model: WorldActionModel,
-    past: Past | None,
+    past: StreamingState | None,
     latents: Tensor,
     context: Tensor,
     context_mask: Tensor | None,
     *,
     state: Tensor | None = None,
     visible: int,
-) -> Past:
+) -> StreamingState:
     """Run clean frames (B, C, n, H, W) once as history, behind those of `past` (None: they are the first).
 
     Args:
@@ -89,7 +89,7 @@ def carry(
         for rule, old, left in zip(model.rules, before, new.left, strict=True)
     )
     frames = latents.shape[2] + (0 if past is None else past.frames)
-    return Past(layers, frames, visible, tuple(latents.shape[-2:]))
+    return StreamingState(layers, frames, visible, tuple(latents.shape[-2:]))
 
 
 def check_causal(model: WorldActionModel) -> None:
@@ -103,7 +103,7 @@ def check_causal(model: WorldActionModel) -> None:
         raise UserError("history is carried over on one device; use parallel.tensor=1 and parallel.context=1")
 
 
-class Continuation:
+class StreamingModel:
     """The frames behind a carried history, under one context: velocities of any noise there.
 
     Args:
@@ -114,7 +114,7 @@ class Continuation:
     def __init__(
         self,
         model: WorldActionModel,
-        past: Past,
+        past: StreamingState,
         context: Tensor,
         context_mask: Tensor | None,
         *,
@@ -134,12 +134,12 @@ class Continuation:
         return new.finish()
 
 
-def action_keys(model: WorldActionModel, past: Past) -> HistoryCache:
+def action_keys(model: WorldActionModel, past: StreamingState) -> HistoryCache:
     """What `WorldActionModel.forward_action` reads: the last visible history frames, numbered from 0."""
     count = past.next_number
-    layers: list[Keys | None] = []
+    layers: list[KeyValue | None] = []
     for memory in past.layers:
-        if isinstance(memory, GatedMemory):
+        if isinstance(memory, RecurrentState):
             layers.append(None)
             continue
         keys, values = (x[:, x.shape[1] - count :] for x in memory)
@@ -164,9 +164,9 @@ class _Frames:
         self.x = stream.patchify(latents)  # (B, n, L, D)
         self.time, self.modulation = stream.embed_time(timestep[:, None].expand(-1, count))
         self.rotation = stream.rotation(tuple(range(start, start + count)), *self.size, self.x)
-        self.left: list[Keys | GatedMemory] = []
+        self.left: list[KeyValue | RecurrentState] = []
 
-    def layer(self, memory: Keys | GatedMemory | None, context: Tensor | Keys, mask: Tensor | None) -> None:
+    def layer(self, memory: KeyValue | RecurrentState | None, context: Tensor | KeyValue, mask: Tensor | None) -> None:
         """Run the next layer on turned keys and values, or the GATED memory, of the frames before; the context is as
         `Block.forward` takes it."""
         index = len(self.left)
@@ -190,7 +190,7 @@ class _Frames:
         stream = self.model.video_dit
         return stream.unpatchify(stream.head(self.x, self.time), *self.size)
 
-    def _windowed(self, layer: attention.Attention, rule: WindowRule, memory: Keys | None, h: Tensor) -> Tensor:
+    def _windowed(self, layer: attention.Attention, rule: WindowSpec, memory: KeyValue | None, h: Tensor) -> Tensor:
         q, plain, v = layer.normed(h, h)
         q, k = (rotary.rotate(x, self.rotation).to(h.dtype) for x in (q, plain))
         self.left.append((plain.to(h.dtype), v))
@@ -205,13 +205,15 @@ class _Frames:
         )
 
 
-def _turned(model: WorldActionModel, past: Past | None, start: int) -> Sequence[Keys | GatedMemory | None]:
+def _turned(
+    model: WorldActionModel, past: StreamingState | None, start: int
+) -> Sequence[KeyValue | RecurrentState | None]:
     """The memories behind frame number `start`, keys turned to the places of their frames."""
     if past is None:
         return [None] * len(model.kinds)
-    turned: list[Keys | GatedMemory | None] = []
+    turned: list[KeyValue | RecurrentState | None] = []
     for memory in past.layers:
-        if not isinstance(memory, GatedMemory):
+        if not isinstance(memory, RecurrentState):
             keys, values = memory
             memory = (_turn(model, keys, tuple(range(start - keys.shape[1], start)), past.size), values)
         turned.append(memory)
@@ -223,7 +225,7 @@ def _turn(model: WorldActionModel, keys: Tensor, numbers: tuple[int, ...], size:
     return rotary.rotate(upcast(keys), model.video_dit.rotation(numbers, *size, keys)).to(keys.dtype)
 
 
-def _last(old: Keys | None, new: Keys, rule: WindowRule, visible: int) -> Keys:
+def _last(old: KeyValue | None, new: KeyValue, rule: WindowSpec, visible: int) -> KeyValue:
     """Of old and new frames, those that later ones may still read."""
     if old is None:
         old = tuple(x[:, :0] for x in new)

@@ -18,7 +18,7 @@ from kairos_train.config.schema import KernelsConfig, ModelConfig
 from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.initialise import initialise
 from kairos_train.model.kernels import attention
-from kairos_train.model.kernels.windows import WindowRule, frames_read
+from kairos_train.model.kernels.windows import WindowSpec, frames_read
 from kairos_train.model.precision import dtype_of
 from kairos_train.model.seams import ModelSeams, single_device
 from kairos_train.model.streams import ActionStream, VideoStream, layer_kinds
@@ -80,7 +80,7 @@ class WorldActionModel(nn.Module):
         self.config, self.seams, self.activations = config, seams, activations or ActivationPolicy()
         self.attention_backend = attention.select_backend(kernels.attention)
         self.kinds = layer_kinds(config)
-        self.rules = [None if kind == "GATED" else WindowRule.of(kind, config.video) for kind in self.kinds]
+        self.rules = [None if kind == "GATED" else WindowSpec.of(kind, config.video) for kind in self.kinds]
         self.video_dit = VideoStream(config, seams.video, kernels.gated_delta)
         self.action_dit = None if config.action is None else ActionStream(config, seams.action)
         if not self.video_dit.head.modulation.is_meta:
@@ -279,7 +279,7 @@ class _VideoPass:
     def finish(self) -> Tensor:
         return self.stream.unpatchify(self.stream.head(self.x, self.time), self.height, self.width)
 
-    def _attend(self, layer: attention.Attention, rule: WindowRule, h: Tensor) -> tuple[Tensor, Keys]:
+    def _attend(self, layer: attention.Attention, rule: WindowSpec, h: Tensor) -> tuple[Tensor, Keys]:
         """Windowed self-attention of h (B, F, l, D), wherever its frames are computed."""
         exchange = layer.seams.exchange_frames(
             self.frames,

@@ -8,7 +8,7 @@ from typing import Any
 from kairos_train.config.schema import Config
 from kairos_train.plan.activations import activations
 from kairos_train.plan.cost import Cost, cost
-from kairos_train.plan.layout import Layout, Sample
+from kairos_train.plan.layout import Layout, SampleShape
 from kairos_train.plan.memory import Memory, busiest
 
 GB = 1e9
@@ -26,7 +26,7 @@ class Plan:
     cost: Cost
 
     @classmethod
-    def of(cls, config: Config, sample: Sample, *, gpus: int | None) -> Plan:
+    def of(cls, config: Config, sample: SampleShape, *, gpus: int | None) -> Plan:
         """Plan `config` for samples like this one, on as many GPUs as one sample takes when `gpus` is None.
 
         Raises:

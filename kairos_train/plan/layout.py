@@ -13,7 +13,7 @@ from math import prod
 from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ActionStreamConfig, Config, ModelConfig, VideoStreamConfig, stage_model
 from kairos_train.model.flops import forward_flops
-from kairos_train.model.kernels.windows import WindowRule, frames_read, key_frames
+from kairos_train.model.kernels.windows import WindowSpec, frames_read, key_frames
 from kairos_train.model.layout import check_widths
 from kairos_train.model.lora import adapter_shapes
 from kairos_train.model.public_keys import public_keys
@@ -33,7 +33,7 @@ FRAME_CONDITIONS = ("ti2v", "i2v")
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleShape:
     """Shapes of one sample, and its model FLOPs.
 
     Attributes:
@@ -54,7 +54,7 @@ class Sample:
     action_flops: float
 
     @classmethod
-    def of(cls, config: Config, context_tokens: int) -> Sample:
+    def of(cls, config: Config, context_tokens: int) -> SampleShape:
         """What `data.window` and the stage give. An empty `data.window.action_key` means data without actions."""
         window, patch = config.data.window, config.model.video.patch_size
         beside = len(window.cameras) if window.layout == "side_by_side" and isinstance(window.cameras, list) else 1
@@ -102,12 +102,12 @@ class Layout:
     """A legal way to run `config` on a number of GPUs. Made by `Layout.of`."""
 
     config: Config
-    sample: Sample
+    sample: SampleShape
     degrees: Degrees
     parameters: Parameters
 
     @classmethod
-    def of(cls, config: Config, sample: Sample, *, gpus: int) -> Layout:
+    def of(cls, config: Config, sample: SampleShape, *, gpus: int) -> Layout:
         """The layout of `config.parallel` on `gpus` GPUs.
 
         Args:
@@ -206,7 +206,7 @@ class Layout:
         sample, video = self.sample, self.model.video
         plans = {}
         for kind in sorted(set(self.kinds) - {"GATED"}):
-            rule = WindowRule.of(kind, video)
+            rule = WindowSpec.of(kind, video)
             plans[kind] = plan_frames(
                 sample.frames,
                 frames_read(rule, sample.frames, (sample.history,)),
@@ -226,7 +226,7 @@ class Layout:
         """
         plan = self.frame_plans[kind]
         return _copied(
-            WindowRule.of(kind, self.model.video),
+            WindowSpec.of(kind, self.model.video),
             self.sample.frames,
             self.sample.history,
             plan.queries[rank],
@@ -235,7 +235,7 @@ class Layout:
 
 
 @lru_cache(maxsize=4096)
-def _copied(rule: WindowRule, frames: int, history: int, queries: tuple[int, ...], keys: tuple[int, ...]) -> int | None:
+def _copied(rule: WindowSpec, frames: int, history: int, queries: tuple[int, ...], keys: tuple[int, ...]) -> int | None:
     reads = [key_frames(rule, f, frames, history) for f in queries]
     banded = rule.token_window and rule.kind != "FA"  # then a window belongs to its query frame
     distinct = reads if banded else list(dict.fromkeys(reads))

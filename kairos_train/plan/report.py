@@ -9,7 +9,7 @@ from typing import Any
 from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config
 from kairos_train.plan.estimate import Plan
-from kairos_train.plan.layout import Sample
+from kairos_train.plan.layout import SampleShape
 from kairos_train.plan.search import SHOWN, Found, search
 
 SECTIONS = (
@@ -40,7 +40,7 @@ def run(
     """
     try:
         config = load()
-        sample = Sample.of(config, context_tokens)
+        sample = SampleShape.of(config, context_tokens)
         if not searching:
             plan = Plan.of(config, sample, gpus=gpus)
             return (_as_json(plan.numbers()) if as_json else table(plan)), True

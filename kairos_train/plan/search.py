@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config
 from kairos_train.plan.estimate import HEADROOM, Plan
-from kairos_train.plan.layout import Sample
+from kairos_train.plan.layout import SampleShape
 
 RECOMPUTE = ("none", "selective", "block")
 
@@ -32,7 +32,7 @@ class Found:
         return self.fitting[0]
 
 
-def search(config: Config, sample: Sample, *, gpus: int) -> Found:
+def search(config: Config, sample: SampleShape, *, gpus: int) -> Found:
     """Try every degree of tensor and context, sequence parallelism, ZeRO stage and recomputation.
 
     All else stays as configured: the sample, micro-batch, accumulation, precision, offloading.

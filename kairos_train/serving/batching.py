@@ -21,7 +21,7 @@ import numpy as np
 
 from kairos_train.serving.metrics import Metrics
 from kairos_train.serving.observation import Observation
-from kairos_train.serving.policy import History, Window
+from kairos_train.serving.policy import ModelInput, ObservationHistory
 
 
 class Answer(NamedTuple):
@@ -33,11 +33,11 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class _Request:
-    history: History
+    history: ObservationHistory
     observation: Observation
     answer: asyncio.Future[Answer]
 
-    def window(self) -> Window:
+    def window(self) -> ModelInput:
         return self.history.window(self.observation)
 
 
@@ -54,7 +54,7 @@ class Batcher:
 
     def __init__(
         self,
-        act: Callable[[Sequence[Window]], np.ndarray],
+        act: Callable[[Sequence[ModelInput]], np.ndarray],
         *,
         max_batch: int,
         window: float,
@@ -66,7 +66,7 @@ class Batcher:
         self._requests: deque[_Request] = deque()
         self._arrived = asyncio.Event()
 
-    def submit(self, history: History, observation: Observation) -> asyncio.Future[Answer]:
+    def submit(self, history: ObservationHistory, observation: Observation) -> asyncio.Future[Answer]:
         """The answer to come; its exception is the model's own. A cancelled one is left out of the next batch."""
         answer = asyncio.get_running_loop().create_future()
         self._requests.append(_Request(history, observation, answer))
@@ -111,7 +111,7 @@ class Batcher:
         merged = [window if isinstance(window, Exception) else next(results) for window in windows]
         return merged, time.monotonic() - started
 
-    def _act_on(self, windows: Sequence[Window]) -> Sequence[np.ndarray | Exception]:
+    def _act_on(self, windows: Sequence[ModelInput]) -> Sequence[np.ndarray | Exception]:
         """Together; when that fails each alone, so that the one at fault does not fail the others."""
         if not windows:
             return []

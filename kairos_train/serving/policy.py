@@ -27,7 +27,7 @@ from kairos_train.serving.observation import Observation, ObservationReader, lay
 
 
 @dataclass(frozen=True)
-class Window:
+class ModelInput:
     """What the model is given for one request.
 
     Attributes:
@@ -41,7 +41,7 @@ class Window:
     seed: int
 
 
-class History:
+class ObservationHistory:
     """The last T pictures and states of one client. Before there are as many, the first one stands for those missing.
 
     Args:
@@ -58,14 +58,14 @@ class History:
         self._pictures: list[np.ndarray] = []
         self._states: list[np.ndarray] = []
 
-    def window(self, observation: Observation) -> Window:
+    def window(self, observation: Observation) -> ModelInput:
         """Take the observation in; what the model is given now."""
         self._pictures += list(compose(observation.pictures, self._window))
         self._states += list(observation.states)
         self._pictures, self._states = self._pictures[-self._frames :], self._states[-self._frames :]
         missing = self._frames - len(self._pictures)
         pictures = [self._pictures[0]] * missing + self._pictures
-        return Window(np.stack(pictures), self._states[0], observation.prompt, observation.seed)
+        return ModelInput(np.stack(pictures), self._states[0], observation.prompt, observation.seed)
 
 
 class ServedPolicy:
@@ -123,11 +123,11 @@ class ServedPolicy:
             "sampling_steps": self._predictor.sampler.steps,
         }
 
-    def history(self) -> History:
+    def history(self) -> ObservationHistory:
         """Of one client."""
-        return History(self.given_frames, self._window)
+        return ObservationHistory(self.given_frames, self._window)
 
-    def act(self, windows: Sequence[Window]) -> np.ndarray:
+    def act(self, windows: Sequence[ModelInput]) -> np.ndarray:
         """Raw actions, float32 (B, A, D), each row the same whatever the others are.
 
         With `data.window.action_values=minus_state` the model's actions are relative to the state it is given: that
@@ -143,7 +143,7 @@ class ServedPolicy:
         """Compute one batch of nothing, so that faults and memory errors come before the first client."""
         frames = np.zeros((self.given_frames, *self._size, 3), np.uint8)
         state = np.zeros(self.reader.state_dim, np.float32)
-        self.act([Window(frames, state, "", seed) for seed in range(batch)])
+        self.act([ModelInput(frames, state, "", seed) for seed in range(batch)])
 
 
 def _cameras(folder: Path, known: Sequence[str], told: Sequence[str]) -> tuple[str, ...]:

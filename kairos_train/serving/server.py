@@ -32,7 +32,7 @@ from kairos_train.basics.errors import UserError
 from kairos_train.serving.batching import Batcher
 from kairos_train.serving.codec import decode, encode
 from kairos_train.serving.metrics import CONTENT_TYPE, Metrics
-from kairos_train.serving.policy import History, ServedPolicy
+from kairos_train.serving.policy import ObservationHistory, ServedPolicy
 
 ENDPOINT, RESET = "endpoint", "reset"
 SCHEMES = ("bearer ", "api-key ")  # the second is what openpi's client sends
@@ -74,7 +74,7 @@ class _Client:
     """
 
     websocket: ServerConnection
-    history: History
+    history: ObservationHistory
     gone: asyncio.Task
     previous: float | None = None
 

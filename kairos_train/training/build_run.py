@@ -31,7 +31,7 @@ from kairos_train.operations.prometheus import TextFile
 from kairos_train.operations.reports.records import abandoned
 from kairos_train.operations.run_lock import RunLock
 from kairos_train.operations.stopping import Requests
-from kairos_train.operations.watch.findings import Finding
+from kairos_train.operations.watch.findings import RunFault
 from kairos_train.operations.watch.liveness import Liveness, open_liveness
 from kairos_train.training import run_state
 from kairos_train.training.budget import Budget, Progress
@@ -46,14 +46,14 @@ from kairos_train.training.inputs.feed import Feed
 from kairos_train.training.inputs.sources import check_sources, check_window, policy_source
 from kairos_train.training.measure.monitor import Monitor
 from kairos_train.training.measure.sample_log import SampleLog
-from kairos_train.training.measure.telemetry import Place, Telemetry, say
+from kairos_train.training.measure.telemetry import StagePosition, Telemetry, say
 from kairos_train.training.run import Reports, Run
 from kairos_train.training.run_state import RunState
 from parallel.consensus import first_does, from_all, from_first
 from parallel.topology import Topology
 
 
-def open_run(config: Config, place: Place | None = None) -> Run:
+def open_run(config: Config, place: StagePosition | None = None) -> Run:
     """Build a stage's run, or resume it from the newest intact checkpoint of `run_dir` (`train.resume`).
 
     Args:
@@ -108,7 +108,7 @@ def _take_ground(config: Config, topology: Topology, outer: ExitStack) -> _Groun
     run_dir, first = Path(config.run_dir), topology.rank == 0
     log: list[EventLog] = []
 
-    def note(finding: Finding) -> None:
+    def note(finding: RunFault) -> None:
         for events in log:
             events.write("stop", outcome="fault", text=finding.text)
 
@@ -163,7 +163,7 @@ def _build_state(
 
 
 def _assemble(
-    state: RunState, ground: _Ground, indices: Sequence[ShardIndex], place: Place | None, outer: ExitStack
+    state: RunState, ground: _Ground, indices: Sequence[ShardIndex], place: StagePosition | None, outer: ExitStack
 ) -> Run:
     """The run around its state. Collective."""
     config, topology = state.config, state.engine.topology
@@ -210,7 +210,9 @@ def _intact(config: Config, topology: Topology) -> tuple[CheckpointReader | None
     return None if path is None else CheckpointReader(path), damaged
 
 
-def _open_reports(config: Config, topology: Topology, budget: Budget, place: Place | None, step: int) -> Reports:
+def _open_reports(
+    config: Config, topology: Topology, budget: Budget, place: StagePosition | None, step: int
+) -> Reports:
     """Telemetry and sample log behind a step; later lines are dropped."""
     run_dir = Path(config.run_dir)
     telemetry = Telemetry(
@@ -259,7 +261,7 @@ def _tell(
     run: Run,
     ground: _Ground,
     indices: Sequence[ShardIndex],
-    place: Place | None,
+    place: StagePosition | None,
     *,
     start: dict[str, Any],
     damaged: Sequence[str],
@@ -291,7 +293,7 @@ def _tell(
     run.telemetry.say(_headline(run.state, indices, run.budget, place))
 
 
-def _headline(state: RunState, indices: Sequence[ShardIndex], budget: Budget, place: Place | None) -> str:
+def _headline(state: RunState, indices: Sequence[ShardIndex], budget: Budget, place: StagePosition | None) -> str:
     config, engine, done = state.config, state.engine, state.progress.steps
     parameters = sum(torch.Size(shape).numel() for shape in engine.layout.shapes.values())
     kernels = ", ".join(f"{name}={kind}" for name, kind in chosen_kernels(config, engine.topology.device).items())

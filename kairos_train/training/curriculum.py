@@ -15,7 +15,7 @@ from kairos_train.config.schema import Config
 from kairos_train.training import run_state
 from kairos_train.training.budget import Budget
 from kairos_train.training.loop import train
-from kairos_train.training.measure.telemetry import Place, say
+from kairos_train.training.measure.telemetry import StagePosition, say
 
 
 def train_curriculum(curriculum: Curriculum) -> Path:
@@ -31,7 +31,7 @@ def train_curriculum(curriculum: Curriculum) -> Path:
     stages = curriculum.stages
     for number in curriculum.walk:
         config = stages[number]
-        place = Place(number + 1, curriculum.names) if curriculum.names else None
+        place = StagePosition(number + 1, curriculum.names) if curriculum.names else None
         last = finished(config) if place else None
         if last is not None:
             say(f"{config.run_dir}: stage {place} is finished")

@@ -12,11 +12,11 @@ from kairos_train.checkpoint.canonical import checkpoint_path
 from kairos_train.config.schema import Config
 from kairos_train.training import run_state
 from kairos_train.training.build_run import open_run
-from kairos_train.training.measure.telemetry import Place
+from kairos_train.training.measure.telemetry import StagePosition
 from kairos_train.training.step import train_step
 
 
-def train(config: Config, place: Place | None = None) -> Path:
+def train(config: Config, place: StagePosition | None = None) -> Path:
     """Train one stage to the end of its budget and return its last checkpoint.
 
     An interrupted run continues from the newest valid checkpoint of `run_dir`, by `train.resume`; on the CPU its losses

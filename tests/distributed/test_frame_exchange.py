@@ -7,11 +7,11 @@ import torch
 from support import frame_exchange_ranks as ranks
 from support.frame_exchange_ranks import Case
 
-from kairos_train.model.kernels.windows import WindowRule
+from kairos_train.model.kernels.windows import WindowSpec
 
 
 def rule(kind, *, dilation=4, window=3, token=False, restrict=True, all_attend=False):
-    return WindowRule(kind, window, dilation, token, restrict, all_attend)
+    return WindowSpec(kind, window, dilation, token, restrict, all_attend)
 
 
 HISTORIES = ((1, 3), (5, 0))

@@ -11,9 +11,9 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from chaos_compare import compare_runs  # noqa: E402
-from chaos_faults import RANKS, Life, finish, run_with_faults, small_disk, steps_done  # noqa: E402
-from chaos_pack import make_shards  # noqa: E402
+from chaos_parts.compare import compare_runs  # noqa: E402
+from chaos_parts.faults import RANKS, Attempt, finish, run_with_faults, small_disk, steps_done  # noqa: E402
+from chaos_parts.pack import make_shards  # noqa: E402
 
 from kairos_train.operations.events import read_events  # noqa: E402
 
@@ -60,7 +60,7 @@ def test_faults_leave_no_trace_in_losses_weights_and_samples(home):
 
 def test_a_signal_to_one_rank_saves_all_and_the_second_life_ends_as_if_nothing_had_been(home):
     run_dir = home / "asked"
-    life = Life(run_dir, settings(home))
+    life = Attempt(run_dir, settings(home))
     assert life.wait_for(lambda: steps_done(run_dir) >= 7)
     os.kill(life.ranks[2].pid, signal.SIGUSR1)
     assert life.wait() == [75] * RANKS

@@ -16,7 +16,7 @@ from support.commands import TINY, command, losses, train_overrides
 from support.slurm_cluster import SlurmCluster, missing
 
 from kairos_train.config.operation_schema import ClusterConfig
-from kairos_train.launch.script import Job
+from kairos_train.launch.script import SlurmJob
 from kairos_train.launch.submit import submit as send
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no Slurm of our own here: {missing()}")
@@ -190,7 +190,7 @@ def test_exit_codes_decide_whether_a_job_goes_into_the_queue_again(cluster, tmp_
     (tmp_path / "fine").write_text(FAKE.format(codes="0"))
     for name in ("python", "fine"):
         (tmp_path / name).chmod(0o755)
-    job = Job("export", "x", nodes=1, gpus=0, cpus=1, places={"words": ""})
+    job = SlurmJob("export", "x", nodes=1, gpus=0, cpus=1, places={"words": ""})
     settings = ClusterConfig(max_restarts=2, scratch=str(tmp_path / "scratch"), time_limit=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from kairos_train.config.schema import Config
-from kairos_train.plan.layout import Sample
+from kairos_train.plan.layout import SampleShape
 from kairos_train.training.engine.initial_weights import build_model
 from parallel.topology import Topology
 
@@ -25,7 +25,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return max(accumulate(event.nbytes() for event in events))
 
 
-def model_inputs(config: Config, sample: Sample, batch: int) -> dict[str, Any]:
+def model_inputs(config: Config, sample: SampleShape, batch: int) -> dict[str, Any]:
     """A micro-batch of `sample`'s shapes."""
     window, time = config.data.window, torch.full((batch,), 500.0)
     inputs: dict[str, Any] = {
@@ -51,7 +51,7 @@ def loss_of(output: tuple[Tensor, Tensor | None]) -> Tensor:
     return sum(x.float().pow(2).mean() for x in output if x is not None)
 
 
-def activation_peak(config: Config, sample: Sample, batch: int, topology: Topology | None = None) -> int:
+def activation_peak(config: Config, sample: SampleShape, batch: int, topology: Topology | None = None) -> int:
     """Peak bytes of forward and backward, gradients not counted: they lie ready, as if from an earlier pass."""
     model = build_model(config, topology=topology or Topology.single(torch.device("cpu")))
     if config.train.precision == "bf16":

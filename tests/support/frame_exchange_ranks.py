@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kairos_train.model.kernels.attention import Windows, window_attention
-from kairos_train.model.kernels.windows import WindowRule, frames_read
+from kairos_train.model.kernels.windows import WindowSpec, frames_read
 from parallel.exchange import frame_exchange, frame_plan
 from parallel.exchange.frame_exchange import FrameExchange
 from parallel.exchange.frame_plan import FramePlan
@@ -28,7 +28,7 @@ TOKENS, WIDTH, HEADS = 3, 5, 2
 class Case:
     """One windowed layer on the ranks of the world; `everywhere` frames' keys are read by all (the action stream)."""
 
-    rule: WindowRule
+    rule: WindowSpec
     frames: int
     history: tuple[int, ...]
     choice: str

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from kairos_train.config.compose import load_config
 from kairos_train.config.schema import Config
 from kairos_train.model.layout import full_shapes, model_table
-from kairos_train.plan.layout import Layout, Sample
+from kairos_train.plan.layout import Layout, SampleShape
 from kairos_train.plan.memory import Memory, memory
 from kairos_train.plan.traffic import Received, received
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine, build_engine, start_processes, stop_processes
@@ -35,7 +35,7 @@ def configure(overrides: list[str]) -> Config:
 
 
 def planned(config: Config, topology: Topology) -> tuple[Memory, Received]:
-    layout = Layout.of(config, Sample.of(config, TEXT_TOKENS), gpus=topology.size)
+    layout = Layout.of(config, SampleShape.of(config, TEXT_TOKENS), gpus=topology.size)
     return memory(layout, topology.context_rank), received(layout, topology.context_rank)
 
 
@@ -79,7 +79,7 @@ def _engine(config: Config, topology: Topology) -> tuple[TrainingEngine, Ema]:
 
 
 def _backward(engine: TrainingEngine, config: Config, *, last: bool) -> None:
-    inputs = model_inputs(config, Sample.of(config, TEXT_TOKENS), config.train.micro_batch)
+    inputs = model_inputs(config, SampleShape.of(config, TEXT_TOKENS), config.train.micro_batch)
     engine.backward(loss_of(engine(**inputs)), last=last)
 
 
@@ -130,7 +130,7 @@ def activations_here(overrides: list[str], size: int) -> list[tuple[int, float]]
     for rank in range(size):
         with nothing_sent(rank, size):
             topology = start_processes("cpu", config.parallel)
-            measured = activation_peak(config, Sample.of(config, TEXT_TOKENS), config.train.micro_batch, topology)
+            measured = activation_peak(config, SampleShape.of(config, TEXT_TOKENS), config.train.micro_batch, topology)
             found.append((measured, planned(config, topology)[0].activations))
     return found
 

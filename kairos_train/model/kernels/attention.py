@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kairos_train.model.kernels import rotary
-from kairos_train.model.kernels.windows import WindowGroup, WindowRule, attends, band_mask, window_plan
+from kairos_train.model.kernels.windows import WindowGroup, WindowSpec, attends, band_mask, window_plan
 from kairos_train.model.precision import upcast
 from kairos_train.model.seams import Seams
 
-Keys = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, Tensor]
 """Keys and values, (B, …, H, E) each."""
 
 
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         q, k = self._heads(self.norm_q(self.q(x))), self._heads(self.norm_k(self.k(context)))
         return q, k, self._heads(self.v(context))
 
-    def cross(self, x: Tensor, context: Tensor | Keys, mask: Tensor | None) -> Tensor:
+    def cross(self, x: Tensor, context: Tensor | KeyValue, mask: Tensor | None) -> Tensor:
         """Attention of x (B, G, L, D) where mask (B, N) is true (None: everywhere) on context (B, N, D), or on what
         `context_keys` made of it."""
         if isinstance(context, Tensor):
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         mask = None if mask is None else mask[:, None, None, :]
         return self.finish(scaled_dot_product(q.flatten(1, 2), k, v, mask), x)
 
-    def context_keys(self, context: Tensor) -> Keys:
+    def context_keys(self, context: Tensor) -> KeyValue:
         """Keys and values of a context (B, N, D) that is read again and again."""
         return self._heads(self.norm_k(self.k(context))).to(context.dtype), self._heads(self.v(context))
 
@@ -109,14 +109,14 @@ class Windows:
         keys: numbers of the frames whose keys are at hand (Fk), ascending; all that the queries read.
     """
 
-    rule: WindowRule
+    rule: WindowSpec
     history: tuple[int, ...]
     frames: int
     queries: tuple[int, ...]
     keys: tuple[int, ...]
 
     @classmethod
-    def whole(cls, rule: WindowRule, history: tuple[int, ...], frames: int) -> "Windows":
+    def whole(cls, rule: WindowSpec, history: tuple[int, ...], frames: int) -> "Windows":
         """All frames are here."""
         return cls(rule, history, frames, tuple(range(frames)), tuple(range(frames)))
 

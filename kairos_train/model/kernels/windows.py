@@ -19,7 +19,7 @@ from kairos_train.config.schema import VideoStreamConfig
 
 
 @dataclass(frozen=True)
-class WindowRule:
+class WindowSpec:
     """The windows of one layer.
 
     Attributes:
@@ -41,7 +41,7 @@ class WindowRule:
     history_causal: bool = False
 
     @classmethod
-    def of(cls, kind: str, config: VideoStreamConfig) -> "WindowRule":
+    def of(cls, kind: str, config: VideoStreamConfig) -> "WindowSpec":
         """The rule of a layer of `kind` in a video stream."""
         return cls(
             kind=kind,
@@ -70,7 +70,7 @@ class WindowRule:
         return frames + step - frames % step if self.token_window and step > 1 else frames
 
 
-def key_frames(rule: WindowRule, frame: int, frames: int, history: int) -> tuple[int, ...]:
+def key_frames(rule: WindowSpec, frame: int, frames: int, history: int) -> tuple[int, ...]:
     """The frames that queries of `frame` read, ascending; numbers ≥ `frames` are zero padding (token reading only).
 
     Args:
@@ -99,7 +99,7 @@ def key_frames(rule: WindowRule, frame: int, frames: int, history: int) -> tuple
 
 
 @lru_cache(maxsize=256)
-def frames_read(rule: WindowRule, frames: int, history: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def frames_read(rule: WindowSpec, frames: int, history: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """For each of F frames, the frames that its queries read in any sample of a batch; padding is not counted.
 
     Args:
@@ -132,7 +132,7 @@ class WindowGroup:
 
 @lru_cache(maxsize=256)
 def window_plan(
-    rule: WindowRule,
+    rule: WindowSpec,
     frames: int,
     history: tuple[int, ...],
     query_frames: tuple[int, ...],
@@ -181,7 +181,7 @@ def band_mask(offsets: tuple[int, ...], tokens: int, window: int, device: torch.
     return (keys.flatten() - position[:, None]).abs() <= window * tokens
 
 
-def attends(rule: WindowRule, frames: int, tokens: int, history: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def attends(rule: WindowSpec, frames: int, tokens: int, history: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The rule for one pair of tokens: `f(b, q, k) -> bool`, elementwise on broadcast index tensors.
 
     k may run to `rule.padded_frames(frames) · L` (zero padding). `history` is K per sample, int64 (B,).

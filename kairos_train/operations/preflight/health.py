@@ -59,7 +59,7 @@ class RankHealth:
 
 
 @dataclass(frozen=True)
-class Report:
+class HealthReport:
     """What was found, the same on every process.
 
     Attributes:
@@ -101,7 +101,9 @@ class Report:
         return "\n".join([*lines, f"{len(self.ranks)} process(es) on {hosts} host(s): {verdict}"])
 
 
-def check_health(device: str, folder: Path, *, patience: float = PATIENCE, disk_bytes: int = DISK_BYTES) -> Report:
+def check_health(
+    device: str, folder: Path, *, patience: float = PATIENCE, disk_bytes: int = DISK_BYTES
+) -> HealthReport:
     """Look at everything. Collective over all processes of torchrun, or alone without it; joins them if need be.
 
     Args:
@@ -135,7 +137,7 @@ def check_health(device: str, folder: Path, *, patience: float = PATIENCE, disk_
         if set(ready) in ({"cuda"}, {"cpu"}):
             _reduce(me, size, group, patience)
         ranks = gather(me, size)
-    return Report(str(folder), ranks, find_failures(ranks))
+    return HealthReport(str(folder), ranks, find_failures(ranks))
 
 
 def _join(patience: float) -> tuple[int, int]:

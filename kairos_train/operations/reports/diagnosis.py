@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from kairos_train.basics.format import gigabytes, many, number, span
 from kairos_train.operations.reports.goodput import Goodput
-from kairos_train.operations.reports.records import Record
+from kairos_train.operations.reports.records import RunRecord
 
 if TYPE_CHECKING:
-    from kairos_train.operations.reports.state import Checkpoints, Progress, State
+    from kairos_train.operations.reports.state import Checkpoints, RunProgress, State
 
 HEALTHY, LOOK, TROUBLE = "healthy", "look", "trouble"
 ORDER = (TROUBLE, LOOK, HEALTHY)
@@ -56,10 +56,10 @@ class Health:
 
 
 def judge(
-    record: Record,
+    record: RunRecord,
     *,
     state: State,
-    progress: Progress,
+    progress: RunProgress,
     checkpoints: Checkpoints,
     goodput: Goodput | None,
     now: float,
@@ -98,7 +98,7 @@ def _of_state(state: State) -> Iterator[Reason]:
             yield Reason(LOOK, f"not at its end, silent for {span(state.since)}; how it ended was not recorded")
 
 
-def _of_numbers(record: Record) -> Iterator[Reason]:
+def _of_numbers(record: RunRecord) -> Iterator[Reason]:
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(record.last.get(name, 0.0))]
     if bad:
         yield Reason(TROUBLE, f"the last step's {' and '.join(bad)} is not finite")
@@ -123,7 +123,7 @@ def _of_numbers(record: Record) -> Iterator[Reason]:
         )
 
 
-def _of_speed(record: Record) -> Iterator[Reason]:
+def _of_speed(record: RunRecord) -> Iterator[Reason]:
     shares = [
         r.values["speed/data_wait_share"] for r in record.reports[-RECENT:] if "speed/data_wait_share" in r.values
     ]
@@ -140,7 +140,9 @@ def _of_speed(record: Record) -> Iterator[Reason]:
         yield Reason(LOOK, f"the loader stalled {many(len(stalls), 'time')}, up to {span(longest)}")
 
 
-def _of_checkpoints(record: Record, state: State, progress: Progress, checkpoints: Checkpoints) -> Iterator[Reason]:
+def _of_checkpoints(
+    record: RunRecord, state: State, progress: RunProgress, checkpoints: Checkpoints
+) -> Iterator[Reason]:
     told = record.of("checkpoint", "checkpoint_failed")
     failed = list(itertools.takewhile(lambda event: event["kind"] == "checkpoint_failed", reversed(told)))
     if failed:
@@ -168,7 +170,7 @@ def _of_checkpoints(record: Record, state: State, progress: Progress, checkpoint
             )
 
 
-def _of_memory(record: Record) -> Iterator[Reason]:
+def _of_memory(record: RunRecord) -> Iterator[Reason]:
     told = [event for event in record.of("memory") if event.get("used_gb") and event.get("total_gb")]
     if not told:
         return
@@ -178,7 +180,7 @@ def _of_memory(record: Record) -> Iterator[Reason]:
         yield Reason(LOOK, f"memory is nearly full: {number(free)} of {number(total)} GB are free")
 
 
-def _of_lives(record: Record, state: State, now: float) -> Iterator[Reason]:
+def _of_lives(record: RunRecord, state: State, now: float) -> Iterator[Reason]:
     unasked = [life for life in record.lives if life.outcome in ("killed", "fault", "error") and life.end > now - DAY]
     if state.going and len(unasked) >= OFTEN:
         yield Reason(LOOK, f"{len(unasked)} lives ended unasked within a day")

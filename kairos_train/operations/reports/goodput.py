@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kairos_train.operations.reports.records import PACE, Life, Record, Report
+from kairos_train.operations.reports.records import PACE, Attempt, MetricsReport, RunRecord
 
 KINDS = {
     "training": "training",
@@ -53,7 +53,7 @@ class Goodput:
         return {kind: value / self.total for kind, value in self.seconds.items() if value > 0}
 
 
-def measure(record: Record, *, end: float) -> Goodput | None:
+def measure(record: RunRecord, *, end: float) -> Goodput | None:
     """The account of a run.
 
     Args:
@@ -76,7 +76,7 @@ def measure(record: Record, *, end: float) -> Goodput | None:
 class _Spans:
     """What lies between two times, without looking through all events for every report."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: RunRecord) -> None:
         stalls = [(event["time"], float(event.get("stall_seconds") or 0.0)) for event in record.of("checkpoint")]
         validations = [(line["time"], 1.0) for line in record.validations if line.get("time")]
         rollbacks = [(event["time"], 1.0) for event in record.of("rollback")]
@@ -123,7 +123,7 @@ class _Account:
 
 
 def _count_life(
-    account: _Account, spans: _Spans, record: Record, life: Life, *, ended: float, following: Life | None
+    account: _Account, spans: _Spans, record: RunRecord, life: Attempt, *, ended: float, following: Attempt | None
 ) -> None:
     reports = [r for r in record.reports if r.time is not None and life.start <= r.time <= ended]
     before = life.start
@@ -144,7 +144,7 @@ def _count_life(
     account.fill(ended - before, parts, rest=rest)
 
 
-def _steps(report: Report, steps: int) -> list[tuple[str, float]]:
+def _steps(report: MetricsReport, steps: int) -> list[tuple[str, float]]:
     """What `steps` steps at a report's pace took."""
     seconds = steps * report.values[PACE]
     waited = seconds * min(1.0, report.values.get("speed/data_wait_share", 0.0))
@@ -152,7 +152,7 @@ def _steps(report: Report, steps: int) -> list[tuple[str, float]]:
     return [("training", seconds - waited - dropped), ("data", waited), ("dropped", dropped)]
 
 
-def _validation(record: Record, reported: float, step: int) -> float:
+def _validation(record: RunRecord, reported: float, step: int) -> float:
     """Seconds from a report to the end of the validation that came with it."""
     times = [line["time"] for line in record.validations if line["step"] == step and line.get("time")]
     return max(times, default=reported) - reported

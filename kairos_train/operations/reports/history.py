@@ -1,7 +1,7 @@
 """A run as a whole, from its folder alone: what it does, how far it is, where its time went, whether it is well.
 
 Nothing is asked of the running processes, so it works from any machine that sees the folder, for running, ended and
-killed runs, and for those of earlier versions, of which less is known; `History.unknown` says what.
+killed runs, and for those of earlier versions, of which less is known; `RunHistory.unknown` says what.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from kairos_train.checkpoint.canonical import find_latest, list_checkpoints, step_of
 from kairos_train.operations.reports.diagnosis import Health, judge
 from kairos_train.operations.reports.goodput import Goodput, measure
-from kairos_train.operations.reports.records import CHECKPOINTS, PACE, Life, Record, find_runs, read_record
-from kairos_train.operations.reports.state import Checkpoints, Progress, State
-from kairos_train.operations.reports.tensorboard_samples import Sample, newest_samples
+from kairos_train.operations.reports.records import CHECKPOINTS, PACE, Attempt, RunRecord, find_runs, read_record
+from kairos_train.operations.reports.state import Checkpoints, RunProgress, State
+from kairos_train.operations.reports.tensorboard_samples import LoggedSample, newest_samples
 
 PACE_OVER = 20  # reports
 PATIENCE = 60.0  # seconds without a sign, at least, before a run counts as silent
@@ -28,7 +28,7 @@ UNITS = ("steps", "epochs", "samples", "tokens")
 
 
 @dataclass(frozen=True)
-class History:
+class RunHistory:
     """A run.
 
     Attributes:
@@ -42,18 +42,18 @@ class History:
     """
 
     name: str
-    record: Record
+    record: RunRecord
     state: State
-    progress: Progress
+    progress: RunProgress
     checkpoints: Checkpoints
     goodput: Goodput | None
     health: Health
-    samples: list[Sample]
+    samples: list[LoggedSample]
     unknown: list[str]
     now: float
 
     @property
-    def lives(self) -> list[Life]:
+    def lives(self) -> list[Attempt]:
         return self.record.lives
 
     @property
@@ -61,7 +61,7 @@ class History:
         return max(0, len(self.lives) - 1)
 
 
-def read_histories(folders: Sequence[Path], *, now: float | None = None) -> list[History]:
+def read_histories(folders: Sequence[Path], *, now: float | None = None) -> list[RunHistory]:
     """All runs of some folders; a folder of stages gives them all, in order.
 
     Raises:
@@ -72,7 +72,7 @@ def read_histories(folders: Sequence[Path], *, now: float | None = None) -> list
     return [read_history(path, name=name, now=now) for path, name in zip(paths, names)]
 
 
-def read_history(run_dir: Path, *, name: str | None = None, now: float | None = None) -> History:
+def read_history(run_dir: Path, *, name: str | None = None, now: float | None = None) -> RunHistory:
     """Read a run's folder.
 
     Args:
@@ -92,12 +92,12 @@ def read_history(run_dir: Path, *, name: str | None = None, now: float | None = 
     health = judge(record, state=state, progress=progress, checkpoints=checkpoints, goodput=goodput, now=now)
     samples = newest_samples(Path(run_dir) / "tensorboard")
     unknown = _unknown(record)
-    return History(
+    return RunHistory(
         name or Path(run_dir).name, record, state, progress, checkpoints, goodput, health, samples, unknown, now
     )
 
 
-def _state(record: Record, now: float) -> State:
+def _state(record: RunRecord, now: float) -> State:
     sign = _last_sign(record)
     since = None if sign is None else max(0.0, now - sign)
     if not record.lives:
@@ -114,7 +114,7 @@ def _state(record: Record, now: float) -> State:
     return State("killed" if _gone(life) else "silent", since, "")
 
 
-def _gone(life: Life) -> bool:
+def _gone(life: Attempt) -> bool:
     """Whether the process that wrote the events ran on this machine and does not any more."""
     pid = life.place.get("pid")
     if not isinstance(pid, int) or life.place.get("host") != socket.gethostname():
@@ -128,7 +128,7 @@ def _gone(life: Life) -> bool:
     return False
 
 
-def _last_sign(record: Record) -> float | None:
+def _last_sign(record: RunRecord) -> float | None:
     """When the run was last seen alive; its files of every step are younger than the last report."""
     if record.lives and record.lives[-1].outcome:
         return record.lives[-1].end
@@ -136,7 +136,7 @@ def _last_sign(record: Record) -> float | None:
     return max((sign for sign in signs if sign is not None), default=None)
 
 
-def _patience(record: Record) -> float:
+def _patience(record: RunRecord) -> float:
     """How long a healthy run of this pace may say nothing: some steps, or its longest pause so far."""
     pace = _seconds_per_step(record) or 0.0
     times = [r.time for r in record.reports if r.time is not None and record.lives and r.time >= record.lives[-1].start]
@@ -144,12 +144,12 @@ def _patience(record: Record) -> float:
     return max(PATIENCE, 10 * pace, 2 * max(pauses, default=0.0))
 
 
-def _seconds_per_step(record: Record) -> float | None:
+def _seconds_per_step(record: RunRecord) -> float | None:
     paces = [report.values[PACE] for report in record.reports[-PACE_OVER:]]
     return statistics.median(paces) if paces else None
 
 
-def _progress(record: Record, state: State) -> Progress:
+def _progress(record: RunRecord, state: State) -> RunProgress:
     last = record.reports[-1] if record.reports else None
     share = last.values.get("progress/stage_share") if last else None
     step = record.last.get("step", last.step if last else 0)
@@ -159,10 +159,10 @@ def _progress(record: Record, state: State) -> Progress:
         left = _seconds_left(record, share) or pace * last.step * (1 - share) / share
         if state.going:
             left = max(0.0, left - pace * (step - last.step))
-    return Progress(step, share, _budget(record), pace, left)
+    return RunProgress(step, share, _budget(record), pace, left)
 
 
-def _seconds_left(record: Record, share: float) -> float | None:
+def _seconds_left(record: RunRecord, share: float) -> float | None:
     """By the clock over the last reports of this life: pauses are part of the pace."""
     begin = record.lives[-1].start if record.lives else None
     recent = [r for r in record.reports[-PACE_OVER:] if r.time is not None and (begin is None or r.time >= begin)]
@@ -173,7 +173,7 @@ def _seconds_left(record: Record, share: float) -> float | None:
     return (last.time - first.time) * (1 - share) / done if done > 0 else None
 
 
-def _budget(record: Record) -> str:
+def _budget(record: RunRecord) -> str:
     if record.lives and (told := record.lives[-1].place.get("budget")):
         return str(told)
     given = next((unit for unit in UNITS[1:] if record.setting(f"train.{unit}")), "steps")
@@ -181,7 +181,7 @@ def _budget(record: Record) -> str:
     return f"{amount:,} {given}" if isinstance(amount, int) else "an unknown budget"
 
 
-def _checkpoints(record: Record, now: float) -> Checkpoints:
+def _checkpoints(record: RunRecord, now: float) -> Checkpoints:
     folder = record.run_dir / CHECKPOINTS
     newest, problems = find_latest(folder)
     count = len(list_checkpoints(folder))
@@ -193,14 +193,14 @@ def _checkpoints(record: Record, now: float) -> Checkpoints:
     return Checkpoints(newest, step_of(newest), max(0.0, now - written), size, count, problems)
 
 
-def _end(record: Record, state: State, now: float) -> float:
+def _end(record: RunRecord, state: State, now: float) -> float:
     if state.going:
         return now
     sign = _last_sign(record)
     return now if sign is None else sign
 
 
-def _unknown(record: Record) -> list[str]:
+def _unknown(record: RunRecord) -> list[str]:
     """What the files of earlier versions leave open."""
     missing = []
     if not record.lives:

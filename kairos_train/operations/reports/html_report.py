@@ -19,7 +19,7 @@ from kairos_train.basics.format import clock, describe, gigabytes, many, number,
 from kairos_train.operations.reports import plots
 from kairos_train.operations.reports.diagnosis import HEALTHY, LOOK, TROUBLE
 from kairos_train.operations.reports.goodput import KINDS
-from kairos_train.operations.reports.history import History
+from kairos_train.operations.reports.history import RunHistory
 
 DOTS = 160  # per inch, for sharp text on dense screens; shown at 100
 MOST_EVENTS = 200
@@ -74,7 +74,7 @@ UNPLOTTED = ("progress", "data")  # they only grow
 VALIDATION = "validation_"
 
 
-def write_report(histories: Sequence[History], out: Path) -> None:
+def write_report(histories: Sequence[RunHistory], out: Path) -> None:
     """Write the page.
 
     Args:
@@ -102,8 +102,8 @@ def write_report(histories: Sequence[History], out: Path) -> None:
 # --- the parts ---
 
 
-def _facts(runs: Sequence[History]) -> str:
-    rows: list[tuple[str, Callable[[History], Any]]] = [
+def _facts(runs: Sequence[RunHistory]) -> str:
+    rows: list[tuple[str, Callable[[RunHistory], Any]]] = [
         ("folder", lambda run: run.record.run_dir),
         ("health", lambda run: _Html(_health(run))),
         ("state", lambda run: f"{run.state.name}, last sign of life {span(run.state.since)} ago"),
@@ -130,14 +130,14 @@ def _facts(runs: Sequence[History]) -> str:
     return _table(table)
 
 
-def _health(run: History) -> str:
+def _health(run: RunHistory) -> str:
     level = run.health.level
     reasons = "".join(f"<li>{_escape(reason.text)}</li>" for reason in run.health.reasons)
     tag = f'<span class="tag" style="background: {COLOURS[level]}">{WORDS[level]}</span>'
     return tag + (f"<ul>{reasons}</ul>" if reasons else "")
 
 
-def _processes(run: History) -> str | None:
+def _processes(run: RunHistory) -> str | None:
     if not run.lives:
         return None
     place = run.lives[-1].place
@@ -145,12 +145,12 @@ def _processes(run: History) -> str | None:
     return " ".join([*filter(None, parts), f"(job {place['job']})" if place.get("job") else ""]).strip()
 
 
-def _progress(run: History) -> str:
+def _progress(run: RunHistory) -> str:
     share = run.progress.share
     return f"step {run.progress.step:,}" + ("" if share is None else f", {share:.1%} of {run.progress.budget}")
 
 
-def _lives(run: History) -> str | None:
+def _lives(run: RunHistory) -> str | None:
     if not run.lives:
         return None
     ends = [life.outcome for life in run.lives[:-1]]
@@ -158,23 +158,23 @@ def _lives(run: History) -> str | None:
     return f"{len(run.lives)}" + (f" (ended before: {counted})" if counted else "")
 
 
-def _memory(run: History) -> str | None:
+def _memory(run: RunHistory) -> str | None:
     used = _latest(run, "memory/gb")
     told = run.record.of("memory")
     total = told[-1].get("total_gb") if told else None
     return None if used is None else f"{used:.3g}" + (f" of {total:.3g}" if total else "") + " GB"
 
 
-def _checkpoint(run: History) -> str:
+def _checkpoint(run: RunHistory) -> str:
     found = run.checkpoints
     return "none" if found.newest is None else f"step {found.step:,}, {span(found.age)} old, {gigabytes(found.size)}"
 
 
-def _timeline(runs: Sequence[History]) -> str:
+def _timeline(runs: Sequence[RunHistory]) -> str:
     return _drawn("lives of the runs and what happened in them", plots.timeline(runs))
 
 
-def _goodput(runs: Sequence[History]) -> str:
+def _goodput(runs: Sequence[RunHistory]) -> str:
     known = [run for run in runs if run.goodput]
     if not known:
         return ""
@@ -187,39 +187,39 @@ def _goodput(runs: Sequence[History]) -> str:
     return _drawn("where the time went", plots.goodput(runs)) + _table(rows)
 
 
-def _losses(runs: Sequence[History]) -> str:
+def _losses(runs: Sequence[RunHistory]) -> str:
     return _drawn("losses", plots.curves(runs, LOSSES), plots.families(runs, BY_SIGMA))
 
 
-def _validation(runs: Sequence[History]) -> str:
+def _validation(runs: Sequence[RunHistory]) -> str:
     streams = sorted({name.split("/")[1] for run in runs for name in run.record.names(VALIDATION)}, reverse=True)
     panels = {f"{stream} loss": [f"{VALIDATION}ema/{stream}", f"{VALIDATION}raw/{stream}"] for stream in streams}
     return _drawn("validation losses", plots.curves(runs, panels))
 
 
-def _gradients(runs: Sequence[History]) -> str:
+def _gradients(runs: Sequence[RunHistory]) -> str:
     dropped = any(sum(run.record.curve(OPTIMIZER[DROPPED][0])[1]) for run in runs)
     panels = {title: names for title, names in OPTIMIZER.items() if dropped or title != DROPPED}
     kinds = plots.families(runs, {"gradient norm by kind of block": ("grad_norm/", "")})
     return _drawn("gradients and learning rate", plots.curves(runs, panels, log=[NORM]), kinds)
 
 
-def _speed(runs: Sequence[History]) -> str:
+def _speed(runs: Sequence[RunHistory]) -> str:
     return _drawn("speed and memory", plots.curves(runs, SPEED), plots.families(runs, SECONDS))
 
 
-def _decay(runs: Sequence[History]) -> str:
+def _decay(runs: Sequence[RunHistory]) -> str:
     return _drawn("decays of GATED layers", plots.families(runs, DECAYS))
 
 
-def _others(runs: Sequence[History]) -> str:
+def _others(runs: Sequence[RunHistory]) -> str:
     """Whatever else was measured, a panel for each family."""
     heads = sorted({name.partition("/")[0] for run in runs for name in run.record.names()})
     unseen = [head for head in heads if head not in (*PLACED, *UNPLOTTED) and not head.startswith(VALIDATION)]
     return _drawn("further measurements", plots.families(runs, {head: (f"{head}/", "") for head in unseen}))
 
 
-def _samples(runs: Sequence[History]) -> str:
+def _samples(runs: Sequence[RunHistory]) -> str:
     pieces = []
     for run in runs:
         if run.samples:
@@ -230,7 +230,7 @@ def _samples(runs: Sequence[History]) -> str:
     return "".join(pieces)
 
 
-def _events(runs: Sequence[History]) -> str:
+def _events(runs: Sequence[RunHistory]) -> str:
     pieces = []
     for run in runs:
         told = [event for event in run.record.events if event["kind"] != "checkpoint"]
@@ -249,7 +249,7 @@ def _events(runs: Sequence[History]) -> str:
     return "".join(pieces)
 
 
-def _changes(runs: Sequence[History]) -> str:
+def _changes(runs: Sequence[RunHistory]) -> str:
     changes = [(run, event) for run in runs for event in run.record.of("changed")]
     if not changes:
         return ""
@@ -257,7 +257,7 @@ def _changes(runs: Sequence[History]) -> str:
     return _table([*rows, *([run.name, e["life"], clock(e["time"]), e.get("setting")] for run, e in changes)])
 
 
-def _differences(runs: Sequence[History]) -> str:
+def _differences(runs: Sequence[RunHistory]) -> str:
     """Settings that are not the same in all runs."""
     flat = [_leaves(run.record.config) for run in runs]
     names = sorted({name for leaves in flat for name in leaves})
@@ -266,14 +266,14 @@ def _differences(runs: Sequence[History]) -> str:
     return _table([["", *(run.name for run in runs)], *unlike]) if unlike else ""
 
 
-def _settings(runs: Sequence[History]) -> str:
+def _settings(runs: Sequence[RunHistory]) -> str:
     texts = [(run, yaml.safe_dump(run.record.config, sort_keys=False)) for run in runs if run.record.config]
     return "".join(
         f"<details><summary>{_escape(run.name)}</summary><pre>{_escape(text)}</pre></details>" for run, text in texts
     )
 
 
-SECTIONS: tuple[tuple[str, str, Callable[[Sequence[History]], str]], ...] = (
+SECTIONS: tuple[tuple[str, str, Callable[[Sequence[RunHistory]], str]], ...] = (
     ("Lives", "A bar is a life of the run, in the colour of its end.", _timeline),
     (
         "Goodput",
@@ -335,12 +335,12 @@ def _inside(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _latest(run: History, name: str) -> float | None:
+def _latest(run: RunHistory, name: str) -> float | None:
     _, values = run.record.curve(name)
     return values[-1] if values else None
 
 
-def _share(run: History, kind: str) -> float:
+def _share(run: RunHistory, kind: str) -> float:
     return run.goodput.seconds[kind] / run.goodput.total if run.goodput.total else 0.0
 
 

@@ -12,8 +12,8 @@ from matplotlib.patches import Patch
 
 from kairos_train.operations.reports.curves import ceiling, thinned
 from kairos_train.operations.reports.goodput import KINDS
-from kairos_train.operations.reports.history import History
-from kairos_train.operations.reports.records import Life
+from kairos_train.operations.reports.history import RunHistory
+from kairos_train.operations.reports.records import Attempt
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")
 SPENT = {
@@ -41,7 +41,9 @@ LABEL = 28  # most characters of a run's name in a legend
 COLUMNS, WIDTH, HEIGHT = 3, 3.9, 2.7  # of a panel, in inches
 
 
-def curves(runs: Sequence[History], panels: Mapping[str, Sequence[str]], *, log: Sequence[str] = ()) -> Figure | None:
+def curves(
+    runs: Sequence[RunHistory], panels: Mapping[str, Sequence[str]], *, log: Sequence[str] = ()
+) -> Figure | None:
     """A panel for each title, in it a line for each run and metric; None when no run has any.
 
     Args:
@@ -71,7 +73,7 @@ def curves(runs: Sequence[History], panels: Mapping[str, Sequence[str]], *, log:
     return figure
 
 
-def families(runs: Sequence[History], panels: Mapping[str, tuple[str, str]]) -> Figure | None:
+def families(runs: Sequence[RunHistory], panels: Mapping[str, tuple[str, str]]) -> Figure | None:
     """A panel for each run and title, in it a line for each metric `PREFIX…SUFFIX`; None when no run has any.
 
     Args:
@@ -100,7 +102,7 @@ def families(runs: Sequence[History], panels: Mapping[str, tuple[str, str]]) -> 
     return figure
 
 
-def timeline(runs: Sequence[History]) -> Figure | None:
+def timeline(runs: Sequence[RunHistory]) -> Figure | None:
     """A bar for each life in the colour of its end, with marks for what happened; None without any life."""
     rows = [(run, life) for run in runs for life in run.lives]
     if not rows:
@@ -131,7 +133,7 @@ def timeline(runs: Sequence[History]) -> Figure | None:
     return figure
 
 
-def goodput(runs: Sequence[History]) -> Figure | None:
+def goodput(runs: Sequence[RunHistory]) -> Figure | None:
     """Where the time of each run went, as shares of its total; None when no run knows."""
     known = [run for run in runs if run.goodput and run.goodput.total > 0]
     if not known:
@@ -158,7 +160,7 @@ def goodput(runs: Sequence[History]) -> Figure | None:
     return figure
 
 
-def _end(run: History, life: Life) -> float:
+def _end(run: RunHistory, life: Attempt) -> float:
     """When a life ended; of one that goes on, now."""
     return run.now if run.state.going and life is run.lives[-1] else life.end
 
@@ -201,7 +203,7 @@ def _bare(axis: Axes) -> None:
     axis.set_axisbelow(True)
 
 
-def _coloured(runs: Sequence[History]) -> list[tuple[str, str, History]]:
+def _coloured(runs: Sequence[RunHistory]) -> list[tuple[str, str, RunHistory]]:
     return [(COLOURS[i % len(COLOURS)], _short(run.name), run) for i, run in enumerate(runs)]
 
 
@@ -221,7 +223,7 @@ def _shades(count: int) -> list[object]:
     return [colormaps["viridis"](0.92 * i / max(1, count - 1)) for i in range(count)]
 
 
-def _has(run: History, names: Sequence[str]) -> bool:
+def _has(run: RunHistory, names: Sequence[str]) -> bool:
     return any(run.record.curve(name)[0] for name in names)
 
 

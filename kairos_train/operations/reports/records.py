@@ -23,7 +23,7 @@ TAIL = 2**16  # bytes; the last line of losses.jsonl is shorter
 
 
 @dataclass(frozen=True)
-class Report:
+class MetricsReport:
     """One line of metrics.jsonl that averages the steps since the line before it.
 
     Attributes:
@@ -45,7 +45,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Life:
+class Attempt:
     """One start of a run and what became of it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Life:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """What the files of a run say.
 
     Attributes:
@@ -87,10 +87,10 @@ class Record:
     run_dir: Path
     config: dict[str, Any]
     events: list[dict[str, Any]]
-    reports: list[Report]
+    reports: list[MetricsReport]
     validations: list[dict[str, Any]]
     last: dict[str, Any]
-    lives: list[Life]
+    lives: list[Attempt]
     touched: float | None
 
     def setting(self, name: str, default: Any = None) -> Any:
@@ -116,7 +116,7 @@ class Record:
         return sorted({name for line in lines for name in line if name.startswith(prefix)} - {"step", "time"})
 
 
-def read_record(run_dir: Path) -> Record:
+def read_record(run_dir: Path) -> RunRecord:
     """Read a run folder.
 
     Raises:
@@ -129,7 +129,7 @@ def read_record(run_dir: Path) -> Record:
     events = read_events(run_dir)
     lines = list(read_lines(run_dir / METRICS))
     reports = _counted(lines, events)
-    return Record(
+    return RunRecord(
         run_dir=run_dir,
         config=_config(run_dir / CONFIG),
         events=events,
@@ -207,11 +207,11 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
 
 
-def _counted(lines: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[Report]:
+def _counted(lines: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[MetricsReport]:
     """Reports with the number of their steps; of steps that stand there twice, the later line."""
     starts = [(e["time"], e.get("step", 0)) for e in events if e["kind"] == "start"]
     starts += [(e["time"], e.get("to", 0)) for e in events if e["kind"] == "rollback"]
-    reports: list[Report] = []
+    reports: list[MetricsReport] = []
     for line in lines:
         if PACE not in line:
             continue
@@ -222,13 +222,13 @@ def _counted(lines: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[
         # A life counts from its own first step, and so does what follows a rollback.
         begun = [step for at, step in starts if time is not None and at <= time and step < line["step"]]
         first = max([reports[-1].step if reports else 0, *begun[-1:]])
-        reports.append(Report(line["step"], max(1, line["step"] - first), time, values))
+        reports.append(MetricsReport(line["step"], max(1, line["step"] - first), time, values))
     return reports
 
 
-def _lives(events: list[dict[str, Any]], reports: list[Report]) -> list[Life]:
+def _lives(events: list[dict[str, Any]], reports: list[MetricsReport]) -> list[Attempt]:
     starts = [event for event in events if event["kind"] == "start"]
-    lives: list[Life] = []
+    lives: list[Attempt] = []
     for i, start in enumerate(starts):
         following = starts[i + 1] if i + 1 < len(starts) else None
         until = following["time"] if following else float("inf")
@@ -238,7 +238,7 @@ def _lives(events: list[dict[str, Any]], reports: list[Report]) -> list[Life]:
         if following and stop is None and following.get("last_sign"):
             signs.append(min(following["last_sign"], following["time"]))
         lives.append(
-            Life(
+            Attempt(
                 number=start["life"],
                 start=min(start["time"], start.get("begun") or start["time"]),
                 end=stop["time"] if stop else max(signs),

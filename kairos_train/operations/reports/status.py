@@ -21,7 +21,7 @@ from kairos_train.basics.format import QUIET, clock, describe, gigabytes, many, 
 from kairos_train.operations.reports.curves import sparkline
 from kairos_train.operations.reports.diagnosis import HEALTHY, LOOK, TROUBLE
 from kairos_train.operations.reports.goodput import KINDS
-from kairos_train.operations.reports.history import History, read_histories
+from kairos_train.operations.reports.history import RunHistory, read_histories
 
 STYLES = {
     **{"running": "green", "starting": "cyan", "finished": "blue", "interrupted": "yellow", "unknown": "yellow"},
@@ -51,12 +51,12 @@ def watch(folders: Sequence[Path], *, seconds: float) -> None:
             time.sleep(seconds)
 
 
-def show(histories: Sequence[History]) -> None:
+def show(histories: Sequence[RunHistory]) -> None:
     """Print the status."""
     Console().print(render(histories))
 
 
-def write_svg(histories: Sequence[History], path: Path) -> None:
+def write_svg(histories: Sequence[RunHistory], path: Path) -> None:
     """Draw the status as it looks in a terminal."""
     console = Console(record=True, file=io.StringIO(), width=WIDTH, force_terminal=True, color_system="truecolor")
     console.print(render(histories))
@@ -65,7 +65,7 @@ def write_svg(histories: Sequence[History], path: Path) -> None:
     os.replace(part, path)
 
 
-def summary(history: History) -> dict[str, Any]:
+def summary(history: RunHistory) -> dict[str, Any]:
     """The same as plain data, for other programs."""
     progress, found, goodput = history.progress, history.checkpoints, history.goodput
     last = history.record.reports[-1].values if history.record.reports else {}
@@ -94,7 +94,7 @@ def summary(history: History) -> dict[str, Any]:
     }
 
 
-def render(histories: Sequence[History]) -> RenderableType:
+def render(histories: Sequence[RunHistory]) -> RenderableType:
     """What the terminal shows."""
     if len(histories) == 1:
         return _panel(histories[0])
@@ -105,7 +105,7 @@ def render(histories: Sequence[History]) -> RenderableType:
 # --- several runs ---
 
 
-def _overview(histories: Sequence[History]) -> Table:
+def _overview(histories: Sequence[RunHistory]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
     for name in ("run", "state", "health"):
         table.add_column(name, no_wrap=name != "run")
@@ -131,7 +131,7 @@ def _overview(histories: Sequence[History]) -> Table:
 # --- one run ---
 
 
-def _panel(history: History) -> Panel:
+def _panel(history: RunHistory) -> Panel:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(ratio=1)
@@ -149,7 +149,7 @@ def _panel(history: History) -> Panel:
     )
 
 
-def _rows(history: History) -> Iterator[tuple[str, RenderableType]]:
+def _rows(history: RunHistory) -> Iterator[tuple[str, RenderableType]]:
     yield "state", _state(history)
     yield "progress", _progress(history)
     yield "health", _health(history)
@@ -171,7 +171,7 @@ def _rows(history: History) -> Iterator[tuple[str, RenderableType]]:
         yield "not known", Text(text, "yellow")
 
 
-def _state(history: History) -> Text:
+def _state(history: RunHistory) -> Text:
     state, life = history.state, history.lives[-1] if history.lives else None
     text = Text.assemble(("● ", _style(state.name)), (state.name, _style(state.name)))
     if stage := history.record.setting("stage.name"):
@@ -186,7 +186,7 @@ def _state(history: History) -> Text:
     return text
 
 
-def _progress(history: History) -> RenderableType:
+def _progress(history: RunHistory) -> RenderableType:
     progress = history.progress
     amount, _, unit = progress.budget.partition(" ")
     text = Text(f"step {progress.step:,}" + (f" of {amount}" if unit == "steps" else ""))
@@ -205,7 +205,7 @@ def _progress(history: History) -> RenderableType:
     return _beside(bar, text)
 
 
-def _health(history: History) -> Text:
+def _health(history: RunHistory) -> Text:
     level = history.health.level
     text = Text(WORDS[level], STYLES[level])
     for reason in history.health.reasons:
@@ -214,7 +214,7 @@ def _health(history: History) -> Text:
     return text
 
 
-def _losses(history: History) -> Table:
+def _losses(history: RunHistory) -> Table:
     table = Table.grid(padding=(0, 2))
     for name in ("loss/total", "loss/video", "loss/action"):
         _, values = history.record.curve(name)
@@ -227,7 +227,7 @@ def _losses(history: History) -> Table:
     return table
 
 
-def _speed(history: History) -> Text:
+def _speed(history: RunHistory) -> Text:
     facts = [
         ("speed/seconds_per_step", "{:.2f} s/step"),
         ("speed/samples_per_second", "{:.1f} samples/s"),
@@ -242,14 +242,14 @@ def _speed(history: History) -> Text:
     return Text("  ".join(text.format(value) for text, value in found if value is not None))
 
 
-def _checkpoint(history: History) -> Text:
+def _checkpoint(history: RunHistory) -> Text:
     found = history.checkpoints
     if found.newest is None:
         return Text("none that is valid", "yellow" if history.progress.step else "dim")
     return Text(f"step {found.step:,}, {span(found.age)} old, {gigabytes(found.size)}; {many(found.count, 'folder')}")
 
 
-def _lives(history: History) -> Text:
+def _lives(history: RunHistory) -> Text:
     text = Text(f"{len(history.lives)}")
     text.append(f", {many(history.restarts, 'restart')}" if history.restarts else "")
     before = [life for life in history.lives if life.outcome][-8:]
@@ -259,7 +259,7 @@ def _lives(history: History) -> Text:
     return text
 
 
-def _goodput(history: History) -> RenderableType:
+def _goodput(history: RunHistory) -> RenderableType:
     shares = history.goodput.shares()
     bar = Text()
     ends = [round(BAR * sum(list(shares.values())[: i + 1])) for i in range(len(shares))]
@@ -294,7 +294,7 @@ def _beside(bar: RenderableType, text: Text) -> Table:
     return table
 
 
-def _latest(history: History, name: str) -> float | None:
+def _latest(history: RunHistory, name: str) -> float | None:
     _, values = history.record.curve(name)
     return values[-1] if values else None
 

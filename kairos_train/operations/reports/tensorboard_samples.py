@@ -17,7 +17,7 @@ GIF = b"GIF8"
 
 
 @dataclass(frozen=True)
-class Sample:
+class LoggedSample:
     """One picture.
 
     Attributes:
@@ -41,12 +41,12 @@ class Sample:
             return _image(file.read(self.size))[2]
 
 
-def newest_samples(folder: Path) -> list[Sample]:
+def newest_samples(folder: Path) -> list[LoggedSample]:
     """The pictures of the last step that was sampled, in order of their tags; none without any."""
     files = sorted(Path(folder).glob("events.out.tfevents.*"), key=lambda path: path.name.split(".")[3:4])
     for file in reversed(files):
         places = list(_places(file))
-        found: dict[str, Sample] = {}
+        found: dict[str, LoggedSample] = {}
         for place, size in reversed(places):
             with file.open("rb") as opened:
                 opened.seek(place)
@@ -54,7 +54,9 @@ def newest_samples(folder: Path) -> list[Sample]:
             if found and step != next(iter(found.values())).step:
                 break
             if tag:
-                found.setdefault(tag, Sample(tag, step, "gif" if content.startswith(GIF) else "png", file, place, size))
+                found.setdefault(
+                    tag, LoggedSample(tag, step, "gif" if content.startswith(GIF) else "png", file, place, size)
+                )
         if found:
             return [found[tag] for tag in sorted(found)]
     return []

@@ -16,7 +16,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from kairos_train.operations.watch.findings import Beat, Finding
+from kairos_train.operations.watch.findings import Heartbeat, RunFault
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -25,7 +25,7 @@ FINDING, CLAIMS, RELEASED = "finding", "claims", "released"
 CENSUS_BEATS = 5  # heartbeats between the two looks that tell who is silent
 
 
-class Exchange:
+class HeartbeatExchange:
     """Beats out, beats and findings in.
 
     Args:
@@ -50,22 +50,22 @@ class Exchange:
         size: int,
         watched: Sequence[int],
         heartbeat: float,
-        beat: Callable[[], Beat],
+        beat: Callable[[], Heartbeat],
     ) -> None:
         self.rounds, self.lost, self.finding = 0, None, None
-        self.beats: dict[int, Beat] = {}
+        self.beats: dict[int, Heartbeat] = {}
         self._store, self._rank, self._size, self._watched = store, rank, size, list(watched)
         self._heartbeat, self._beat = heartbeat, beat
-        self._outbox: Finding | None = None
+        self._outbox: RunFault | None = None
         self._gone = self._told_release = False
         self._wake, self._stop = threading.Event(), False
         self._found = threading.Event()
         self._released = threading.Event()
-        self._census: tuple[dict[int, Beat], list[int]] | None = None
+        self._census: tuple[dict[int, Heartbeat], list[int]] | None = None
         self._census_wanted, self._counted = False, threading.Event()
         self._claims = 0
         self._claim_wanted, self._claimed = False, threading.Event()
-        store.set(_key(rank), Beat(0).encode())
+        store.set(_key(rank), Heartbeat(0).encode())
         self._thread = threading.Thread(target=self._run, name="exchange", daemon=True)
 
     def start(self) -> None:
@@ -74,7 +74,7 @@ class Exchange:
 
     # What other threads ask for; each waits no longer than it says.
 
-    def publish(self, finding: Finding, *, seconds: float) -> Finding:
+    def publish(self, finding: RunFault, *, seconds: float) -> RunFault:
         """Tell all ranks. Who comes first is heard: returns that finding; this one where the store does not answer."""
         self._outbox = finding
         self._wake.set()
@@ -88,7 +88,7 @@ class Exchange:
         self._wake.set()
         return self._claims == 1 if self._claimed.wait(seconds) and not self.lost else None
 
-    def census(self, *, seconds: float) -> tuple[dict[int, Beat], list[int]] | None:
+    def census(self, *, seconds: float) -> tuple[dict[int, Heartbeat], list[int]] | None:
         """Beats of all ranks that have not ended, and those of them that are silent; None: no answer."""
         self._counted.clear()
         self._census_wanted = True
@@ -99,7 +99,7 @@ class Exchange:
         """Say goodbye and end the thread. The holder of the store first waits for all others to have heard it."""
         self._gone = True
         if self._rank == 0:
-            self.publish(Finding("end"), seconds=seconds)
+            self.publish(RunFault("end"), seconds=seconds)
             self._released.wait(seconds)
         self.stop(seconds=seconds)
 
@@ -137,9 +137,9 @@ class Exchange:
         if self._outbox is not None:
             store.compare_set(FINDING, "", self._outbox.encode())
         found, *texts = store.multi_get([FINDING, *map(_key, self._watched)])
-        self.beats = {rank: Beat.decode(text) for rank, text in zip(self._watched, texts)}
+        self.beats = {rank: Heartbeat.decode(text) for rank, text in zip(self._watched, texts)}
         if found and self.finding is None:
-            finding = Finding.decode(found)
+            finding = RunFault.decode(found)
             if finding.kind != "end":  # it may end this process at any moment
                 self._release()
             self.finding = finding
@@ -162,12 +162,12 @@ class Exchange:
             self._counted.set()
         self.rounds += 1
 
-    def _all_beats(self) -> dict[int, Beat]:
+    def _all_beats(self) -> dict[int, Heartbeat]:
         texts = self._store.multi_get([_key(rank) for rank in range(self._size)])
-        beats = {rank: Beat.decode(text) for rank, text in enumerate(texts)}
+        beats = {rank: Heartbeat.decode(text) for rank, text in enumerate(texts)}
         return {rank: beat for rank, beat in beats.items() if not beat.gone or rank == self._rank}
 
-    def _own_beat(self) -> Beat:
+    def _own_beat(self) -> Heartbeat:
         return replace(self._beat(), gone=self._gone)
 
     def _release(self) -> None:

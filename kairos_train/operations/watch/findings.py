@@ -15,7 +15,7 @@ NAMED = 8  # most ranks that are named one by one
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """A heartbeat.
 
     Attributes:
@@ -41,15 +41,15 @@ class Beat:
         return json.dumps(list(asdict(self).values()))
 
     @staticmethod
-    def decode(text: bytes) -> Beat:
-        return Beat(*json.loads(text))
+    def decode(text: bytes) -> Heartbeat:
+        return Heartbeat(*json.loads(text))
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.phase}" + (f", at {self.line}" if self.line else "")
 
 
 @dataclass(frozen=True)
-class Finding:
+class RunFault:
     """Why a run cannot go on.
 
     Attributes:
@@ -67,8 +67,8 @@ class Finding:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def decode(text: bytes) -> Finding:
-        return Finding(**json.loads(text))
+    def decode(text: bytes) -> RunFault:
+        return RunFault(**json.loads(text))
 
     def error(self) -> Exception:
         """What the main thread raises to end with the code and the words of this finding."""
@@ -80,27 +80,27 @@ class Finding:
         return "; start the run again, it continues from its newest checkpoint" if self.code == FAULT_CODE else ""
 
 
-def died(members: Sequence[Member], beats: Mapping[int, Beat], *, how: str = "") -> Finding:
+def died(members: Sequence[Member], beats: Mapping[int, Heartbeat], *, how: str = "") -> RunFault:
     """Processes that have ended without a word."""
     last = beats.get(members[0].rank)
     where = f", last heard of in {last}" if last else ""
-    return Finding("died", f"{named(members)} died{where}{how}")
+    return RunFault("died", f"{named(members)} died{where}{how}")
 
 
-def silent_hosts(members: Sequence[Member], *, seconds: float, state: str | None = None) -> Finding:
+def silent_hosts(members: Sequence[Member], *, seconds: float, state: str | None = None) -> RunFault:
     """Machines of which nothing is heard any more."""
     why = f": {STATE_WORDS[state]}" if state in STATE_WORDS else "; machine, network or all its processes are down"
-    return Finding("silent", f"{named(members)} has not been heard of for {seconds:.0f} s{why}")
+    return RunFault("silent", f"{named(members)} has not been heard of for {seconds:.0f} s{why}")
 
 
 def stuck(
     roster: Sequence[Member],
-    beats: Mapping[int, Beat],
+    beats: Mapping[int, Heartbeat],
     *,
     silent: Sequence[int],
     seconds: float,
     state: Callable[[Member], str | None],
-) -> Finding:
+) -> RunFault:
     """Who holds the others up: who is silent, else who is behind in the loop, else whose code is not where most are.
 
     Args:
@@ -114,18 +114,18 @@ def stuck(
     others = [rank for rank in beats if rank not in behind]
     if not behind:
         example = next(iter(beats.values()))
-        return Finding("stuck", f"all ranks are stuck in {example} for {seconds:.0f} s; none is behind the others")
+        return RunFault("stuck", f"all ranks are stuck in {example} for {seconds:.0f} s; none is behind the others")
     members, beat = [roster[rank] for rank in behind], beats[behind[0]]
     word = STATE_WORDS.get(state(members[0]) or "")
     what = f"is silent, last heard of in {beat}" if silent else f"is stuck in {beat}"
     waiting = f", while {named([roster[rank] for rank in others])} wait in {beats[others[0]]}" if others else ""
     end = "; it cannot end by itself: the launcher kills it" if silent else ""
-    return Finding(
+    return RunFault(
         "stuck", f"{named(members)} {what}{f' ({word})' if word else ''}{waiting}; no progress for {seconds:.0f} s{end}"
     )
 
 
-def _behind(beats: Mapping[int, Beat]) -> list[int]:
+def _behind(beats: Mapping[int, Heartbeat]) -> list[int]:
     """Ranks at the earliest place of the loop; when all are at the same, those whose code is where the fewest are."""
     if len(beats) == 1:
         return list(beats)

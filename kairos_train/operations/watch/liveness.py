@@ -29,8 +29,8 @@ from types import TracebackType
 
 from kairos_train.basics.errors import EXIT_CODES, Interrupted, MachineFault, RunStopped
 from kairos_train.config.operation_schema import WatchConfig
-from kairos_train.operations.watch.exchange import CENSUS_BEATS, Exchange, open_store
-from kairos_train.operations.watch.findings import FAULT_CODE, Beat, Finding, died, silent_hosts, stuck
+from kairos_train.operations.watch.exchange import CENSUS_BEATS, HeartbeatExchange, open_store
+from kairos_train.operations.watch.findings import FAULT_CODE, Heartbeat, RunFault, died, silent_hosts, stuck
 from kairos_train.operations.watch.members import Member, process_state, this_member
 from kairos_train.operations.watch.stacks import write_stacks
 from kairos_train.operations.watch.watchdog import AwakeClock, Watchdog
@@ -67,7 +67,7 @@ class Liveness:
         rank: int,
         store: object | None,
         stacks: Path,
-        on_fault: Callable[[Finding], None] | None = None,
+        on_fault: Callable[[RunFault], None] | None = None,
     ) -> None:
         self._watch, self._roster, self._me = watch, list(roster), roster[rank]
         self._stacks, self._on_fault = Path(stacks), on_fault
@@ -79,14 +79,14 @@ class Liveness:
         self._exchange = None
         if store is not None:
             watched = sorted({m.rank for m in (*self._neighbours, *self._next_host)})
-            self._exchange = Exchange(
+            self._exchange = HeartbeatExchange(
                 store, rank=rank, size=len(roster), watched=watched, heartbeat=watch.heartbeat, beat=lambda: self._beat
             )
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> number of its newest beat, when it came
         self._answered = (0, 0.0)  # rounds of the exchange, when the last one ended
         self._missing: dict[int, tuple[int, float]] = {}  # dead neighbours -> rounds and time when first seen
         self._waiting_since: float | None = None  # stuck, and another rank looks into it
-        self._finding: Finding | None = None
+        self._finding: RunFault | None = None
         self._spoken = False  # this rank ends by an error of its own, whatever it looks like from elsewhere
         self._found, self._claimed, self._left = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
@@ -103,7 +103,7 @@ class Liveness:
         """This rank ends by an error of its own: the others say these words, and end with this code."""
         self._spoken = True
         if self._exchange and self._finding is None:
-            finding = Finding("failed", f"{self._me} failed: {text}", code)
+            finding = RunFault("failed", f"{self._me} failed: {text}", code)
             self._exchange.publish(finding, seconds=self._patience)
 
     def explain(self, error: BaseException, *, wait: float | None = None) -> Exception | None:
@@ -169,7 +169,7 @@ class Liveness:
                 self._end(finding)
                 return
 
-    def _judge(self) -> Finding | None:
+    def _judge(self) -> RunFault | None:
         exchange = self._exchange
         if self._spoken:
             return None
@@ -185,11 +185,11 @@ class Liveness:
             return None
         return self._look_into(seconds)
 
-    def _told(self, finding: Finding) -> Finding:
+    def _told(self, finding: RunFault) -> RunFault:
         first = self._exchange.publish(finding, seconds=self._patience)
         return finding if first.kind == "end" else first
 
-    def _dead_neighbour(self) -> Finding | None:
+    def _dead_neighbour(self) -> RunFault | None:
         """Processes on this machine that have ended without a goodbye, asked for after their end."""
         exchange, now = self._exchange, self._clock.now
         for member in self._neighbours:
@@ -203,7 +203,7 @@ class Liveness:
         ]
         return died(dead, exchange.beats) if dead else None
 
-    def _store_gone(self) -> Finding | None:
+    def _store_gone(self) -> RunFault | None:
         """Rank 0, which holds the store, as it shows from here."""
         exchange, now, holder = self._exchange, self._clock.now, self._roster[0]
         rounds, since = self._answered
@@ -221,7 +221,7 @@ class Liveness:
             return None
         return silent_hosts([holder], seconds=now - since, state=state)
 
-    def _silent_host(self) -> Finding | None:
+    def _silent_host(self) -> RunFault | None:
         """The next machine, when none of its ranks is heard any more."""
         exchange, answered = self._exchange, self._answered[1]  # without answers nobody is heard of, silent or not
         here = [m for m in self._next_host if m.rank in exchange.beats and not exchange.beats[m.rank].gone]
@@ -232,7 +232,7 @@ class Liveness:
         seconds = min((answered - self._heard[m.rank][1] for m in here), default=0.0)
         return silent_hosts(here, seconds=seconds) if seconds >= self._watch.silence else None
 
-    def _look_into(self, seconds: float) -> Finding | None:
+    def _look_into(self, seconds: float) -> RunFault | None:
         """This rank's loop stands still: whose fault is it? Written down by the first rank that asks."""
         me, exchange = self._me, self._exchange
         heard = exchange.finding if exchange else None  # read once: another thread sets it
@@ -261,9 +261,9 @@ class Liveness:
             return None
         return self._told(stuck(self._roster, beats, silent=silent, seconds=seconds, state=self._state_of))
 
-    def _census(self) -> tuple[dict[int, Beat], list[int]] | None:
+    def _census(self) -> tuple[dict[int, Heartbeat], list[int]] | None:
         """The exchange's, while this thread's beats go on."""
-        answer: list[tuple[dict[int, Beat], list[int]] | None] = []
+        answer: list[tuple[dict[int, Heartbeat], list[int]] | None] = []
         asking = threading.Thread(
             target=lambda: answer.append(self._exchange.census(seconds=self._patience)), daemon=True
         )
@@ -277,7 +277,7 @@ class Liveness:
     def _state_of(self, member: Member) -> str | None:
         return process_state(member) if self._me.sees(member) else None
 
-    def _end(self, finding: Finding) -> None:
+    def _end(self, finding: RunFault) -> None:
         """Tell of it and end this process, unless its main thread does so."""
         self._finding = finding
         if finding.kind == "stuck":
@@ -322,7 +322,7 @@ def open_liveness(
     *,
     stacks: Path,
     host: str | None = None,
-    on_fault: Callable[[Finding], None] | None = None,
+    on_fault: Callable[[RunFault], None] | None = None,
 ) -> Liveness:
     """The watch over the ranks of the default process group, or over this process where there is none. Collective.
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kairos_train.operations.watch.findings import Beat
+from kairos_train.operations.watch.findings import Heartbeat
 
 LONGEST_GAP = 2.0  # seconds of one tick that count, or two ticks where that is more
 
@@ -36,7 +36,7 @@ class AwakeClock:
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
+class _StepPosition:
     step: int
     phase: str
     number: int  # of places told within the step
@@ -54,13 +54,13 @@ class Watchdog:
 
     def __init__(self, stuck: float, clock: AwakeClock) -> None:
         self._stuck, self._clock, self._main = stuck, clock, threading.main_thread().ident
-        self._place = self._seen = _Place(0, "start", 0, stuck)
+        self._place = self._seen = _StepPosition(0, "start", 0, stuck)
         self._since = clock.now
 
     def at(self, step: int, phase: str) -> None:
         """The loop has come here. Called by the main thread; costs less than a microsecond or two."""
         number = self._place.number + 1 if step == self._place.step else 0
-        self._place = _Place(step, phase, number, self._stuck)
+        self._place = _StepPosition(step, phase, number, self._stuck)
 
     @contextmanager
     def paused(self, phase: str, *, times: float | None = 4.0) -> Iterator[None]:
@@ -72,24 +72,24 @@ class Watchdog:
         """
         before = self._place
         limit = None if times is None else times * self._stuck
-        self._place = _Place(before.step, phase, before.number + 1, limit, patient=True)
+        self._place = _StepPosition(before.step, phase, before.number + 1, limit, patient=True)
         try:
             yield
         finally:
-            self._place = _Place(before.step, before.phase, before.number + 2, before.limit, before.patient)
+            self._place = _StepPosition(before.step, before.phase, before.number + 2, before.limit, before.patient)
 
     def overdue(self) -> float | None:
         """Seconds in this place when those are too many, else None."""
         seconds, limit = self._seconds(), self._seen.limit
         return seconds if limit is not None and seconds > limit else None
 
-    def beat(self, number: int) -> Beat:
+    def beat(self, number: int) -> Heartbeat:
         """What to tell of this rank."""
         seconds = self._seconds()
         place = self._seen
         patient = place.patient and (place.limit is None or seconds <= place.limit)
         line = innermost(self._main)
-        return Beat(number, place.step, place.phase, place.number, round(seconds, 1), line, patient)
+        return Heartbeat(number, place.step, place.phase, place.number, round(seconds, 1), line, patient)
 
     def _seconds(self) -> float:
         if self._place is not self._seen:

@@ -28,7 +28,7 @@ from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config
 from kairos_train.training.engine.master_layout import MasterLayout
 from kairos_train.training.engine.optimizer import Masters, build_optimizer, parameter_groups, set_lr
-from kairos_train.training.engine.ownership import Shares
+from kairos_train.training.engine.ownership import Ownership
 from parallel.audit import audit
 from parallel.config import ParallelConfig
 from parallel.gradient_sync import gradient_norm, sum_partial_gradients
@@ -134,7 +134,7 @@ class TrainingEngine:
         *,
         stage: int,
         topology: Topology,
-        shares: Shares,
+        shares: Ownership,
         frozen: dict[str, Tensor],
         hooks: Sequence[RemovableHandle],
     ) -> None:
@@ -239,7 +239,7 @@ def build_engine(
     set_attributes(model, table)
     hooks = sum_partial_gradients(model, table, topology)
     named = dict(model.named_parameters())
-    shares = Shares(table, topology, {name: tuple(p.shape) for name, p in named.items()})
+    shares = Ownership(table, topology, {name: tuple(p.shape) for name, p in named.items()})
     frozen = _float32_copies({n: p for n, p in named.items() if not p.requires_grad and n in shares.copies})
     trainable = {name: p for name, p in named.items() if p.requires_grad}
     exact = _float32_copies(trainable) if train.precision == "bf16" else {}

@@ -28,7 +28,7 @@ from kairos_train.checkpoint import boxes
 from kairos_train.checkpoint.boxes import Box
 from kairos_train.checkpoint.writing import Piece
 from kairos_train.training.engine.optimizer import Masters
-from kairos_train.training.engine.ownership import Shares
+from kairos_train.training.engine.ownership import Ownership
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MasterLayout:
         local_shapes: shapes of this tensor rank's part of them.
     """
 
-    def __init__(self, deepspeed: Any, optimizer: torch.optim.Optimizer, *, stage: int, shares: Shares) -> None:
+    def __init__(self, deepspeed: Any, optimizer: torch.optim.Optimizer, *, stage: int, shares: Ownership) -> None:
         self.stage = stage
         self.parameters: dict[str, nn.Parameter] = {
             name: p for name, p in deepspeed.module.named_parameters() if p.requires_grad

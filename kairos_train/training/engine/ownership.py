@@ -27,7 +27,7 @@ def deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
     return dealt
 
 
-class Shares:
+class Ownership:
     """The parts of a model's parameters on one process of a topology.
 
     Args:

@@ -30,7 +30,7 @@ from kairos_train.training.measure.stragglers import BusyTimes, Straggler
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepMeasurements:
     """What a report tells.
 
     Attributes:
@@ -91,7 +91,7 @@ class Monitor:
         if self._timing:
             self._squares = block_squares(self._engine)
 
-    def report(self, *, steps: int) -> Measured:
+    def report(self, *, steps: int) -> StepMeasurements:
         """What was measured since the last call. Collective if a step was timed since then.
 
         Args:
@@ -101,11 +101,11 @@ class Monitor:
         times, squares = self._times, self._squares
         self._times = self._squares = None
         if times is None:
-            return Measured(values)
+            return StepMeasurements(values)
         values |= {f"communication/{kind}": seconds for kind, seconds in times.seconds.items()}
         if squares is not None:
             values |= squares.norms(self._engine.topology)
         if self._decays is not None:
             values |= self._decays.values()
         comparison = self._busy.compare(times.busy)
-        return Measured(values | comparison.values(), comparison.stragglers)
+        return StepMeasurements(values | comparison.values(), comparison.stragglers)

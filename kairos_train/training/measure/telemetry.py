@@ -30,7 +30,7 @@ LOSSES, METRICS, BOARD = "losses.jsonl", "metrics.jsonl", "tensorboard"
 
 
 @dataclass(frozen=True)
-class Place:
+class StagePosition:
     """Where in a curriculum a stage stands.
 
     Attributes:
@@ -75,7 +75,7 @@ class Telemetry:
         peak_flops: float | None,
         world: int,
         enabled: bool,
-        place: Place | None = None,
+        place: StagePosition | None = None,
     ) -> None:
         self.enabled, self.length, self.place = enabled, length, place
         self.peak_flops, self.world = peak_flops, world

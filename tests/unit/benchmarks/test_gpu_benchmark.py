@@ -14,9 +14,8 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
-import gpu_conformance  # noqa: E402
-import gpu_speed  # noqa: E402
-from gpu_harness import Setting, check, max_ratio, ratio, rms_ratio  # noqa: E402
+from gpu_sections import conformance, speed  # noqa: E402
+from gpu_sections.harness import Setting, check, max_ratio, ratio, rms_ratio  # noqa: E402
 
 from kairos_train.model.kernels.attention import Windows  # noqa: E402
 from kairos_train.model.kernels.delta_rule import gated_delta_rule  # noqa: E402
@@ -44,7 +43,7 @@ def test_a_tiny_run_on_a_cpu_fills_the_file_and_ends_with_one_json_line(tmp_path
     step = found["sections"]["step"]["entries"]["video step"]
     assert {"ours", "ours, selective", "baseline"} <= {name for name, e in step.items() if isinstance(e, dict)}
     assert step["tokens"] == 20
-    assert all(f"layer {kind}" in found["sections"]["blocks"]["entries"] for kind in gpu_speed.KINDS)
+    assert all(f"layer {kind}" in found["sections"]["blocks"]["entries"] for kind in speed.KINDS)
     if not torch.cuda.is_available():
         assert any("fla" in reason for reason in summary["absent"].values())
         assert any("CUDA GPU" in reason for reason in summary["absent"].values())
@@ -87,7 +86,7 @@ def after(setting):
 def test_faults_and_limits_of_a_section_leave_what_was_found_and_the_sections_after_it(tmp_path, monkeypatch):
     (tmp_path / "faulty_sections.py").write_text(FAULTY)
     monkeypatch.syspath_prepend(str(tmp_path))
-    report = gpu.Report(tmp_path / "gpu.json", {"date": "d", "commit": "c", "device": "cpu", "tiny": True})
+    report = gpu.GpuReport(tmp_path / "gpu.json", {"date": "d", "commit": "c", "device": "cpu", "tiny": True})
     names = ("wrong", "hangs", "raises", "dies", "after")
     limits = {"hangs": 1.0}  # in a worker that runs already
     sections = [gpu.Section(name, "faulty_sections", limits.get(name, 60.0)) for name in names]
@@ -111,7 +110,7 @@ def test_faults_and_limits_of_a_section_leave_what_was_found_and_the_sections_af
 
 
 def test_a_spent_budget_skips_what_is_left_and_says_so(tmp_path):
-    report = gpu.Report(tmp_path / "gpu.json", {"date": "d", "commit": "c", "device": "cpu", "tiny": True})
+    report = gpu.GpuReport(tmp_path / "gpu.json", {"date": "d", "commit": "c", "device": "cpu", "tiny": True})
     gpu.run(list(gpu.SECTIONS), TINY, 1.0, report)
     assert set(report.summary()["unfinished"]) == {"machine", *(section.name for section in gpu.SECTIONS)}
     assert {section["status"] for section in report.found["sections"].values()} == {"skipped"}
@@ -164,52 +163,52 @@ def test_errors_are_relative_and_what_is_not_finite_is_infinitely_wrong():
 
 def test_the_baselines_mask_is_that_of_the_rule():
     frames, tokens = 13, 3
-    for rule in gpu_conformance.rules().values():
+    for rule in conformance.rules().values():
         if rule.token_window:
             continue
         windows = Windows.whole(rule, (2,), frames)
         b, i, j = torch.tensor(0), torch.arange(frames * tokens)[:, None], torch.arange(frames * tokens)
         expected = windows.mask_rule(tokens, torch.device("cpu"))(b, i, j)
-        assert torch.equal(gpu_speed.dense_mask(windows, tokens, torch.device("cpu"))[0, 0], expected)
+        assert torch.equal(speed.dense_mask(windows, tokens, torch.device("cpu"))[0, 0], expected)
 
 
-@pytest.mark.parametrize("decay", gpu_conformance.DECAYS.values())
+@pytest.mark.parametrize("decay", conformance.DECAYS.values())
 @pytest.mark.parametrize("cut", [64, 70])
 def test_two_shards_in_one_process_are_the_whole_sequence(decay, cut):
-    x = gpu_conformance.rule_inputs(TINY, 150, decay=decay, dtype=torch.float64)
-    cotangents = gpu_conformance.rule_cotangents(x)
-    whole = gpu_conformance.run_rule(x, cotangents, "torch")
-    ours = gpu_conformance.in_two_shards(x, cotangents, cut, "torch")
+    x = conformance.rule_inputs(TINY, 150, decay=decay, dtype=torch.float64)
+    cotangents = conformance.rule_cotangents(x)
+    whole = conformance.run_rule(x, cotangents, "torch")
+    ours = conformance.in_two_shards(x, cotangents, cut, "torch")
     assert set(ours) == set(whole)
     for name in whole:
         assert max_ratio(ours[name], whole[name]) < 1e-12, name
 
 
 def test_the_remembering_decay_shows_a_state_that_was_not_passed():
-    x = gpu_conformance.rule_inputs(TINY, 150, decay=gpu_conformance.DECAYS["remembering"], dtype=torch.float64)
+    x = conformance.rule_inputs(TINY, 150, decay=conformance.DECAYS["remembering"], dtype=torch.float64)
     out, _ = gated_delta_rule(*x.values())
     second = [t[:, 70:] for name, t in x.items() if name != "initial_state"]
     base, *_ = state_passing.local_map(partial(gated_delta_rule, backend="torch"), *second)
-    assert rms_ratio(base[:, :64], out[:, 70:134]) > 10 * gpu_conformance.PASSING_BF16[""]
+    assert rms_ratio(base[:, :64], out[:, 70:134]) > 10 * conformance.PASSING_BF16[""]
 
 
 def test_plain_kernels_are_used_within_and_gone_after():
-    layer = gpu_speed.Layer(TINY, gpu_speed.video_stream(TINY), "SWA")
+    layer = speed.Layer(TINY, speed.video_stream(TINY), "SWA")
     masks = {}
-    usual = gpu_speed.attention.window_attention
+    usual = speed.attention.window_attention
     entry = layer.difference(masks)
     assert len(masks) == 1
     assert entry["passed"]
     (key,) = masks
     masks[key] = torch.ones_like(masks[key])  # full attention
     assert not layer.difference(masks)["passed"]
-    assert gpu_speed.attention.window_attention is usual
+    assert speed.attention.window_attention is usual
 
 
 def test_a_layers_flops_add_up_to_the_streams():
-    config = gpu_speed.video_stream(Setting("cuda", tiny=False))
-    frames, _, _, context = gpu_speed.sizes(Setting("cuda", tiny=False))
-    shape = (frames, gpu_speed.tokens_per_frame(Setting("cuda", tiny=False)), context)
+    config = speed.video_stream(Setting("cuda", tiny=False))
+    frames, _, _, context = speed.sizes(Setting("cuda", tiny=False))
+    shape = (frames, speed.tokens_per_frame(Setting("cuda", tiny=False)), context)
     assert frames * shape[1] == 32760
-    total = gpu_speed.training_flops(config, *shape, history=1)
+    total = speed.training_flops(config, *shape, history=1)
     assert 0.7e15 < total < 0.9e15

@@ -13,7 +13,7 @@ import pytest
 
 from dataloaders.lerobot.reader import LeRobotDataset
 from dataloaders.simulators.base import CAMERA_KEY, TASKS
-from dataloaders.simulators.collect import STEPS_AFTER_SUCCESS, Job, play, simulate
+from dataloaders.simulators.collect import STEPS_AFTER_SUCCESS, EpisodeJob, play, simulate
 from dataloaders.simulators.make import make
 from dataloaders.simulators.push2d import AGENT_RADIUS, BLOCK_RADIUS, STEP, Push2D
 from kairos_train.basics.errors import UserError
@@ -208,15 +208,15 @@ def replay(simulator, seed: int, actions: np.ndarray) -> list[bool]:
 
 def test_clean_demonstrations_end_five_steps_after_success():
     simulator = make("push2d", "push-red", 16)
-    demonstration = play(simulator, Job("push2d", "push-red", 16, seed=4, noise=0.2))  # an even seed: no noise
+    demonstration = play(simulator, EpisodeJob("push2d", "push-red", 16, seed=4, noise=0.2))  # an even seed: no noise
     solved = replay(simulator, 4, demonstration.action)
     assert solved.index(True) == len(solved) - STEPS_AFTER_SUCCESS - 1
 
 
 def test_noisy_demonstrations_record_what_the_expert_wanted():
     simulator = make("push2d", "push-red", 16)
-    noisy = play(simulator, Job("push2d", "push-red", 16, seed=5, noise=0.2))
-    clean = play(simulator, Job("push2d", "push-red", 16, seed=5, noise=0.0))
+    noisy = play(simulator, EpisodeJob("push2d", "push-red", 16, seed=5, noise=0.2))
+    clean = play(simulator, EpisodeJob("push2d", "push-red", 16, seed=5, noise=0.0))
     executed = np.diff(noisy.state[:, :2], axis=0) / STEP
     free = np.abs(executed).max(axis=1) < 0.99  # steps that were not clipped
     deviation = (executed - noisy.action[:-1])[free]
@@ -232,7 +232,7 @@ def test_noisy_demonstrations_record_what_the_expert_wanted():
 def test_failed_episodes_are_dropped_counted_and_replaced(tmp_path, monkeypatch):
     simulator, lengths = make("push2d", "push-red", 16), []
     while sum(length <= 45 for length in lengths) < 3:
-        lengths.append(len(play(simulator, Job("push2d", "push-red", 16, len(lengths), 0.0)).action))
+        lengths.append(len(play(simulator, EpisodeJob("push2d", "push-red", 16, len(lengths), 0.0)).action))
     solved = [seed for seed, length in enumerate(lengths) if length <= 45]
     monkeypatch.setattr(Push2D, "max_steps", 45 - STEPS_AFTER_SUCCESS)
     summary = collect(tmp_path / "set", tasks=["push-red"], episodes_per_task=3, size=16, noise=0.0)
@@ -268,7 +268,7 @@ def test_bad_settings_are_refused(tmp_path, settings, message):
 def test_an_error_in_a_worker_reaches_the_caller(tmp_path):
     from dataloaders.simulators import collect as module
 
-    broken = [Job("push2d", "push-red", 16, seed, 0.0) for seed in (0, -1, 2)]  # -1 is no seed
+    broken = [EpisodeJob("push2d", "push-red", 16, seed, 0.0) for seed in (0, -1, 2)]  # -1 is no seed
     with pytest.raises(RuntimeError, match="simulator process failed"):
         list(module._play_apart(broken, 2))
 

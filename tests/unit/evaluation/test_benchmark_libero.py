@@ -11,7 +11,7 @@ from support.watched_policy import Watched, served
 from evaluation.benchmarks import libero_client
 from evaluation.benchmarks.libero import check_libero, import_libero
 from evaluation.benchmarks.libero_client import NO_OP, header_of, run_suite
-from evaluation.benchmarks.replanning import ActionStream
+from evaluation.benchmarks.replanning import Replanner
 from evaluation.intervals import wilson
 from kairos_train.basics.errors import UserError
 from kairos_train.cli import main
@@ -85,7 +85,7 @@ def run(policy, out, *options, suite=None, solved_at=3, broken_at=None, max_step
     """The log of a run; the suite's limit is lowered."""
     suite, log = suite or Suite(), []
     args = libero_client.parse(["--suite", "libero_spatial", "--out", str(out), "--trials", "2", *options])
-    stream = ActionStream(policy, replan_steps=args.replan_steps, seed=args.seed)
+    stream = Replanner(policy, replan_steps=args.replan_steps, seed=args.seed)
     header = header_of(suite, stream, policy.metadata, args)
     assert header["max_steps"] == 220
     header["max_steps"] = max_steps

@@ -13,7 +13,7 @@ from support.serving_server import in_thread
 from support.watched_policy import Watched, served
 
 from evaluation.benchmarks import robotwin_policy
-from evaluation.benchmarks.replanning import ActionStream
+from evaluation.benchmarks.replanning import Replanner
 from evaluation.benchmarks.robotwin import CONFIGS, TASKS, check_robotwin, import_robotwin, write_policy
 from evaluation.intervals import wilson
 from kairos_train.basics.errors import UserError
@@ -40,7 +40,7 @@ class Chunks:
 
 def test_a_policy_of_several_frames_gets_those_since_the_last_request():
     policy = Chunks()
-    stream = ActionStream(policy, replan_steps=4)
+    stream = Replanner(policy, replan_steps=4)
     stream.begin("first")
     actions = [stream.act({"state": np.array([step])}, "go")[0] for step in range(9)]
     assert actions == [10, 11, 12, 13, 20, 21, 22, 23, 30]
@@ -57,7 +57,7 @@ def test_a_policy_of_several_frames_gets_those_since_the_last_request():
 @pytest.mark.parametrize(("steps", "message"), [(7, "1 to 6 actions"), (0, "1 to 6"), (3, "a multiple of 2")])
 def test_steps_that_do_not_fit_the_policy_are_refused(steps, message):
     with pytest.raises(UserError, match=message):
-        ActionStream(Chunks(), replan_steps=steps)
+        Replanner(Chunks(), replan_steps=steps)
 
 
 # --- RoboTwin ---

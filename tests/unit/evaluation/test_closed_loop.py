@@ -14,11 +14,11 @@ from dataloaders.simulators.collect import simulate
 from dataloaders.simulators.make import make
 from evaluation.closed_loop import run
 from evaluation.closed_loop.demonstrations import open_demonstrations, read_demonstrations, seeds_of
-from evaluation.closed_loop.episode import Episode, Outcome, noise_seed
+from evaluation.closed_loop.episode import Episode, EpisodeOutcome, noise_seed
 from evaluation.closed_loop.episodes import play
 from evaluation.closed_loop.policies import ExpertPolicy, HoldPolicy, RandomPolicy, ReplayPolicy, another_task
 from evaluation.closed_loop.report import summarise
-from evaluation.closed_loop.run import Protocol, Source, check_seeds, closed_loop
+from evaluation.closed_loop.run import PolicySource, Protocol, check_seeds, closed_loop
 from evaluation.closed_loop.workers import Setup, Table, play_all
 from evaluation.intervals import Z95, wilson
 from kairos_train.basics.errors import RunStopped, UserError
@@ -38,7 +38,7 @@ def episode(policy: str = "expert", seed: int = 10_000, task: str = "push-red") 
     return Episode(policy, "push2d", task, seed)
 
 
-def outcome_of(policy, which: Episode, *, replan_every: int = 4) -> Outcome:
+def outcome_of(policy, which: Episode, *, replan_every: int = 4) -> EpisodeOutcome:
     """The outcome of an episode of a policy that does not wait."""
     game = play(make("push2d", which.task, 32), policy, which, replan_every=replan_every)
     try:
@@ -114,7 +114,7 @@ def test_the_first_actions_of_each_plan_are_executed_and_the_newest_scene_is_sho
     right, up = np.tile([1.0, 0.0], (8, 1)), np.tile([0.0, 1.0], (8, 1))
     policy = Scripted([right, up, right])
     which = episode(seed=10_001)
-    assert outcome_of(policy, which) == Outcome(False, 120)
+    assert outcome_of(policy, which) == EpisodeOutcome(False, 120)
     simulator = make("push2d", which.task, 32)
     states = [simulator.reset(which.seed).state]
     for plan in (right, up, right):
@@ -130,7 +130,7 @@ def test_frames_between_two_plans_are_shown_to_a_policy_that_wants_them():
 
 
 def test_an_episode_ends_at_the_simulators_limit():
-    assert outcome_of(HoldPolicy(), episode("hold")) == Outcome(False, 120)
+    assert outcome_of(HoldPolicy(), episode("hold")) == EpisodeOutcome(False, 120)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_seeds_of_demonstrations_are_refused(demos):
 )
 def test_bad_settings_are_refused_before_anything_is_made(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
-        closed_loop(Protocol(**{"env": "push2d", **settings}), Source(), demos=None, out=tmp_path / "out")
+        closed_loop(Protocol(**{"env": "push2d", **settings}), PolicySource(), demos=None, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -323,7 +323,7 @@ def test_demonstrations_of_another_robot_are_refused(demos):
 def test_every_policy_plays_every_seed_of_every_task_once(demos, tmp_path, capsys):
     policies = ("expert", "hold", "replay")
     protocol = Protocol("push2d", episodes=3, policies=policies, processes=1)
-    result = closed_loop(protocol, Source(), demos=demos, out=tmp_path)
+    result = closed_loop(protocol, PolicySource(), demos=demos, out=tmp_path)
     wanted = [(task, seed) for task in TASKS["push2d"] for seed in (10_000, 10_001, 10_002)]
     assert list(result["policies"]) == list(policies)
     for found in result["policies"].values():
@@ -340,7 +340,7 @@ def test_every_policy_plays_every_seed_of_every_task_once(demos, tmp_path, capsy
 
 
 def test_a_crashed_episode_counts_as_a_failure():
-    pairs = [(episode(seed=1), Outcome(True, 50)), (episode(seed=0), Outcome(False, 3, "ValueError: x"))]
+    pairs = [(episode(seed=1), EpisodeOutcome(True, 50)), (episode(seed=0), EpisodeOutcome(False, 3, "ValueError: x"))]
     found = summarise(pairs, policies=["expert"], tasks=["push-red"])["expert"]
     assert found["all"] == {"successes": 1, "episodes": 2, "rate": 0.5, "interval95": list(wilson(1, 2))}
     assert found["tasks"] == {"push-red": found["all"]}

@@ -18,7 +18,7 @@ from dataloaders.simulators.make import make
 from evaluation.closed_loop import policies, run, server
 from evaluation.closed_loop.episode import Episode, noise_seed
 from evaluation.closed_loop.episodes import play
-from evaluation.closed_loop.run import Protocol, Source, closed_loop
+from evaluation.closed_loop.run import PolicySource, Protocol, closed_loop
 from evaluation.closed_loop.workers import Setup
 from evaluation.intervals import wilson
 from kairos_train.basics.errors import RunStopped, UserError
@@ -47,7 +47,7 @@ def keys_of(served: ServedPolicy, replan_every: int = 4) -> policies.ServedKeys:
 
 def plans_of(client: PolicyClient, keys: policies.ServedKeys, which: Episode, count: int) -> list[np.ndarray]:
     """The first plans of an episode, nothing of them executed but what is common to all."""
-    player = policies.ServedPolicy(client, keys, wrong=which.policy == "wrong")
+    player = policies.RemotePolicy(client, keys, wrong=which.policy == "wrong")
     simulator = make(which.env, which.task, 32)
     first = simulator.reset(which.seed)
     player.begin(simulator, which, first)
@@ -87,7 +87,7 @@ def test_a_model_with_a_history_is_shown_every_frame_of_it_and_forgets_the_episo
     keys, simulator = keys_of(served), make("push2d", "push-red", 32)
     assert (keys.given_frames, keys.looks_every) == (5, 2)
     with in_thread(served) as running, PolicyClient(running.url) as client:
-        player = policies.ServedPolicy(client, keys)
+        player = policies.RemotePolicy(client, keys)
         for seed in (10_000, 10_001):
             which, history = Episode("model", "push2d", "push-red", seed), served.history()
             game = play(simulator, player, which, replan_every=4)
@@ -130,7 +130,9 @@ def test_a_policy_of_another_robot_is_refused(policy, change, message):
 def test_a_server_of_another_policy_is_refused(policy, tmp_path):
     other = write_export(tmp_path / "other", config_of(**SIZES, frames=9))
     with in_thread(policy) as running, pytest.raises(UserError, match="serves another policy than"):
-        closed_loop(Protocol("push2d", policies=["model"]), Source(other, url=running.url), demos=None, out=tmp_path)
+        closed_loop(
+            Protocol("push2d", policies=["model"]), PolicySource(other, url=running.url), demos=None, out=tmp_path
+        )
 
 
 def test_no_server_is_one_line_and_a_lost_one_stops_the_evaluation(monkeypatch, tmp_path):
@@ -138,7 +140,7 @@ def test_no_server_is_one_line_and_a_lost_one_stops_the_evaluation(monkeypatch, 
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"ws://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(UserError, match="no policy server"):
-        closed_loop(Protocol("push2d", policies=["model"]), Source(url=url), demos=None, out=tmp_path)
+        closed_loop(Protocol("push2d", policies=["model"]), PolicySource(url=url), demos=None, out=tmp_path)
     with pytest.raises(RunStopped, match="the policy server went away"):
         run._still_there(Setup(size=32, replan_every=4, concurrent=1, url=url))
 
@@ -165,7 +167,7 @@ def test_episodes_are_played_through_a_running_server(policy, tmp_path):
     settings = {"policies": ("wrong", "model"), "processes": 1, "concurrent": 3, "size": 32, "replan_every": 8}
     protocol = Protocol("push2d", tasks=["push-red"], episodes=2, **settings)
     with in_thread(policy) as running:
-        result = closed_loop(protocol, Source(url=running.url), demos=None, out=tmp_path)
+        result = closed_loop(protocol, PolicySource(url=running.url), demos=None, out=tmp_path)
         requests, resets = (running.metric(f"kairos_policy_{name}_total") for name in ("requests", "resets"))
     episodes = [e for found in result["policies"].values() for e in found["episodes"]]
     assert [e["error"] for e in episodes] == [None] * 4

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.quality import Judge, frechet, ssim
+from evaluation.quality import QualityModel, frechet, ssim
 from kairos_train.basics.errors import UserError
 
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -27,7 +27,7 @@ class Total(torch.nn.Module):
 
 def judge(module, path, option="lpips"):
     torch.jit.script(module).save(str(path))
-    return Judge(path, option=option, device=torch.device("cpu"))
+    return QualityModel(path, option=option, device=torch.device("cpu"))
 
 
 def reference(a, b):
@@ -95,7 +95,7 @@ def test_judges_that_cannot_be_used_are_refused_by_name(tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
     for name, match in (("none.pt", "not found"), ("text.pt", "no"), ("weights.pt", "is not a TorchScript module")):
         with pytest.raises(UserError, match=match) as refused:
-            Judge(tmp_path / name, option="lpips", device=cpu)
+            QualityModel(tmp_path / name, option="lpips", device=cpu)
         assert f"lpips={tmp_path / name}" in str(refused.value)
     with pytest.raises(UserError, match=r"gives \[\] for 2 pairs"):
         judge(Total(), tmp_path / "total.pt").distances(*pair)

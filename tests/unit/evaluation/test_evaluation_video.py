@@ -6,10 +6,10 @@ import torch
 
 from dataloaders.loading.batch import collate, decode_sample
 from dataloaders.shards import read_index, read_shard
-from evaluation.episodes import Place, choose, places, read
+from evaluation.episodes import WindowPosition, choose, places, read
 from evaluation.held_out import observe, window_seed
 from evaluation.intervals import Z95
-from evaluation.quality import Judge, ssim
+from evaluation.quality import QualityModel, ssim
 from evaluation.rollout import psnr
 from evaluation.video import DriftSettings, measure
 from kairos_train.basics.errors import UserError
@@ -34,7 +34,7 @@ def judged(predictor, shards):
 
 
 def place(number, start, valid=3, episode="a"):
-    return Place(number, f"{episode}-{start}", ("set", episode), start, valid)
+    return WindowPosition(number, f"{episode}-{start}", ("set", episode), start, valid)
 
 
 def test_recordings_are_the_episodes_frames_in_their_order(shards):
@@ -157,7 +157,7 @@ def test_weights_that_the_user_brings_judge_as_well(predictor, shards, tmp_path)
     judges = {}
     for name, module in (("lpips", Distance()), ("fvd", Colour())):
         torch.jit.script(module).save(str(tmp_path / f"{name}.pt"))
-        judges[name] = Judge(tmp_path / f"{name}.pt", option=name, device=torch.device("cpu"))
+        judges[name] = QualityModel(tmp_path / f"{name}.pt", option=name, device=torch.device("cpu"))
     result, clips = measure(predictor, read_index(shards), DriftSettings(videos=3, chunks=2), seed=4, **judges)
     expected = [np.abs(clip.model[3] / 127.5 - clip.recorded[3] / 127.5).mean() for clip in clips]
     assert result["metrics"]["lpips"]["model"]["mean"][2] == pytest.approx(np.mean(expected), rel=1e-4)
@@ -173,6 +173,6 @@ def test_weights_that_the_user_brings_judge_as_well(predictor, shards, tmp_path)
 
 def test_fvd_needs_two_clips_that_are_recorded_to_the_end(predictor, shards, tmp_path):
     torch.jit.script(Colour()).save(str(tmp_path / "fvd.pt"))
-    fvd = Judge(tmp_path / "fvd.pt", option="fvd", device=torch.device("cpu"))
+    fvd = QualityModel(tmp_path / "fvd.pt", option="fvd", device=torch.device("cpu"))
     result, _ = measure(predictor, read_index(shards), DriftSettings(videos=2, chunks=3), seed=4, fvd=fvd)
     assert result["fvd"] == {"clips": 0, "model": None, "copy": None, "encoder": None}

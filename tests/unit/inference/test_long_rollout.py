@@ -13,14 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kairos_train.basics.errors import UserError
 from kairos_train.inference import sampler
-from kairos_train.inference.rollout import CarriedHistory, ChunkSize, SlidingHistory, chunk_seed
+from kairos_train.inference.rollout import ChunkSize, SlidingHistory, StreamingHistory, chunk_seed
 from kairos_train.inference.sampler import Conditions, SamplerConfig, sample
 
 FRAMES, KEEP, SIZE, ACTIONS = 5, 2, (4, 4), 6
 NEW = FRAMES - KEEP
 CHUNK = ChunkSize(frames=FRAMES, history=KEEP, horizon=ACTIONS)
 CONFIG = SamplerConfig(steps=2, guidance=3.0)
-WAYS = {"sliding": SlidingHistory, "carried": CarriedHistory}
+WAYS = {"sliding": SlidingHistory, "carried": StreamingHistory}
 SEEDS = (3, 4)
 
 
@@ -204,7 +204,7 @@ def test_requests_that_cannot_go_on_are_refused(model):
             SlidingHistory(model, CONFIG, ChunkSize(frames=frames, history=history))
     plain = make_model(make_config()).float().eval()
     with pytest.raises(UserError, match="history_causal=false"):
-        CarriedHistory(plain, CONFIG, CHUNK)
+        StreamingHistory(plain, CONFIG, CHUNK)
     given = conditions(history_frames=0)
     for way in WAYS:
         with pytest.raises(UserError, match="at least one history frame"):

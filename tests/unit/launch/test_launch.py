@@ -19,7 +19,7 @@ from kairos_train.launch.environment import derive
 from kairos_train.launch.hostlist import expand
 from kairos_train.launch.node import Forwarder, listens
 from kairos_train.launch.outcome import Ended, exit_code
-from kairos_train.launch.script import TEMPLATES, Job, fill, render
+from kairos_train.launch.script import TEMPLATES, SlurmJob, fill, render
 
 ROOT = Path(__file__).resolve().parents[3]
 TWO_NODES = {
@@ -255,7 +255,7 @@ PLACES = {
 def script(kind: str, tmp_path: Path, cluster: ClusterConfig = ClusterConfig(), **job) -> str:  # noqa: B008
     settings = {"kind": kind, "name": "x", "nodes": 1, "gpus": 1, "cpus": 8, "places": PLACES[kind]} | job
     where = {"job_dir": tmp_path / "job", "workdir": tmp_path, "python": "/venv/bin/python"}
-    return render(Job(**settings), cluster, templates=ROOT / "slurm", **where)
+    return render(SlurmJob(**settings), cluster, templates=ROOT / "slurm", **where)
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)

@@ -10,7 +10,7 @@ from kairos_train.basics.errors import UserError
 from kairos_train.cli import main
 from kairos_train.config.operation_schema import ClusterConfig
 from kairos_train.launch import submit
-from kairos_train.launch.script import Job
+from kairos_train.launch.script import SlurmJob
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_without_slurm_the_script_can_still_be_seen(shards, capsys, tmp_path, mo
 def test_a_refusal_of_slurm_is_one_line_and_leaves_nothing(shards, tmp_path):
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
     (tmp_path / "sbatch").chmod(0o755)
-    job = Job("export", "x", 1, 0, 1, {"words": "runs/x --out policy"})
+    job = SlurmJob("export", "x", 1, 0, 1, {"words": "runs/x --out policy"})
     with pytest.raises(UserError, match="Slurm refuses the job x: sbatch: error: invalid partition") as error:
         submit.submit(
             job,

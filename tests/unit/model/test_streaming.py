@@ -8,8 +8,8 @@ from support.model_factory import make_config, make_inputs, make_model
 
 from kairos_train.basics.errors import UserError
 from kairos_train.model import WorldActionModel
-from kairos_train.model.gated_delta_net import GatedMemory
-from kairos_train.model.streaming import Continuation, Past, action_keys, carry
+from kairos_train.model.gated_delta_net import RecurrentState
+from kairos_train.model.streaming import StreamingModel, StreamingState, action_keys, carry
 
 CYCLES = {
     "SWA": ["SWA"] * 5,
@@ -36,7 +36,7 @@ def text(given: dict) -> dict:
     return {key: given[key] for key in ("context", "context_mask", "state")}
 
 
-def carried(model, given: dict, *ends: int, visible: int = FRAMES) -> Past:
+def carried(model, given: dict, *ends: int, visible: int = FRAMES) -> StreamingState:
     """The history up to the last of `ends`, in pieces."""
     past, begin = None, 0
     for end in ends:
@@ -60,7 +60,7 @@ def test_chunk_after_chunk_equals_computing_the_whole_history_anew(cycle, dtype,
     for count in range(1, len(ends) + 1):
         known = ends[count - 1]
         expected = anew(model, given, known, known + 3).video[:, :, known:]
-        chunk = Continuation(model, carried(model, given, *ends[:count], visible=2), **text(given))
+        chunk = StreamingModel(model, carried(model, given, *ends[:count], visible=2), **text(given))
         got = chunk.video(given["latents"][:, :, known : known + 3], given["video_timestep"])
         torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
 
@@ -90,7 +90,7 @@ def test_a_history_frame_does_not_see_later_ones():
     given["latents"][:, :, 4:] += 1
     after = carried(model, given, 6)
     for old, new in zip(before.layers, after.layers):
-        if isinstance(old, GatedMemory):
+        if isinstance(old, RecurrentState):
             assert not torch.allclose(old.state, new.state)
             continue
         for x, y in zip(old, new):
@@ -102,10 +102,10 @@ def test_only_what_windows_and_actions_reach_is_kept():
     model, given = make_causal(), inputs()
     ends = range(1, FRAMES + 1)
     kept = carried(model, given, *ends, visible=3).layers
-    assert [layer[0].shape[1] for layer in kept if not isinstance(layer, GatedMemory)] == [3, 4, FRAMES]
+    assert [layer[0].shape[1] for layer in kept if not isinstance(layer, RecurrentState)] == [3, 4, FRAMES]
     alone = make_model(dataclasses.replace(model.config, action=None)).eval().requires_grad_(False)
     kept = carried(alone, {**given, "state": None}, *ends, visible=3).layers
-    assert [layer[0].shape[1] for layer in kept if not isinstance(layer, GatedMemory)] == [2, 4, FRAMES]
+    assert [layer[0].shape[1] for layer in kept if not isinstance(layer, RecurrentState)] == [2, 4, FRAMES]
     assert kept[1].tokens.shape == (2, 3, 24)
     assert all(x.untyped_storage().nbytes() <= 2 * x.nbytes for x in (*kept[0], *kept[2], kept[1].tokens))
 
@@ -113,7 +113,7 @@ def test_only_what_windows_and_actions_reach_is_kept():
 def test_fewer_tokens_than_the_convolutions_reach_back_to():
     model, given = make_causal("GATED"), inputs()
     given["latents"] = given["latents"][..., :2, :2]  # one token per frame, convolutions of four
-    chunk = Continuation(model, carried(model, given, 1, 2, 3), **text(given))
+    chunk = StreamingModel(model, carried(model, given, 1, 2, 3), **text(given))
     got = chunk.video(given["latents"][:, :, 3:5], given["video_timestep"])
     torch.testing.assert_close(got, anew(model, given, 3, 5).video[:, :, 3:], atol=1e-11, rtol=1e-11)
 

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kairos_train.model.kernels.attention import Windows, window_attention
-from kairos_train.model.kernels.windows import WindowRule, frames_read, key_frames, window_plan
+from kairos_train.model.kernels.windows import WindowSpec, frames_read, key_frames, window_plan
 
 RULES = st.builds(
-    WindowRule,
+    WindowSpec,
     kind=st.sampled_from(["SWA", "DSWA", "FA"]),
     window=st.integers(1, 3),
     dilation=st.integers(2, 4),
@@ -62,7 +62,7 @@ def test_a_share_of_the_frames_gives_its_part_of_the_whole(data, rule, frames, h
 
 @pytest.mark.parametrize("kind", ["SWA", "DSWA", "FA"])
 def test_flex_attention_equals_the_dense_mask_forward(kind):
-    rule = WindowRule(kind=kind, **FULL_SIZE)
+    rule = WindowSpec(kind=kind, **FULL_SIZE)
     qkv = random_qkv(9, 4, dtype=torch.float32).detach()
     with torch.no_grad():
         windows = Windows.whole(rule, (2, 0), 9)
@@ -71,7 +71,7 @@ def test_flex_attention_equals_the_dense_mask_forward(kind):
 
 
 def test_frame_windows_reach_what_the_specification_says():
-    swa, dswa = (WindowRule(kind=kind, **FULL_SIZE) for kind in ("SWA", "DSWA"))
+    swa, dswa = (WindowSpec(kind=kind, **FULL_SIZE) for kind in ("SWA", "DSWA"))
     assert key_frames(swa, 10, 21, 0) == (8, 9, 10, 11, 12)
     assert key_frames(dswa, 10, 21, 0) == (2, 6, 10, 14, 18)
     assert key_frames(swa, 1, 21, 2) == (0, 1), "a history query sees history only"
@@ -80,7 +80,7 @@ def test_frame_windows_reach_what_the_specification_says():
 
 
 def test_causal_history_frames_see_themselves_and_earlier_ones_the_others_as_before():
-    swa, dswa, fa = (WindowRule(kind=kind, **FULL_SIZE, history_causal=True) for kind in ("SWA", "DSWA", "FA"))
+    swa, dswa, fa = (WindowSpec(kind=kind, **FULL_SIZE, history_causal=True) for kind in ("SWA", "DSWA", "FA"))
     assert key_frames(swa, 4, 21, 6) == (2, 3, 4)
     assert key_frames(dswa, 9, 21, 15) == (1, 5, 9)
     assert key_frames(fa, 2, 21, 6) == (0, 1, 2)
@@ -89,13 +89,13 @@ def test_causal_history_frames_see_themselves_and_earlier_ones_the_others_as_bef
 
 
 def test_all_attend_history_is_applied_last():
-    rule = WindowRule(**{"kind": "SWA", **FULL_SIZE, "all_attend_history": True, "window": 2})
+    rule = WindowSpec(**{"kind": "SWA", **FULL_SIZE, "all_attend_history": True, "window": 2})
     assert key_frames(rule, 9, 12, 2) == (0, 1, 8, 9, 10)
     assert key_frames(rule, 0, 12, 5) == (0, 1, 2, 3, 4)
 
 
 def test_token_window_pads_a_full_group_when_it_divides_evenly():
-    rule = WindowRule(**{"kind": "DSWA", **FULL_SIZE, "token_window": True, "dilation": 2})
+    rule = WindowSpec(**{"kind": "DSWA", **FULL_SIZE, "token_window": True, "dilation": 2})
     assert rule.padded_frames(6) == 8
     assert rule.padded_frames(7) == 8
     assert rule.padded_frames(3) == 3, "no more than one whole group: the plain window"
@@ -103,7 +103,7 @@ def test_token_window_pads_a_full_group_when_it_divides_evenly():
 
 
 def test_a_long_video_is_few_groups_and_no_group_reads_more_than_its_window():
-    rule = WindowRule(kind="SWA", **FULL_SIZE)
+    rule = WindowSpec(kind="SWA", **FULL_SIZE)
     plan = window_plan(rule, 61, (1,), tuple(range(61)), tuple(range(61)), torch.device("cpu"))
     assert len(plan) <= 6
     assert max(group.key.shape[1] for group in plan) == 5

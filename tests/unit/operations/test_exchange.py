@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from kairos_train.operations.watch.exchange import FINDING, RELEASED, Exchange, open_store
-from kairos_train.operations.watch.findings import Beat, Finding
+from kairos_train.operations.watch.exchange import FINDING, RELEASED, HeartbeatExchange, open_store
+from kairos_train.operations.watch.findings import Heartbeat, RunFault
 
 HEARTBEAT = 0.05
 
@@ -29,9 +29,9 @@ def rank_1():
     """Rank 1 of two, its store, and the store of rank 0, whose part the test plays."""
     held = open_store("127.0.0.1", holds=True, seconds=10)
     held.set(FINDING, "")
-    held.set("beat/0", Beat(1).encode())
+    held.set("beat/0", Heartbeat(1).encode())
     store = Recorded(open_store("127.0.0.1", port=held.port, seconds=10))
-    exchange = Exchange(store, rank=1, size=2, watched=[0], heartbeat=HEARTBEAT, beat=lambda: Beat(1))
+    exchange = HeartbeatExchange(store, rank=1, size=2, watched=[0], heartbeat=HEARTBEAT, beat=lambda: Heartbeat(1))
     exchange.start()
     return exchange, store, held
 
@@ -50,14 +50,14 @@ def test_a_rank_that_leaves_first_is_counted_last_of_all(rank_1):
     exchange, store, held = rank_1
     exchange.leave(seconds=10)
     assert counted(held, store) == ("add", RELEASED, 1)
-    assert Beat.decode(held.get("beat/1")).gone
+    assert Heartbeat.decode(held.get("beat/1")).gone
 
 
 def test_a_rank_that_hears_of_the_end_is_counted_last_of_all(rank_1):
     exchange, store, held = rank_1
-    held.set(FINDING, Finding("end").encode())
+    held.set(FINDING, RunFault("end").encode())
     assert counted(held, store) == ("add", RELEASED, 1)
-    assert not Beat.decode(held.get("beat/1")).gone
+    assert not Heartbeat.decode(held.get("beat/1")).gone
     exchange.leave(seconds=10)
     assert store.asked[-1] == ("add", RELEASED, 1)  # the goodbye comes too late to be said
     assert exchange.lost is None
@@ -66,7 +66,7 @@ def test_a_rank_that_hears_of_the_end_is_counted_last_of_all(rank_1):
 def test_a_finding_is_known_here_only_when_this_rank_has_been_counted(rank_1):
     """It may end this process at any moment."""
     exchange, store, held = rank_1
-    held.set(FINDING, Finding("died", "rank 0 died").encode())
+    held.set(FINDING, RunFault("died", "rank 0 died").encode())
     end = time.monotonic() + 20
     while exchange.finding is None:
         assert time.monotonic() < end

@@ -10,12 +10,12 @@ import pytest
 
 from kairos_train.basics.errors import MachineFault, RunStopped, UserError
 from kairos_train.operations.watch import watchdog
-from kairos_train.operations.watch.findings import Beat, Finding, died, stuck
+from kairos_train.operations.watch.findings import Heartbeat, RunFault, died, stuck
 from kairos_train.operations.watch.members import Member, process_state, this_member
 from kairos_train.operations.watch.watchdog import AwakeClock, Watchdog
 
 ROSTER = [Member(rank, "abcd"[rank // 8], 100 + rank) for rank in range(32)]
-WAITING = Beat(9, step=5, phase="forward", place=1, seconds=60, line="all_reduce (c10d.py:1)")
+WAITING = Heartbeat(9, step=5, phase="forward", place=1, seconds=60, line="all_reduce (c10d.py:1)")
 
 
 def text(beats, silent=(), state=lambda member: None):
@@ -49,13 +49,13 @@ def test_many_ranks_are_counted_not_listed():
 
 @pytest.mark.parametrize(("code", "kind"), [(2, UserError), (3, RunStopped), (4, MachineFault), (1, MachineFault)])
 def test_a_finding_becomes_the_error_of_its_exit_code_and_survives_the_store(code, kind):
-    error = Finding.decode(Finding("failed", "rank 1 failed: x", code).encode().encode()).error()
+    error = RunFault.decode(RunFault("failed", "rank 1 failed: x", code).encode().encode()).error()
     assert type(error) is kind
     assert ("start the run again" in str(error)) == (code == 4)
 
 
 def test_a_beat_survives_the_store():
-    assert Beat.decode(WAITING.encode().encode()) == WAITING
+    assert Heartbeat.decode(WAITING.encode().encode()) == WAITING
 
 
 def test_a_process_is_dead_as_soon_as_it_has_ended_though_its_parent_has_not_asked():

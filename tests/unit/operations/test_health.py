@@ -12,7 +12,7 @@ from kairos_train.cli import main
 from kairos_train.operations.preflight.agreement import different_versions, leaves, name_ranks, versions
 from kairos_train.operations.preflight.devices import list_gpus, parse_gpus
 from kairos_train.operations.preflight.disk import CHUNK, existing_folder, free_bytes, measure_speed
-from kairos_train.operations.preflight.health import RankHealth, Report, find_failures
+from kairos_train.operations.preflight.health import HealthReport, RankHealth, find_failures
 
 SMI = """\
 0, GPU-5f1c0a52-0000-1111-2222-333344445555, NVIDIA H100 80GB HBM3, 4, 81559, 0, 0, 550.54.15
@@ -101,7 +101,7 @@ def test_clocks_and_devices_that_differ_are_failures_of_their_hosts():
     assert "no GPU here, but elsewhere" in text
     assert (clock, host) == ("clock", "b")
     assert offset.startswith("7.2 s behind a;")
-    report = Report("runs", ranks, find_failures(ranks))
+    report = HealthReport("runs", ranks, find_failures(ranks))
     assert not report.ok
     assert "FAILED      clock: b: 7.2 s behind a" in report.table()
     assert report.table().endswith("4 process(es) on 3 host(s): 2 check(s) failed")

@@ -6,11 +6,11 @@ import pytest
 
 from kairos_train.config.operation_schema import WatchConfig
 from kairos_train.operations.watch.exchange import FINDING, open_store
-from kairos_train.operations.watch.findings import Beat, Finding
+from kairos_train.operations.watch.findings import Heartbeat, RunFault
 from kairos_train.operations.watch.liveness import Liveness
 from kairos_train.operations.watch.members import this_member
 
-FOUND = Finding("stuck", "rank 1 (elsewhere, pid 7) is stuck in step 3, data")
+FOUND = RunFault("stuck", "rank 1 (elsewhere, pid 7) is stuck in step 3, data")
 
 
 @pytest.fixture
@@ -18,10 +18,10 @@ def heard(tmp_path):
     """`heard(finding)`: a rank 0 that has heard of it, without its watching thread, which would end this process."""
     exchanges = []
 
-    def hear(finding: Finding) -> Liveness:
+    def hear(finding: RunFault) -> Liveness:
         store = open_store("127.0.0.1", holds=True, seconds=10)
         store.set(FINDING, finding.encode())
-        store.set("beat/1", Beat(1).encode())
+        store.set("beat/1", Heartbeat(1).encode())
         roster = [this_member(0), this_member(1)]
         liveness = Liveness(WatchConfig(heartbeat=0.05), roster=roster, rank=0, store=store, stacks=tmp_path)
         exchanges.append(liveness._exchange)
@@ -43,7 +43,7 @@ def test_a_finding_that_has_just_arrived_is_believed(heard):
 
 
 def test_a_rank_that_is_left_alone_by_a_normal_end_names_itself(heard):
-    finding = heard(Finding("end"))._look_into(6.0)
+    finding = heard(RunFault("end"))._look_into(6.0)
     assert finding.text.startswith("rank 0 (")
     assert "is stuck in step 0, start" in finding.text
 

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kairos_train.model.kernels.windows import WindowRule, frames_read, key_frames
+from kairos_train.model.kernels.windows import WindowSpec, frames_read, key_frames
 from parallel.exchange import frame_plan
 from parallel.exchange.frame_plan import plan_frames, residue_frames
 from parallel.topology import split_frames
 
 RULES = st.builds(
-    WindowRule,
+    WindowSpec,
     kind=st.sampled_from(["SWA", "DSWA", "FA"]),
     window=st.integers(1, 3),
     dilation=st.integers(2, 5),
@@ -21,7 +21,7 @@ RULES = st.builds(
     all_attend_history=st.booleans(),
 )
 FULL_SIZE = {"window": 3, "dilation": 4, "token_window": False, "restrict_history": True, "all_attend_history": False}
-SWA, DSWA, FA = (WindowRule(kind=kind, **FULL_SIZE) for kind in ("SWA", "DSWA", "FA"))
+SWA, DSWA, FA = (WindowSpec(kind=kind, **FULL_SIZE) for kind in ("SWA", "DSWA", "FA"))
 
 HIDDEN = 1560 * 2560
 """Elements of one frame at 480p, full width; keys and values are twice as many."""
@@ -196,7 +196,7 @@ def test_fewer_frames_than_ranks_leave_the_last_ones_without():
 
 
 def test_padding_of_the_token_reading_is_not_exchanged():
-    rule = WindowRule(**{"kind": "DSWA", **FULL_SIZE, "token_window": True})
+    rule = WindowSpec(**{"kind": "DSWA", **FULL_SIZE, "token_window": True})
     assert max(key_frames(rule, 19, 21, 0)) == 23, "the window reaches into zero padding"
     p = plan(rule, 21, 4, choice="contiguous")
     assert p.keys[3] == (*range(4, 21),), "three steps of 4 before 16, and none after the last frame"
@@ -209,7 +209,7 @@ def test_history_is_kept_within_itself_and_sent_to_all_that_attend_it():
     assert plan(SWA, 12, 3).keys[0] == (0, 1, 2, 3, 4, 5)
     assert plan(SWA, 12, 3, history=(4,)).keys[0] == (0, 1, 2, 3), "history queries read history only"
     assert plan(SWA, 12, 3, history=(4, 0)).keys[0] == (0, 1, 2, 3, 4, 5), "unless another sample reads more"
-    seen = WindowRule(**{"kind": "SWA", **FULL_SIZE, "all_attend_history": True})
+    seen = WindowSpec(**{"kind": "SWA", **FULL_SIZE, "all_attend_history": True})
     assert plan(seen, 12, 3, history=(2, 1)).keys[2] == (0, 1, 6, 7, 8, 9, 10, 11)
     assert plan(SWA, 12, 3, everywhere=(0, 1)).keys[2] == (0, 1, 6, 7, 8, 9, 10, 11)
 

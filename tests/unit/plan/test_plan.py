@@ -16,7 +16,7 @@ from kairos_train import cli
 from kairos_train.config.compose import load_config
 from kairos_train.plan.cost import bandwidth, cost, data_bandwidth
 from kairos_train.plan.estimate import Plan
-from kairos_train.plan.layout import Layout, Sample
+from kairos_train.plan.layout import Layout, SampleShape
 from kairos_train.plan.report import SECTIONS
 from kairos_train.plan.search import search
 
@@ -33,12 +33,12 @@ def configure(*overrides: str):
 
 def lay_out(*overrides: str, gpus: int) -> Layout:
     config = configure(*overrides)
-    return Layout.of(config, Sample.of(config, 128), gpus=gpus)
+    return Layout.of(config, SampleShape.of(config, 128), gpus=gpus)
 
 
 def plan(*overrides: str, gpus: int | None = None) -> Plan:
     config = configure(*overrides)
-    return Plan.of(config, Sample.of(config, 128), gpus=gpus)
+    return Plan.of(config, SampleShape.of(config, 128), gpus=gpus)
 
 
 def printed(capsys, *words: str) -> dict[str, Any]:
@@ -174,16 +174,16 @@ def test_a_token_budget_decides_how_many_samples_a_micro_batch_has(frames, budge
 def test_actions_are_planned_where_data_and_stage_have_them():
     libero = ["model=kairos_4b_libero", "data=libero"]
     joint, video = configure(*libero, "stage=joint"), configure(*libero, "stage=behaviour")
-    assert (Sample.of(joint, 128).actions, Sample.of(video, 128).actions) == (32, 0)
-    assert Sample.of(joint, 128).tokens == 14 * 14  # one camera: how many there are is not known before
+    assert (SampleShape.of(joint, 128).actions, SampleShape.of(video, 128).actions) == (32, 0)
+    assert SampleShape.of(joint, 128).tokens == 14 * 14  # one camera: how many there are is not known before
 
 
 def test_a_composed_picture_is_planned_without_its_cameras():
-    assert Sample.of(configure("data=robotwin"), 128).tokens == 24 * 20
+    assert SampleShape.of(configure("data=robotwin"), 128).tokens == 24 * 20
 
 
 def test_cameras_beside_each_other_widen_the_picture():
-    assert Sample.of(configure("data=libero", "data.window.cameras=[a,b]"), 128).tokens == 14 * 28
+    assert SampleShape.of(configure("data=libero", "data.window.cameras=[a,b]"), 128).tokens == 14 * 28
 
 
 # --- traffic and time ---
@@ -261,7 +261,7 @@ def test_weights_of_stage_3_are_fetched_while_the_rank_computes():
 
 def test_the_search_tries_what_is_legal_and_keeps_what_fits():
     config = configure("stage=physical", "cluster.memory_gb=80")
-    found = search(config, Sample.of(config, 128), gpus=8)
+    found = search(config, SampleShape.of(config, 128), gpus=8)
     # (tensor, context) = (1, 1) (1, 2) (1, 4) (1, 8), and twice, with sequence, (2, ·) three times, (4, ·) twice;
     # each in 4 stages times 3 ways to recompute, less one that stage 3 cannot.
     assert found.legal == (4 + 2 * (3 + 2)) * 11

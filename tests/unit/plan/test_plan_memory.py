@@ -9,7 +9,7 @@ from support.allocations import activation_peak
 from kairos_train.config.compose import load_config
 from kairos_train.config.schema import Config
 from kairos_train.plan.activations import activations
-from kairos_train.plan.layout import Layout, Sample
+from kairos_train.plan.layout import Layout, SampleShape
 from kairos_train.plan.report import SECTIONS
 
 TEXT_TOKENS = 8
@@ -30,7 +30,7 @@ def configure(*overrides: str) -> Config:
 
 def planned_and_measured(*overrides: str) -> tuple[float, int]:
     config = configure(*overrides)
-    sample = Sample.of(config, TEXT_TOKENS)
+    sample = SampleShape.of(config, TEXT_TOKENS)
     layout = Layout.of(config, sample, gpus=1)
     return activations(layout, 0).device, activation_peak(config, sample, layout.batch)
 
@@ -83,7 +83,7 @@ def test_keys_that_windows_copy_are_counted_under_both_readings(semantics):
 def test_activations_are_linear_in_samples_and_nearly_so_in_frames():
     def bytes_of(*overrides: str) -> float:
         config = configure("stage=physical", "train.precision=bf16", *overrides)
-        return activations(Layout.of(config, Sample.of(config, TEXT_TOKENS), gpus=1), 0).device
+        return activations(Layout.of(config, SampleShape.of(config, TEXT_TOKENS), gpus=1), 0).device
 
     # What does not grow is the float32 copy of the timestep MLP.
     fixed = 4 * 7 * 128**2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.tiny_export import TEMPLATE, WINDOW, tiny_config, write_tiny_shards
 
-from dataloaders.loading.batch import Layout, Sample, collate
+from dataloaders.loading.batch import BatchSchema, Sample, collate
 from dataloaders.loading.loader import fixed_batches
 from dataloaders.packing.pack import pack
 from dataloaders.shards import ShardIndex, read_index
@@ -113,7 +113,7 @@ def sources(shards, tmp_path_factory) -> list[ShardIndex]:
 
 
 def batch_of(indices, *numbers):
-    layout = Layout.of(indices)
+    layout = BatchSchema.of(indices)
     rows = [next(iter(fixed_batches(indices[n].folder, batch_size=1, count=1))) for n in numbers]
     samples = [
         Sample(b.keys[0], b.frames[0].numpy(), None, {}, _row(b.actions), _row(b.state), b.meta[0], n)

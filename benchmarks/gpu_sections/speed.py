@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_conformance import no_fla
-from gpu_harness import Entry, Setting, absent, check, interleaved, ratio, rms_ratio
+from gpu_sections.conformance import no_fla
+from gpu_sections.harness import Entry, Setting, absent, check, interleaved, ratio, rms_ratio
 from torch import Tensor, nn
 
 from kairos_train.basics.errors import UserError
@@ -307,7 +307,7 @@ def fp8_layers(setting: Setting) -> Entries:
 # --- the whole step ---
 
 
-class MasterAdamW:
+class BlockwiseAdamW:
     """AdamW on float32 copies of bfloat16 weights, block by block, so that gradients are widened a block at a time."""
 
     def __init__(self, model: nn.Module, setting: Setting) -> None:
@@ -334,7 +334,7 @@ def step(setting: Setting) -> Entries:
     """Forward, backward and AdamW of the whole video stream on one sample."""
     begin, config = time.perf_counter(), video_stream(setting)
     model, given, masks = build(setting, config), inputs(setting, config), {}
-    optimizer, target = MasterAdamW(model, setting), torch.randn_like(given["latents"])
+    optimizer, target = BlockwiseAdamW(model, setting), torch.randn_like(given["latents"])
 
     def train(recompute: str) -> None:
         model.zero_grad(set_to_none=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from gpu_harness import Setting
+from gpu_sections.harness import Setting
 from torch import Tensor, nn
 
 from kairos_train.model.kernels.delta_rule import gated_delta_rule
-from kairos_train.model.kernels.windows import WindowRule
+from kairos_train.model.kernels.windows import WindowSpec
 
 DECAYS = {"remembering": 0.03, "forgetting": 1.0}
 """Largest −g: at the usual initialisation most heads forget so fast that a wrong state would go unnoticed."""
@@ -49,12 +49,12 @@ def rule_cotangents(x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     )
 
 
-def rules() -> dict[str, WindowRule]:
+def rules() -> dict[str, WindowSpec]:
     """Every kind in both readings of the window."""
     frame = {"window": 3, "dilation": 4, "token_window": False, "restrict_history": True, "all_attend_history": False}
     token = {**frame, "token_window": True, "restrict_history": False}
     return {
-        f"{kind} in {reading}": WindowRule(kind=kind, **flags)
+        f"{kind} in {reading}": WindowSpec(kind=kind, **flags)
         for reading, flags in (("frames", frame), ("tokens", token))
         for kind in ("SWA", "DSWA", "FA")
     }

@@ -21,15 +21,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_cases import DECAYS, rule_cotangents, rule_inputs, rules, run_rule
-from gpu_harness import Entry, Setting, absent, check, last_line, max_ratio, rms_ratio
+from gpu_sections.cases import DECAYS, rule_cotangents, rule_inputs, rules, run_rule
+from gpu_sections.harness import Entry, Setting, absent, check, last_line, max_ratio, rms_ratio
 from torch import Tensor, nn
 
 from kairos_train.config.schema import ActionStreamConfig, KernelsConfig, ModelConfig, VideoStreamConfig
 from kairos_train.model import WorldActionModel
 from kairos_train.model.kernels.attention import Windows, window_attention
 from kairos_train.model.kernels.delta_rule import gated_delta_rule
-from kairos_train.model.kernels.windows import WindowRule
+from kairos_train.model.kernels.windows import WindowSpec
 from parallel.fp8_emulated import BACKWARD, FORWARD, EmulatedFp8Linear
 
 Entries = Iterator[tuple[str, Entry]]
@@ -93,7 +93,7 @@ def state_passing(setting: Setting) -> Entries:
         ours = behind(in_two_shards(x, cotangents, cuts[1], backend), cuts[1])
         errors = {n: rms_ratio(ours[n], exact[n]) for n in exact}
         yield f"one process against float64, {name}", check(errors, RULE_BF16, rms_ratio.__name__)
-    from gpu_two_processes import against_one
+    from gpu_sections.two_processes import against_one
 
     yield from against_one(setting, cuts[0], tokens, backend, tolerances)
 
@@ -137,7 +137,7 @@ def run_windows(qkv: Tensor, cotangent: Tensor, windows: Windows, backend: str) 
     return {"output": out, **{f"d_{name}": g for name, g in zip("qkv", grad, strict=True)}}
 
 
-def compare_windows(setting: Setting, rule: WindowRule, dtype: torch.dtype, backend: str) -> Entry:
+def compare_windows(setting: Setting, rule: WindowSpec, dtype: torch.dtype, backend: str) -> Entry:
     frames, tokens, heads, width = (9, 4, 2, 8) if setting.tiny else (13, 96, 4, 128)
     history = (2, 0)
     windows = Windows.whole(rule, history, frames)

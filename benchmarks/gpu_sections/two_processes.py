@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from gpu_harness import Entry, Setting, absent, check, max_ratio, rms_ratio
+from gpu_sections.harness import Entry, Setting, absent, check, max_ratio, rms_ratio
 
 TIMEOUT = 100.0
 """Seconds for both processes, their start and the compilation of kernels included."""
@@ -53,7 +53,7 @@ def against_one(
 
 
 def _inputs(setting: Setting, tokens: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    from gpu_conformance import rule_inputs
+    from gpu_sections.cases import rule_inputs
 
     dtype = torch.bfloat16 if setting.cuda else torch.float32
     x = rule_inputs(setting, tokens, decay=0.03, dtype=dtype)

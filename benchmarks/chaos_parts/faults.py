@@ -57,7 +57,7 @@ PRELOAD = (
 
 
 @dataclass
-class Outcome:
+class FaultOutcome:
     """What one fault came to.
 
     Attributes:
@@ -79,7 +79,7 @@ class Outcome:
     named: bool | None = None
 
 
-class Life:
+class Attempt:
     """Four ranks of one run, from their start to their end."""
 
     def __init__(self, run_dir: Path, settings: Sequence[str]) -> None:
@@ -164,24 +164,24 @@ def steps_done(run_dir: Path) -> int:
 
 def finish(run_dir: Path, settings: Sequence[str] = ()) -> None:
     """One life to the end of the run."""
-    codes = (life := Life(run_dir, settings)).wait(seconds=300)
+    codes = (life := Attempt(run_dir, settings)).wait(seconds=300)
     assert codes == [0] * RANKS, f"{codes}\n{life.log(0).read_text()[-3000:]}"
 
 
 def run_with_faults(
     run_dir: Path, settings: Sequence[str], kinds: Sequence[str], rng: random.Random, *, steps: int = STEPS
-) -> list[Outcome]:
+) -> list[FaultOutcome]:
     """Train to the end through faults, one at a time, at growing random steps.
 
     Args:
         settings: beyond `SETTINGS`.
         steps: of the run, as the settings have it.
     """
-    outcomes: list[Outcome] = []
-    life = Life(run_dir, settings)
+    outcomes: list[FaultOutcome] = []
+    life = Attempt(run_dir, settings)
     for kind, step in zip(kinds, sorted(rng.sample(range(2, steps - 2), len(kinds)))):
         life = _reach(life, settings, lambda step=step: steps_done(run_dir) >= step)
-        outcome = Outcome(kind, steps_done(run_dir), "")
+        outcome = FaultOutcome(kind, steps_done(run_dir), "")
         outcomes.append(outcome)
         goes_on = INFLICT[kind](life, outcome, rng)
         since = time.monotonic()
@@ -191,21 +191,21 @@ def run_with_faults(
         else:
             outcome.exit_codes = outcome.exit_codes or life.end()
             starts = len(_starts(run_dir))
-            life = Life(run_dir, settings)
+            life = Attempt(run_dir, settings)
             life = _reach(life, settings, lambda starts=starts: _goes_on(run_dir, starts, steps))
         outcome.recovered = time.monotonic() - since
     while (codes := life.wait(seconds=300)) == [RESTART] * RANKS:
-        life = Life(run_dir, settings)
+        life = Attempt(run_dir, settings)
     assert codes == [0] * RANKS, f"{codes}\n{life.log(0).read_text()[-3000:]}"
     return outcomes
 
 
-def _reach(life: Life, settings: Sequence[str], condition: Callable[[], bool]) -> Life:
+def _reach(life: Attempt, settings: Sequence[str], condition: Callable[[], bool]) -> Attempt:
     """The life in which a condition comes true: one that ends with "start me again" is started again."""
     while not life.wait_for(condition):
         codes = life.end()
         assert codes == [RESTART] * RANKS, f"{codes}\n{life.log(0).read_text()[-3000:]}"
-        life = Life(life.run_dir, settings)
+        life = Attempt(life.run_dir, settings)
     return life
 
 
@@ -223,19 +223,19 @@ def _goes_on(run_dir: Path, earlier: int, steps: int) -> bool:
 # --- the faults; each tells whether the life goes on ---
 
 
-def _kill_rank(life: Life, outcome: Outcome, rng: random.Random) -> bool:
+def _kill_rank(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
     time.sleep(rng.uniform(0, 0.3))
     lost = rng.randrange(RANKS)
     _lose(life, outcome, lost, signal.SIGKILL)
     return False
 
 
-def _stop_rank(life: Life, outcome: Outcome, rng: random.Random) -> bool:
+def _stop_rank(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
     _lose(life, outcome, rng.randrange(RANKS), signal.SIGSTOP)
     return False
 
 
-def _lose(life: Life, outcome: Outcome, lost: int, number: signal.Signals) -> None:
+def _lose(life: Attempt, outcome: FaultOutcome, lost: int, number: signal.Signals) -> None:
     """Send a signal to one rank, and see what the others make of it."""
     outcome.detail = f"{number.name} of rank {lost}"
     begin = time.monotonic()
@@ -248,14 +248,14 @@ def _lose(life: Life, outcome: Outcome, lost: int, number: signal.Signals) -> No
     outcome.named = all(re.search(rf"\brank {lost}\b", life.log(rank).read_text()) for rank in others)
 
 
-def _kill_all(life: Life, outcome: Outcome, rng: random.Random) -> bool:
+def _kill_all(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
     time.sleep(rng.uniform(0, 0.3))
     outcome.detail = "SIGKILL of all ranks"
     outcome.exit_codes = life.end()
     return False
 
 
-def _kill_in_save(life: Life, outcome: Outcome, rng: random.Random) -> bool:
+def _kill_in_save(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
     checkpoints = life.run_dir / "checkpoints"
     began = life.wait_for(lambda: any(checkpoints.glob(".tmp-step-*")))
     time.sleep(rng.choice([0.0, rng.uniform(0, 0.02)]))
@@ -268,7 +268,7 @@ def _kill_in_save(life: Life, outcome: Outcome, rng: random.Random) -> bool:
     return False
 
 
-def _disk_full(life: Life, outcome: Outcome, rng: random.Random) -> bool:
+def _disk_full(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
     """Until a checkpoint could not be written, or the run has ended for want of room for a line."""
     ballast = life.run_dir.parent / "ballast"
     with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -289,7 +289,7 @@ def _disk_full(life: Life, outcome: Outcome, rng: random.Random) -> bool:
     return not ended
 
 
-def _corrupt(life: Life, outcome: Outcome, rng: random.Random) -> bool:
+def _corrupt(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
     outcome.exit_codes = life.end()
     path, _ = find_latest(life.run_dir / "checkpoints", deep=True)
     if path is None:
@@ -309,7 +309,7 @@ def _corrupt(life: Life, outcome: Outcome, rng: random.Random) -> bool:
     return False
 
 
-INFLICT: dict[str, Callable[[Life, Outcome, random.Random], bool]] = {
+INFLICT: dict[str, Callable[[Attempt, FaultOutcome, random.Random], bool]] = {
     "kill_rank": _kill_rank,
     "kill_all": _kill_all,
     "kill_in_save": _kill_in_save,

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from chaos_faults import SETTINGS, Outcome
+from chaos_parts.faults import SETTINGS, FaultOutcome
 
 SHARD_SAMPLES = 16
 EPISODES = 4  # of each of the two tasks
@@ -34,7 +34,7 @@ def pack_command(dataset: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "kairos_train.cli", *map(str, words)]
 
 
-def pack_through_kills(home: Path, expected: Path, rng: random.Random) -> tuple[Outcome, bool]:
+def pack_through_kills(home: Path, expected: Path, rng: random.Random) -> tuple[FaultOutcome, bool]:
     """Pack, SIGKILL once some shards are written, pack again; whether every file is as in `expected`."""
     out = home / "packed"
     shutil.rmtree(out, ignore_errors=True)
@@ -54,7 +54,7 @@ def pack_through_kills(home: Path, expected: Path, rng: random.Random) -> tuple[
     process.wait()
     begin = time.monotonic()
     subprocess.run(pack_command(home / "dataset", out), check=True, stdout=subprocess.DEVNULL)
-    outcome = Outcome("kill_pack", written, f"SIGKILL of packing after {written} of {total} shards")
+    outcome = FaultOutcome("kill_pack", written, f"SIGKILL of packing after {written} of {total} shards")
     outcome.recovered = time.monotonic() - begin
     left = [path for path in home.iterdir() if out.name in path.name and path != out]
     return outcome, _digests(out) == _digests(expected) and not left

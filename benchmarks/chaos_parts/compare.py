@@ -16,7 +16,7 @@ SECTIONS = ("model", "ema", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """A run beside the reference.
 
     Attributes:
@@ -35,12 +35,12 @@ class Comparison:
         return not self.differing
 
 
-def compare_runs(run_dir: Path, reference: Path) -> Comparison:
+def compare_runs(run_dir: Path, reference: Path) -> RunComparison:
     """A finished run beside a finished reference of the same settings."""
     differing = [] if _losses(run_dir) == _losses(reference) else ["losses"]
     differing += _differing_sections(run_dir, reference)
     here, there = _samples(run_dir), _samples(reference)
-    return Comparison(
+    return RunComparison(
         differing,
         lost=(there - here).total(),
         repeated=(here - there).total(),
