@@ -3,11 +3,10 @@
     python benchmarks/chaos.py [--faults 100] [--seed 0] [--part runs|packing] [--quick]
 
 The faults: benchmarks/chaos_parts/faults.py, and SIGKILL of `kairos-train data pack`, which is started again and must
-leave the same shards. Each run of 30 steps has a few of them; every run is compared with one that was left alone. Without the
-right to mount a small file system, full disks are left out and it is said.
-
-The last line is one JSON object: machine, `faults`, `identical` (runs and packings all equal to the undisturbed ones,
-bit for bit), `samples_lost`, `samples_repeated`, `leftovers`, `unnamed` (lost ranks that a survivor did not name),
+leave the same shards. Each run of 30 steps has a few of them; every run is compared with one that was left alone.
+Without the right to mount a small file system, full disks are left out and it is said. The last line is one JSON
+object: machine, `faults`, `identical` (runs and packings all equal to the undisturbed ones, bit for bit),
+`samples_lost`, `samples_repeated`, `leftovers`, `unnamed` (lost ranks that a survivor did not name),
 `slowest_detection_s`, and by kind: how many, median and longest seconds of detection and recovery.
 """
 
