@@ -31,7 +31,7 @@ def needed(name, seen):
 distributions = needed("torch", set()) | {"numpy", "safetensors"}
 provided = importlib.metadata.packages_distributions()
 allowed = {package for package, names in provided.items() if distributions & set(map(plain, names))}
-allowed |= set(sys.stdlib_module_names) | {"kairos_train"}
+allowed |= set(sys.stdlib_module_names) | {"kairos_train", "parallel", "dataloaders"}
 
 class Alone:
     "Every package but the allowed ones is not installed."
@@ -80,8 +80,9 @@ def test_an_export_loads_and_predicts_with_torch_numpy_and_safetensors_alone(fol
     assert done.returncode == 0, done.stderr
     *chunks, modules = done.stdout.splitlines()
     assert chunks == ["action (8, 3)", "joint (8, 3)"] * 2
-    rooms = {"conditioning", "config", "errors", "inference", "model", "objective"}
-    assert set(ast.literal_eval(modules)) <= {"kairos_train", *(f"kairos_train.{room}" for room in rooms)}
+    rooms = {"basics", "conditioning", "config", "inference", "model", "objective"}
+    settings = {"parallel", "parallel.config", "dataloaders", "dataloaders.config"}
+    assert set(ast.literal_eval(modules)) <= {"kairos_train", *(f"kairos_train.{room}" for room in rooms), *settings}
 
 
 def test_other_packages_are_absent_in_that_interpreter():
