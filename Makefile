@@ -52,7 +52,7 @@ lint: setup ## check rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: setup ## mend what can be mended
+format: setup ## fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

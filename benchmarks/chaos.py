@@ -33,7 +33,7 @@ from chaos_parts.pack import EPISODES, make_shards, pack_through_kills
 FAULTS_PER_RUN = 5
 QUICK_STEPS = 8
 PACK_SHARE = 10
-"""Of so many faults, one is in packing."""
+"""Of this many faults, one is in packing."""
 
 
 def plan_faults(faults: int, kinds: list[str], rng: random.Random) -> tuple[list[list[str]], int]:

@@ -36,7 +36,7 @@ QUICK_EPISODES = 10
 
 def judge(env: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """The content of closed_loop.json of one simulator, a second export's counts among the policies."""
-    # Not at the top: a simulator process imports this file anew, and has no use for torch.
+    # Not at the top: a simulator process imports this file again, and has no use for torch.
     from evaluation.closed_loop.run import PolicySource, Protocol, closed_loop
 
     export, demos = getattr(args, env), getattr(args, f"{env}_demos")

@@ -107,9 +107,9 @@ def parity_text(printed: list[str]) -> list[str]:
 
 
 def state_passing(args: argparse.Namespace) -> list[str]:
-    """GATED layers between context ranks."""
+    """Gated DeltaNet layers between context ranks."""
     return [
-        "`benchmarks/state_passing.py`: GATED layers between context ranks.",
+        "`benchmarks/state_passing.py`: Gated DeltaNet layers between context ranks.",
         "",
         *listing(output_of("state_passing.py")),
     ]
@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--golden", type=Path, nargs="+", default=[], metavar="FILE", help="for the section reference")
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), metavar="DIR", help="for the section demo")
-    parser.add_argument("--only", nargs="+", choices=names, default=list(names), help="sections to measure anew")
+    parser.add_argument("--only", nargs="+", choices=names, default=list(names), help="sections to measure again")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "numerics.md")
     args = parser.parse_args()
     if "reference" in args.only and not args.golden:

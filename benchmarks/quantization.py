@@ -1,4 +1,4 @@
-"""What weights in few bits do to a model's outputs, and what they take on the disk.
+"""What weight-only quantization does to a model's outputs, and what they take on the disk.
 
 For each model and each of int8, fp8 and int4: the relative L2 distance of both streams' outputs to the unquantised
 model's, on the random inputs that `kairos-train export --quantize` uses, and bytes by the model's shapes against

@@ -1,4 +1,4 @@
-"""What a GATED layer moves between context ranks, beside two rivals; and how it scales.
+"""What a Gated DeltaNet layer moves between context ranks, beside two rivals; and how it scales.
 
 Bytes: what the collectives bring to a rank, counted, against the formulas, for ring and all_gather, forward and
 backward, at two lengths; of head all-to-all (Ulysses) and chunk broadcast (the public Kairos v1) as well, whose
@@ -264,8 +264,8 @@ def report_scaling(scaling: dict[str, Any]) -> float:
     one, two = (scaling["seconds"][name] for name in ("one", "two"))
     processor, (first, second) = scaling["processor_seconds"], scaling["tokens"]
     print(
-        f"one GATED layer (D 1280, 10 heads, K 256, V 512), {first + second:,} tokens, forward + backward: 1 process "
-        f"{one:.2f} s, 2 processes {two:.2f} s ({first} and {second} tokens), {one / two:.2f} times faster"
+        f"one Gated DeltaNet layer (D 1280, 10 heads, K 256, V 512), {first + second:,} tokens, forward + backward: "
+        f"1 process {one:.2f} s, 2 processes {two:.2f} s ({first} and {second} tokens), {one / two:.2f} times faster"
     )
     ratio = processor["one"] / processor["two"]
     print(

@@ -1,4 +1,5 @@
-"""The GATED layer over context ranks in three ways: state passing, head all-to-all, chunk broadcast; and their bytes.
+"""The Gated DeltaNet layer over context ranks in three ways: state passing, head all-to-all, chunk broadcast; and their
+bytes.
 
 `StatePassing` and `HeadAllToAll` are seams of the same `GatedDeltaNet`, differentiable. `broadcast_chunks` is what the
 public Kairos v1 code does, forward only as there: every rank computes its heads of every token, chunk after chunk.
@@ -30,7 +31,7 @@ GATE_BY_HEADS_FROM = 5
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a GATED layer; `item` bytes per number of activations. States, decays and write strengths take 4."""
+    """Of a Gated DeltaNet layer; `item` bytes per number of activations. States, decays and write strengths take 4."""
 
     dim: int = 2560
     heads: int = 20

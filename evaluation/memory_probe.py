@@ -1,4 +1,4 @@
-"""How long the GATED layers remember: decays and contraction of each head, measured on held-out windows.
+"""How long the Gated DeltaNet layers remember: decays and contraction of each head, measured on held-out windows.
 
 Per head, with unit keys, the state S (K×V) goes from token to token by
 
@@ -48,7 +48,7 @@ LEAST_DECAY = 1e-12
 
 @dataclass(frozen=True)
 class MemoryMeasurement:
-    """What one GATED layer did on a batch; float64 on the CPU.
+    """What one Gated DeltaNet layer did on a batch; float64 on the CPU.
 
     Attributes:
         log_decay: g (B, S, H).
@@ -65,7 +65,7 @@ class MemoryMeasurement:
 
 @torch.no_grad()
 def measure(predictor: Predictor, index: ShardIndex, *, samples: int, seed: int, batch_size: int) -> dict[str, Any]:
-    """Probe every GATED layer of a policy; one forward pass per window.
+    """Probe every Gated DeltaNet layer of a policy; one forward pass per window.
 
     Args:
         samples: windows, spread evenly over the shards.

@@ -145,7 +145,7 @@ def _predictions(predictor: Predictor, batch: Batch, seed: int) -> dict[str, Ten
 
 
 def _blinded(predictor: Predictor, batch: Batch, seen: Conditions) -> Conditions:
-    """`seen` with constant pictures and the mean state; text is encoded anew where its encoder sees pictures."""
+    """`seen` with constant pictures and the mean state; text is encoded again where its encoder sees pictures."""
     policy = predictor.policy
     height, width = (8 * size for size in seen.history.shape[-2:])
     shape = (len(batch.keys), given_frames(policy.history_frames), height, width, 3)

@@ -78,7 +78,7 @@ def read(folder: Path) -> dict[str, Any]:
     if (folder / EVALUATION).is_file():
         found = _json(folder / EVALUATION)
         if found.get("format") != FORMAT:
-            raise UserError(f"{folder / EVALUATION}: format is {found.get('format')!r}, not {FORMAT!r}; evaluate anew")
+            raise UserError(f"{folder / EVALUATION}: format is {found.get('format')!r}, not {FORMAT!r}; evaluate again")
     if (folder / CLOSED_LOOP).is_file():
         played = _json(folder / CLOSED_LOOP)
         if not isinstance(played.get("policies"), dict):
@@ -268,7 +268,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())}); evaluate anew") from error
+        raise UserError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())}); evaluate again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, must be an object; evaluate anew")
+        raise UserError(f"{path}: holds a {type(value).__name__}, must be an object; evaluate again")
     return value

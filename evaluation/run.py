@@ -150,7 +150,7 @@ def obstacles(policy: Policy, index: ShardIndex) -> dict[str, str]:
     elif index.clips is not None:
         found["video"] = "the shards hold clips, no windows of episodes: nothing is recorded behind them"
     if not gated_layers(policy.model):
-        found["memory"] = "the model has no GATED layer"
+        found["memory"] = "the model has no Gated DeltaNet layer"
     return found
 
 

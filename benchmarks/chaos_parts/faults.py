@@ -215,7 +215,7 @@ def _starts(run_dir: Path) -> list[int]:
 
 
 def _goes_on(run_dir: Path, earlier: int, steps: int) -> bool:
-    """Whether a life after so many earlier ones has done a step, or had none left to do."""
+    """Whether an attempt after earlier ones has done a step, or had none left to do."""
     starts = _starts(run_dir)
     return len(starts) > earlier and (starts[-1] == steps or steps_done(run_dir) > starts[-1])
 

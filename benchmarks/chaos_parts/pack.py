@@ -61,7 +61,7 @@ def pack_through_kills(home: Path, expected: Path, rng: random.Random) -> tuple[
 
 
 def _shards_written(home: Path, name: str) -> int:
-    """Shards below all folders whose names have `name` in them; folders that go meanwhile are passed over."""
+    """Shards below all folders whose names have `name` in them; folders that go meanwhile are skipped."""
     found = (files for folder, _, files in os.walk(home) if name in folder)
     return sum(file.endswith(".tar") for files in found for file in files)
 

@@ -308,7 +308,7 @@ def fp8_layers(setting: Setting) -> Entries:
 
 
 class BlockwiseAdamW:
-    """AdamW on float32 copies of bfloat16 weights, block by block, so that gradients are widened a block at a time."""
+    """AdamW on float32 copies of bfloat16 weights, block by block, so that gradients are upcast a block at a time."""
 
     def __init__(self, model: nn.Module, setting: Setting) -> None:
         blocks: dict[str, list[nn.Parameter]] = {}

@@ -42,7 +42,7 @@ def read_modality(root: Path) -> dict[str, tuple[str, int, int]]:
             for name, part in groups.get(group, {}).items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is not a table of parts with start and end ({error!r}); mend or remove it") from error
+        raise UserError(f"{path}: is not a table of parts with start and end ({error!r}); fix or remove it") from error
 
 
 def columns_of(key: str, features: Mapping[str, Any], modality: Mapping[str, tuple[str, int, int]]) -> list[tuple]:
@@ -80,7 +80,7 @@ def read_vector(columns: Mapping[str, np.ndarray], length: int, parts: list[tupl
         values = np.asarray(columns[name], dtype=np.float32)
         values = values.reshape(len(values), -1)
         if len(values) != length:
-            raise UserError(f"{where}: column {name!r} has {len(values)} rows, the episode {length} frames; mend it")
+            raise UserError(f"{where}: column {name!r} has {len(values)} rows, the episode {length} frames; fix it")
         if part.stop is not None and not part.start < part.stop <= values.shape[1]:
             raise UserError(
                 f"{where}: dimensions {part.start} to {part.stop} asked of column {name!r}, which has {values.shape[1]}"
@@ -89,7 +89,7 @@ def read_vector(columns: Mapping[str, np.ndarray], length: int, parts: list[tupl
             row, dim = (int(i) for i in bad[0])
             raise UserError(
                 f"{where}: column {name!r} is {values[row, dim]} at frame {row}, dimension {dim}; every value must "
-                "be finite: mend or remove the episode"
+                "be finite: fix or remove the episode"
             )
         found.append(values[:, part])
     return np.concatenate(found, axis=1)

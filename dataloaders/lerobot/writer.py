@@ -154,7 +154,7 @@ class LeRobotWriter:
                     f"{where}: {key} is {columns[key].shape}; {length} frames and names need {(length, len(names))}"
                 )
             if not np.isfinite(columns[key]).all():
-                raise UserError(f"{where}: {key} holds values that are not finite; mend or drop the episode")
+                raise UserError(f"{where}: {key} holds values that are not finite; fix or drop the episode")
         if set(frames) != set(self._cameras):
             raise UserError(
                 f"{where}: has pictures of {sorted(frames)}; the dataset has cameras {sorted(self._cameras)}"

@@ -3,7 +3,7 @@
     DIR/<fingerprint of the index>/shard-000000.tar
 
 All processes of a machine share the folder. Of a shard that several want at once, one downloads it and the others wait.
-Beyond the limit the files that were opened longest ago go; whoever has one open reads on.
+Beyond the limit the files that were opened longest ago go; a reader that has one open reads on.
 """
 
 from __future__ import annotations

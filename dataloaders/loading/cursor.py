@@ -1,7 +1,7 @@
 """The endless order of samples, cut into the micro-batches of one data rank.
 
-Of a fixed size: a global step takes the next G = micro_batch · accumulation · world_size samples of the order, whoever
-reads them; data rank r takes every world_size-th of them from the r-th on, and its micro-batches are that share in
+Of a fixed size: a global step takes the next G = micro_batch · accumulation · world_size samples of the order, on
+whichever rank; data rank r takes every world_size-th of them from the r-th on, and its micro-batches are that share in
 pieces. So with the same G, every layout trains on the same samples at every step.
 
 By token budget (`dataloaders.loading.buckets`): a global step takes the next accumulation · world_size micro-batches,

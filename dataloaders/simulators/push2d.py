@@ -4,13 +4,13 @@ The table is the square [-1, 1]², x to the right and y up. A round agent moves 
 what is overlapped is moved out of the way along the line of centres, the agent moves blocks, blocks move blocks, walls
 stop everything. The agent is rough: by Coulomb's law what it pushes goes its way, and slides off where that way is
 farther aside of the line of centres than `FRICTION` allows (blocks are smooth and do not turn). Both tasks have the
-same layouts, so whoever ignores the instruction pushes the wrong block half of the time. Lengths are in table units,
-of which the table is 2 wide.
+same layouts, so a policy that ignores the instruction pushes the wrong block half of the time. Lengths are in table
+units, of which the table is 2 wide.
 
 Made so that a model of the demo's size learns it in minutes. The layouts vary within bounds. The table's colour tells
 where on it one looks, as a real scene does. Red is mostly on the left: with sides drawn evenly neither the picture nor
 the instruction says anything without the other, an exclusive or, which small models do not find in thousands of steps.
-There is no velocity in the state: whoever imitates and knows the last movement repeats it. Smooth discs roll off each
+There is no velocity in the state: an imitator that knows the last movement repeats it. Smooth discs roll off each
 other, so that an error of a pixel loses the block: that is what the friction is for.
 """
 

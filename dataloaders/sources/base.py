@@ -71,7 +71,7 @@ class Unit:
 
 
 class Source(Protocol):
-    """Samples to be packed. Made anew in every process.
+    """Samples to be packed. Made again in every process.
 
     Attributes:
         name: of its samples' keys: letters, digits, `_` and `-`.

@@ -105,7 +105,7 @@ def _shown(times: np.ndarray, row: Row, clips: ClipConfig, name: str) -> tuple[n
     if not 0 <= row.start < end:
         raise UserError(f"{name}: start={row.start:g} and end={end:g} leave nothing; give seconds with start < end")
     if end > length + 0.5 * period + 1e-3:
-        raise UserError(f"{name}: end={end:g} is behind the video's {length:.3f} s; mend the manifest")
+        raise UserError(f"{name}: end={end:g} is behind the video's {length:.3f} s; fix the manifest")
     fps = min(clips.fps, 1 / period)
     count = int((min(end, length) - row.start) * fps + 1e-6)
     wanted = times[0] + row.start + np.arange(count) / fps

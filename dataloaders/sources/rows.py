@@ -185,7 +185,7 @@ def _csv_rows(data: bytes, path: str | Path) -> Iterator[tuple[int, dict[str, An
                     values[name] = cell
             yield reader.line_num, values
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not a CSV file in UTF-8 ({error}); mend it") from error
+        raise UserError(f"{path}: is not a CSV file in UTF-8 ({error}); fix it") from error
 
 
 def _mapping(value: Any, field_name: str) -> Mapping[str, Any]:

@@ -75,7 +75,7 @@ class DreamGen(PlainBenchmark):
         if heading != HEADING:
             raise UserError(f"{path}: begins with {','.join(heading)!r}; give {self.results['sr']}")
         if short := next((row for row in rows if len(row) < len(HEADING)), None):
-            raise UserError(f"{path}: row {','.join(short)!r} is cut short; judge the folder anew")
+            raise UserError(f"{path}: row {','.join(short)!r} is cut short; judge the folder again")
         judged = [(Path(",".join(row[:-2])).name, row[-2], row[-1]) for row in rows]
         same_set((name for name, _, _ in judged), (job.name for job in jobs), str(path), "judge the complete folder")
         instructions = {job.name: job.instruction for job in jobs}

@@ -28,7 +28,7 @@ class ActionServer(Protocol):
 
 
 class Replanner:
-    """Executes the first `replan_steps` actions of every chunk, then asks anew.
+    """Executes the first `replan_steps` actions of every chunk, then asks again.
 
     A model that is given several frames gets one of every `action_video_freq_ratio` steps, as in training; the frames
     since the last request go with the next one.

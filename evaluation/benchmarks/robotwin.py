@@ -160,5 +160,5 @@ def _successes(path: Path) -> int:
     except (ValueError, OverflowError, IndexError):
         rate = count = -1
     if not 0 <= count <= EPISODES or abs(rate * EPISODES - count) > 1e-6:
-        raise UserError(f"{path}: ends with no rate of {EPISODES} episodes; run this task anew")
+        raise UserError(f"{path}: ends with no rate of {EPISODES} episodes; run this task again")
     return count

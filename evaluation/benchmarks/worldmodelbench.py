@@ -89,7 +89,7 @@ class WorldModelBench(PlainBenchmark):
 def _answers(answers: Any, count: int, where: str) -> list[float]:
     """The numbers of a flat list of this length."""
     if not isinstance(answers, list) or len(answers) != count:
-        raise UserError(f"{where}: does not hold {count} answers; judge the complete folder anew")
+        raise UserError(f"{where}: does not hold {count} answers; judge the complete folder again")
     if where.endswith(".instruction"):
         return [number(answer, f"{where}[{i}]", 0, BEST_INSTRUCTION) for i, answer in enumerate(answers)]
     return [yes_or_no(answer, f"{where}[{i}]") for i, answer in enumerate(answers)]

@@ -25,7 +25,7 @@ Game = Generator[Callable[[], np.ndarray], np.ndarray, EpisodeOutcome]
 def play(simulator: Simulator, policy: EpisodePolicy, episode: Episode, *, replan_every: int) -> Game:
     """Play one episode, to success or to the simulator's `max_steps`.
 
-    It stops where a plan is needed, so that whoever drives it may compute several plans at a time; an exception that
+    It stops where a plan is needed, so that the caller may compute several plans at a time; an exception that
     is thrown into it there is the policy's.
 
     Args:

@@ -68,7 +68,7 @@ def names_cameras(export: Path) -> bool:
     try:
         return bool((described.get("robot") or described["run"]["data"]["window"])["cameras"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{Path(export) / CONFIG_FILE}: describes no run; export anew, standalone") from error
+        raise UserError(f"{Path(export) / CONFIG_FILE}: describes no run; export again, standalone") from error
 
 
 def picture_side(export: Path) -> int:

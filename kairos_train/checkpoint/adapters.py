@@ -1,4 +1,4 @@
-"""A checkpoint's weights with its adapters merged in, so that whoever reads them need not know of adapters."""
+"""A checkpoint's weights with its adapters merged in, so that readers need not know of adapters."""
 
 from __future__ import annotations
 

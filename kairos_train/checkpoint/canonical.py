@@ -167,14 +167,14 @@ def find_latest(parent: Path, *, deep: bool = False) -> tuple[Path | None, list[
     Valid means: an undamaged manifest and every file present with its recorded size; with `deep` also with its SHA-256.
 
     Returns:
-        The folder (None when there is none), and one warning for each newer folder that was passed over.
+        The folder (None when there is none), and one warning for each newer folder that was skipped.
     """
     warnings = []
     for path in reversed(list_checkpoints(parent)):
         problem = find_problem(path, deep=deep)
         if problem is None:
             return path, warnings
-        warnings.append(f"checkpoint {path} is passed over: {problem}")
+        warnings.append(f"checkpoint {path} is skipped: {problem}")
     return None, warnings
 
 

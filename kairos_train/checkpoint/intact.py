@@ -20,7 +20,7 @@ def find_intact(parent: Path, topology: Topology, *, before: int | None = None) 
         before: only checkpoints of earlier steps; None: all.
 
     Returns:
-        The folder (None when there is none) and one warning for each newer one that was passed over, the same on all
+        The folder (None when there is none) and one warning for each newer one that was skipped, the same on all
         ranks.
     """
     warnings: list[str] = []
@@ -36,7 +36,7 @@ def find_intact(parent: Path, topology: Topology, *, before: int | None = None) 
         problems = [found for found in _everyones(problem, topology) if found is not None]
         if not problems:
             return path, warnings
-        warnings.append(f"checkpoint {path} is passed over: {problems[0]}")
+        warnings.append(f"checkpoint {path} is skipped: {problems[0]}")
         before = steps[-1]
 
 

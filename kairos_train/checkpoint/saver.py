@@ -207,7 +207,7 @@ class Saver:
         """
         if not failed:
             if problem := self.settle():
-                raise MachineFault(f"{problem}; mend that and start the run again, from the checkpoint before")
+                raise MachineFault(f"{problem}; fix that and start the run again, from the checkpoint before")
         elif self._thread is not None:
             self.patience = min(self.patience, GRACE)
             self._thread.join()

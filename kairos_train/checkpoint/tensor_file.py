@@ -87,7 +87,7 @@ class TensorFile:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is no readable safetensors file ({type(error).__name__}: {error})") from None
         if problem:
-            raise UserError(f"{path}: {problem}; get the file anew")
+            raise UserError(f"{path}: {problem}; get the file again")
 
     def read(self, name: str, slices: Sequence[slice] = ()) -> Tensor:
         """A tensor, or the box `slices` of it (steps of 1, missing dimensions whole), on the CPU.
@@ -115,7 +115,7 @@ class TensorFile:
             while left:
                 count = file.readinto(left)
                 if not count:
-                    raise UserError(f"{self.path}: ends within tensor {name!r}; get the file anew")
+                    raise UserError(f"{self.path}: ends within tensor {name!r}; get the file again")
                 left = left[count:]
         return out
 

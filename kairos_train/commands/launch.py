@@ -149,7 +149,7 @@ def _pack(args: argparse.Namespace) -> tuple[list[SlurmJob], Any]:
     if twice := [out for out in outs if outs.count(out) > 1]:
         raise UserError(f"--sources {args.sources}: two sources would be packed into {twice[0]}; rename one of them")
     if gone := [s for s in sources if args.after is None and "://" not in s and not Path(s).expanduser().exists()]:
-        raise UserError(f"--sources {args.sources}: {gone[0]} does not exist; mend the line")
+        raise UserError(f"--sources {args.sources}: {gone[0]} does not exist; fix the line")
     where = [word for folder in args.config_dir for word in ("--config-dir", str(folder.absolute()))]
     words = [*shlex.split(args.arguments or ""), *where, *args.overrides]
     _check_words(args, "data", "pack", [sources[0], "--out", outs[0], *words])

@@ -100,7 +100,10 @@ def add(commands: Any) -> None:
         help="of the weights; none: as stored for imported ones, else bf16",
     )
     export.add_argument(
-        "--quantize", choices=("int8", "fp8", "int4"), default=None, help="large linear layers in few bits"
+        "--quantize",
+        choices=("int8", "fp8", "int4"),
+        default=None,
+        help="weight-only quantization of the large linear layers",
     )
 
     rollout = command(commands, "rollout", run_rollout, "generate video, actions or both from given first frames")

@@ -91,7 +91,7 @@ def identities_match(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
         if old != new:
             raise UserError(
                 f"encoders.{key}: made with {old!r}, this run has {new!r}; latents and context mean something else "
-                "under other encoders: use the encoders of the checkpoint or shards, or encode and train anew"
+                "under other encoders: use the encoders of the checkpoint or shards, or encode and train again"
             )
 
 

@@ -61,7 +61,7 @@ def load_config(
     texts = [_checked_override(text, _groups(roots)) for text in overrides]
     searchpath = ",".join(_quoted(f"file://{root}") for root in roots[1:])
     _store_schema()
-    GlobalHydra.instance().clear()  # whoever initialised it before; what happens below leaves it as clean as this
+    GlobalHydra.instance().clear()  # another caller may have initialised it; what follows leaves it as clean as this
     try:
         with initialize_config_dir(config_dir=str(shipped), job_name="kairos-train", version_base="1.3"):
             node = compose(config_name, [*texts, f"hydra.searchpath=[{searchpath}]"])

@@ -47,6 +47,6 @@ def faults_are_known(config: Config) -> None:
         if fault.kind not in FAULT_KINDS:
             raise UserError(f"faults.inject[{i}].kind={fault.kind} is unknown; use one of {', '.join(FAULT_KINDS)}")
         if fault.step < 1 or fault.steps < 1 or fault.rank < 0 or (fault.life is not None and fault.life < 1):
-            raise UserError(f"faults.inject[{i}]: step, steps and life count from 1 and rank from 0; mend {fault}")
+            raise UserError(f"faults.inject[{i}]: step, steps and life count from 1 and rank from 0; fix {fault}")
         if not fault.seconds > 0:
             raise UserError(f"faults.inject[{i}].seconds={fault.seconds} is not positive; give a number above 0")

@@ -88,7 +88,7 @@ class FaultConfig:
     step: int = 1  # during this step, counted from 1
     rank: int = 0  # of the world; nan and spike: of the data-parallel ranks
     life: int | None = 1  # of the run, counted from 1; null: in each
-    steps: int = 1  # for so many steps (nan, spike, slow)
+    steps: int = 1  # for this many steps (nan, spike, slow)
     seconds: float = 1.0  # slow, stall
 
 

@@ -206,7 +206,7 @@ class TrainConfig:
     recompute: str = "none"  # none | block | selective (all but attention outputs and states): activations in backward
     offload_activations: bool = False  # keep what is saved for backward in host memory
     async_checkpoint: bool = True  # write checkpoints behind the training loop
-    failed_checkpoints: int = 3  # so many failed writes in a row are survived; the next one ends the run (ours)
+    failed_checkpoints: int = 3  # this many failed writes in a row are tolerated; the next one ends the run (ours)
     deadline: str | None = None  # local time as in 2026-01-31T18:00:00; the run saves and ends before it
     deadline_margin: float = 300.0  # seconds before the deadline (ours)
     dry_run: bool = True  # before the first step, one of the largest batch, whose update is dropped

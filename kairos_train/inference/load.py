@@ -97,11 +97,11 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: str | None = N
     described = read_json(folder, CONFIG_FILE)
     if described.get("format") != FORMAT:
         raise UserError(
-            f"{folder / CONFIG_FILE}: format is {described.get('format')!r}, not {FORMAT!r}; export anew, standalone"
+            f"{folder / CONFIG_FILE}: format is {described.get('format')!r}, not {FORMAT!r}; export again, standalone"
         )
     for key in ("run", "distilled", "dtype", "weights", "quantization", "fingerprint"):
         if key not in described:
-            raise UserError(f"{folder / CONFIG_FILE}: has no {key!r}; export anew")
+            raise UserError(f"{folder / CONFIG_FILE}: has no {key!r}; export again")
     config = from_dict(Config, described["run"])
     name = dtype or ("fp32" if device.type == "cpu" else described["dtype"])
     if name not in DTYPES:
@@ -176,7 +176,7 @@ def read_index(folder: Path) -> dict[str, str]:
     """
     names = read_json(folder, INDEX_FILE).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-        raise UserError(f"{folder / INDEX_FILE}: has no weight_map from tensors to files beside it; export anew")
+        raise UserError(f"{folder / INDEX_FILE}: has no weight_map from tensors to files beside it; export again")
     return names
 
 
@@ -194,7 +194,7 @@ def read_header(file: Path) -> Header:
             tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()}
             return Header(tensors, weights.metadata() or {})
     except SafetensorError as error:
-        raise UserError(f"{file}: cannot be read as safetensors ({one_line(error)}); export anew") from error
+        raise UserError(f"{file}: cannot be read as safetensors ({one_line(error)}); export again") from error
 
 
 def check_fit(
@@ -232,7 +232,7 @@ def check_fit(
     if fingerprint(described, tensors) != described["fingerprint"]:
         raise UserError(
             f"{folder / CONFIG_FILE}: is not as it was exported, or of other weights: what it says of model, data,"
-            " stage, encoders or precision has another fingerprint; export anew"
+            " stage, encoders or precision has another fingerprint; export again"
         )
     for file, table in tables.items():
         _check_fingerprint(file, table.metadata.get("fingerprint"), described)
@@ -276,7 +276,7 @@ def read_statistics(folder: Path, described: Mapping[str, Any]) -> dict[str, Any
     if digest != described.get("statistics_sha256"):
         raise UserError(
             f"{folder / STATISTICS_FILE}: is not the one that was exported (sha256 {digest[:12]}, not"
-            f" {str(described.get('statistics_sha256'))[:12]}): actions would be in other units; export anew"
+            f" {str(described.get('statistics_sha256'))[:12]}): actions would be in other units; export again"
         )
     return statistics
 
@@ -293,9 +293,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{file}: not found; write an export folder with `kairos-train export`") from error
     except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: is not JSON ({one_line(error)}); export anew") from error
+        raise UserError(f"{file}: is not JSON ({one_line(error)}); export again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{file}: holds a {type(value).__name__}, must be an object; export anew")
+        raise UserError(f"{file}: holds a {type(value).__name__}, must be an object; export again")
     return value
 
 

@@ -250,7 +250,7 @@ class Predictor:
     ) -> Iterator[Prediction]:
         """Go on from a batch of observations, chunk after chunk; every chunk takes the same work and memory.
 
-        With a sliding history a chunk is given the last pictures of the one before, encoded anew as a clip of their
+        With a sliding history a chunk is given the last pictures of the one before, encoded again as a clip of their
         own: what the model is given looks as in training. With a carried one (`carried`) the latents go on as one
         clip, and the video encoder decodes a chunk behind its last K latents. The state token stays that of the
         observation: nobody measures a robot in a dream.
@@ -260,10 +260,10 @@ class Predictor:
             mode: "video" or "joint".
             seeds: of the whole rollout, one per sample; the first chunk is that of `sample`.
             chunks: how many.
-            texts: full prompts; with a sliding history and a text encoder that looks at pictures, encoded anew with
+            texts: full prompts; with a sliding history and a text encoder that looks at pictures, encoded again with
                 the first frame of every chunk, as in training. None: the context stays.
             history: K, latent frames from which a chunk goes on; None: as many as in training, which is the least.
-            carried: carry states and keys over instead of computing the history anew; needs a model trained with
+            carried: carry states and keys over instead of computing the history again; needs a model trained with
                 `model.video.history_causal`.
 
         Yields:

@@ -1,4 +1,5 @@
-"""Linear layers whose weights are stored in few bits and widened when they are used (*ours*).
+"""Linear layers whose weights are stored quantized and dequantized when they are used: weight-only quantization
+(*ours*).
 
 A quantised layer is plain tensors under its name, `out` rows of `in` columns:
 
@@ -9,7 +10,7 @@ A quantised layer is plain tensors under its name, `out` rows of `in` columns:
 
 A group is 16 consecutive columns of a row; the last group of a row has what is left. Its step and its centre are its
 two values in `weight_groups` times the two of its row in `weight_scale`. Two int4 codes share a byte: even columns in
-the lower four bits, odd ones in the upper. `NAME.bias` stays as it is. Only weights are in few bits: activations and
+the lower four bits, odd ones in the upper. `NAME.bias` stays as it is. Only weights are quantized: activations and
 sums have the precision of the layer's input.
 """
 
@@ -35,7 +36,7 @@ LARGE = re.compile(
     r"(video|action)_dit\.blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02]|gated_delta\.[qkvo]_proj)\.weight"
 )
 """The weights that are quantised: projections and FFNs of the blocks. Embeddings, heads, modulations, norms, gates (the
-output gate, decays and write strengths of GATED layers, too) and convolutions are kept."""
+output gate, decays and write strengths of Gated DeltaNet layers, too) and convolutions are kept."""
 
 
 def is_large(name: str) -> bool:

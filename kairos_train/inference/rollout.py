@@ -2,7 +2,7 @@
 
 Two ways to remember, with one interface: `observe` clean latents, `sample` the frames behind them.
 
-- `SlidingHistory` keeps the last K latent frames and gives them to the model anew with every chunk, as in training.
+- `SlidingHistory` keeps the last K latent frames and gives them to the model again with every chunk, as in training.
 - `StreamingHistory` runs every frame through the model as history once and carries the GATED states and the keys in
   reach over (`kairos_train.model.streaming`); for models trained with `model.video.history_causal`.
 
@@ -145,8 +145,8 @@ class StreamingHistory:
     """States and keys of what has been, carried over.
 
     Actions see the last K frames, in the places that these have in training; SWA and DSWA layers reach as far back as
-    their windows do, GATED layers to the first frame. A frame keeps what the conditions under which it was observed
-    made of it. With guidance the branch without the prompt carries a history of its own.
+    their windows do, Gated DeltaNet layers to the first frame. A frame keeps what the conditions under which it was
+    observed made of it. With guidance the branch without the prompt carries a history of its own.
 
     Args:
         model: a `WorldActionModel` in evaluation mode, trained with `model.video.history_causal`.

@@ -148,5 +148,5 @@ def _deadline(end: str) -> str | None:
     if not end:
         return None
     if not re.fullmatch(r"\d+", end):
-        raise UserError(f"SLURM_JOB_END_TIME={end} is not in seconds since 1970; unset it, or mend it")
+        raise UserError(f"SLURM_JOB_END_TIME={end} is not in seconds since 1970; unset it, or fix it")
     return datetime.fromtimestamp(int(end)).isoformat(timespec="seconds")

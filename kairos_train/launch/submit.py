@@ -107,7 +107,7 @@ def submit(
     if done.returncode:
         shutil.rmtree(job_dir)
         why = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise UserError(f"Slurm refuses the job {job.name}: {why}; mend the cluster section, or add cluster.sbatch=[…]")
+        raise UserError(f"Slurm refuses the job {job.name}: {why}; fix the cluster section, or add cluster.sbatch=[…]")
     return done.stdout.strip().split(";")[0]
 
 
@@ -121,7 +121,7 @@ def pack_code(path: Path) -> None:
 
 
 def _source_only(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Without compiled files; owned by whoever unpacks it."""
+    """Without compiled files; owned by the user who unpacks it."""
     if member.name.rsplit("/", 1)[-1] == "__pycache__":
         return None
     member.uid = member.gid = 0

@@ -65,7 +65,7 @@ class RunLock:
             try:
                 os.ftruncate(file, 0)  # nobody has it now
             except OSError:
-                pass  # a full or vanished disk: whoever takes it next writes its own name
+                pass  # a full or vanished disk: the next holder writes its own name
             finally:
                 os.close(file)
 

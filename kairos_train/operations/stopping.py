@@ -1,7 +1,8 @@
 """Requests to a running process: stop with a checkpoint (SIGUSR1, SIGTERM, a deadline), profile (SIGUSR2).
 
 Handlers only note what came; the training loop asks between two steps, and all ranks agree on the answer there. A
-second SIGTERM changes nothing: whoever cannot wait sends SIGKILL, which costs the steps since the last checkpoint.
+second SIGTERM changes nothing: a caller that cannot wait sends SIGKILL, which costs the steps since the last
+checkpoint.
 """
 
 from __future__ import annotations

@@ -30,10 +30,11 @@ TRANSIENT = 12
 """Bytes per token and channel beside what is saved: three float32 tensors, where backward begins."""
 
 RESCAN = 1.4
-"""What the second scan of a GATED layer holds, over what its graph saves: gradients on their way through it."""
+"""What the second scan of a Gated DeltaNet layer holds, over what its graph saves: gradients on their way through
+it."""
 
 TORCH_RULE = {"K": 5, "V": 2, "C": 9}
-"""Float32 numbers that the plain torch recurrence keeps per token and head: so many times K, V and C.
+"""Float32 numbers that the plain torch recurrence keeps per token and head: this many times K, V and C.
 
 K: k in two products, q and k decayed, W. V: v and the new values. C: scores, inverse and decays of a chunk."""
 
@@ -153,7 +154,7 @@ def _gated(layout: Layout, rank: int, tokens: int) -> float:
 
 
 def _behind_the_rule(layout: Layout) -> float:
-    """Per token of a GATED layer: the gated norm and the o projection."""
+    """Per token of a Gated DeltaNet layer: the gated norm and the o projection."""
     values = layout.heads * layout.model.video.gdn_value_dim
     gated = 2 * wide(layout, 1) + 3 * FULL_PRECISION  # outputs of g_proj and the rule; normalised; both factors
     return (gated + layout.compute_bytes) * values
@@ -256,7 +257,8 @@ def _outside(layout: Layout, rank: int) -> float:
 
 
 def _transient(layout: Layout, rank: int) -> float:
-    """Beside what is saved, at the worst moment: where backward begins, or where a GATED layer scans once more.
+    """Beside what is saved, at the worst moment: where backward begins, or where a Gated DeltaNet layer scans once
+    more.
 
     That is after the parts of the layer behind its recurrence are gone.
     """

@@ -3,8 +3,8 @@
     seconds = compute + tensor + context + data
 
 compute   the busiest rank's FLOPs / (peak · mfu). `cluster.mfu` is the share of the peak that a rank reaches while it
-          computes; recomputation, second scans of GATED layers and uneven frames make it work on more than its share
-          of the model FLOPs.
+          computes; recomputation, second scans of Gated DeltaNet layers and uneven frames make it work on more than its
+          share of the model FLOPs.
 tensor    bytes of the busiest rank / bandwidth, not overlapped. Intra-node when every tensor group lies in one node by
 context   rank order (tensor fastest, then context), else one network card per GPU.
 data      rings over all ranks that hold the same parameters: the ranks of one group in a node share their network

@@ -7,8 +7,9 @@ tensor    every layer enters a part that is split by heads or channels three tim
           cross-attention, FFN) and leaves it three times. Each way in is free forward and an all-reduce of the residual
           stream backward, each way out an all-reduce forward and free backward. Under sequence parallelism these are
           all-gathers and reduce-scatters of the same bytes. Norms of q and k reduce one float32 per token both ways.
-context   GATED layers: states (ring (K·V)·H, all_gather (N − 1)·(K + V)·K·H forward and (N − 1)·K·V·H backward, in
-          float32) and the halo of the convolutions. Windowed layers: frames as `exchange.frame_plan` counts them.
+context   Gated DeltaNet layers: states (ring (K·V)·H, all_gather (N − 1)·(K + V)·K·H forward and (N − 1)·K·V·H
+          backward, in float32) and the halo of the convolutions. Windowed layers: frames as `exchange.frame_plan`
+          counts them.
 data      gradients in float32 over context × data: an all-reduce, once a step (ZeRO 0, 1) or per micro-batch (2);
           updated weights back (1, 2). Stage 3: weights for forward and backward, and a reduce-scatter, per micro-batch.
 
@@ -125,7 +126,7 @@ def _frames(layout: Layout, kind: str, rank: int) -> float:
 
 
 def _states(layout: Layout, rank: int) -> float:
-    """States and halo of one GATED layer; their gradients."""
+    """States and halo of one Gated DeltaNet layer; their gradients."""
     video, ranks, held = layout.model.video, layout.degrees.context, layout.frames_per_rank
     key, value = video.gdn_key_dim, video.gdn_value_dim
     if resolve_method(layout.config.parallel.state_exchange, ranks) == "all_gather":

@@ -34,7 +34,7 @@ class PolicyClient:
     """One connection to a server, made when it is needed and again when it was lost.
 
     A request whose connection breaks is sent once more over a new one, unless the policy keeps a history of this
-    episode on the server, which is lost then: PolicyLost is raised, and the episode must begin anew.
+    episode on the server, which is lost then: PolicyLost is raised, and the episode must begin again.
 
     Args:
         url: ws://HOST:PORT, or wss:// through a proxy with TLS.
@@ -90,7 +90,7 @@ class PolicyClient:
         except ConnectionClosed as lost:
             final = lost.rcvd is not None and lost.rcvd.code in FINAL_CODES
             if final or (keeps_history and self._metadata.get("given_frames", 1) > 1):
-                raise PolicyLost(f"{self._url}: the connection broke ({lost}); begin the episode anew") from lost
+                raise PolicyLost(f"{self._url}: the connection broke ({lost}); begin the episode again") from lost
             try:
                 reply = self._exchange(request)
             except ConnectionClosed as again:
@@ -133,7 +133,7 @@ class PolicyClient:
             delay = min(2 * delay, LONGEST_DELAY)
         if self._metadata not in (None, metadata):
             self.close()
-            raise PolicyLost(f"{self._url}: now serves another policy; begin anew with a new client")
+            raise PolicyLost(f"{self._url}: now serves another policy; begin again with a new client")
         self._metadata = metadata
         return self._connection
 

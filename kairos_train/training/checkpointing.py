@@ -77,7 +77,7 @@ class Checkpointing:
         if self._failures > self.config.train.failed_checkpoints:
             raise MachineFault(
                 f"{problem}; {self._failures} checkpoints in a row failed "
-                f"(train.failed_checkpoints={self.config.train.failed_checkpoints}): mend that and start the run again"
+                f"(train.failed_checkpoints={self.config.train.failed_checkpoints}): fix that and start the run again"
             )
         return problem
 

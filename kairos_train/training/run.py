@@ -43,7 +43,7 @@ OUTCOMES = {type(None): "finished", Interrupted: "interrupted", RunStopped: "sto
 
 @dataclass
 class Reports:
-    """What is written step by step. After going back to an earlier step it is opened anew there."""
+    """What is written step by step. After going back to an earlier step it is opened again there."""
 
     telemetry: Telemetry
     samples: SampleLog

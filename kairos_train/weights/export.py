@@ -75,7 +75,7 @@ def export(
         weights: "ema" or "raw".
         dtype: "bf16" or "fp32", of every tensor that is not quantised, or "stored", as the checkpoint has it; None:
             stored for imported weights, bf16 for trained ones, whose checkpoints are float32.
-        quantize: "int8", "fp8" or "int4": the large linear layers in few bits; None: none.
+        quantize: "int8", "fp8" or "int4": the large linear layers, weight-only; None: none.
         distilled: the model was distilled to the fixed four steps: the sampler is set so, without guidance.
         file_bytes: a file of a standalone export is closed before it would grow beyond this.
 

@@ -129,7 +129,7 @@ class WrittenTensors:
             raise OSError(f"{surplus[0]!r} is in the files and was not written")
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A parameter as a loaded export has it, quantised ones widened to float32."""
+        """A parameter as a loaded export has it, quantized ones dequantized to float32."""
         if self._method is None or not is_large(name):
             return self._files[name].read(name)
         parts = {suffix: self._files[name + suffix].read(name + suffix) for suffix in layout(self._method, shape)}

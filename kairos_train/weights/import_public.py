@@ -1,7 +1,7 @@
 """Public weights → a canonical checkpoint, to train from (`stage.init_from`) or to export.
 
     DIR/step-00000000/   sections "model" and "ema", which name the same bytes: imported weights are their own average,
-                         so that whoever asks for either finds it and the disk holds one copy
+                         so that both names are found and the disk holds one copy
         config.yaml          the recognised model; the rest as the command line composed it
         dataset_stats.json   the one beside the weights, where there is one
 
@@ -261,7 +261,7 @@ def _write(
 def _read(source: WeightsSource, key: str) -> Tensor:
     tensor = source.read(key)
     if not tensor.isfinite().all():
-        raise UserError(f"{source.path}: {key!r} has values that are not finite; get the weights anew")
+        raise UserError(f"{source.path}: {key!r} has values that are not finite; get the weights again")
     return tensor
 
 

@@ -1,4 +1,4 @@
-"""Weights into few bits (layout: `kairos_train.inference.quantized`), and what that does to a model's outputs."""
+"""Weight-only quantization (format: `kairos_train.inference.quantized`), and what that does to a model's outputs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ TOPS = {"int8": (127.0,), "fp8": (448.0, 256.0)}
 error (*ours*). fp8 is finest, relative to the largest weight, where that is 256, a power of two."""
 
 SPANS, ROUNDS = (1.0, 0.94, 0.86), 2
-"""An int4 group's codes span so much of what its weights do; then, so many times, weights are rounded and step and
-centre fitted to the codes by least squares. The group takes the best of all that was met (*ours*). Normal weights lose
-6.3 % in this way, uniform ones 5.2 %."""
+"""An int4 group's quantized values span this much of what its weights do; then, this many times, weights are rounded
+and step and centre fitted to the codes by least squares. The group takes the best of all that was met (*ours*). Normal
+weights lose 6.3 % in this way, uniform ones 5.2 %."""
 
 ROWS = 1024  # of a weight that are rounded at a time, to bound memory
 
@@ -148,7 +148,7 @@ def output_error(
 
     Args:
         config: of the model.
-        reference, quantized: parameter name → its value, for the quantised model as the widened codes.
+        reference, quantized: parameter name → its value, for the quantised model as the dequantized values.
 
     Returns:
         By stream, "video" and "action"; None where the reference gives zeros, as freshly initialised heads do.

@@ -1,8 +1,8 @@
 """From the keys and shapes of public weights to a model's configuration.
 
-Sizes, streams and the places of GATED layers show in the keys. What leaves no trace in them (`TRACELESS`) comes from
-words: a configuration beside the weights, a named model, the command line. The same words may state sizes too; they are
-then compared.
+Sizes, streams and the places of Gated DeltaNet layers show in the keys. What leaves no trace in them (`TRACELESS`)
+comes from words: a configuration beside the weights, a named model, the command line. The same words may state sizes
+too; they are then compared.
 """
 
 from __future__ import annotations

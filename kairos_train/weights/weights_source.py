@@ -73,7 +73,7 @@ def _open_indexed(index: Path) -> dict[str, TensorFile]:
     files = {name: TensorFile(index.parent / name) for name in sorted(set(names.values()))}
     for key, name in sorted(names.items()):
         if key not in files[name].shapes:
-            raise UserError(f"{index}: {key!r} should be in {name} and is not; get the files anew")
+            raise UserError(f"{index}: {key!r} should be in {name} and is not; get the files again")
     for name, file in files.items():
         if surplus := sorted(key for key in file.shapes if names.get(key) != name):
             raise UserError(f"{index}: {name} holds {surplus[0]!r}, which the index does not place there")

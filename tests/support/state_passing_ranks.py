@@ -228,7 +228,8 @@ def layer_departures(
     mutation: str | None = None,
     recompute: str = "none",
 ) -> dict[str, float]:
-    """Departure of a GATED layer: its output here, the gradient of its input here, summed gradients of all weights."""
+    """Departure of a Gated DeltaNet layer: its output here, the gradient of its input here, summed gradients of all
+    weights."""
     rank, total = dist.get_rank(), sum(frames)
     generator = torch.Generator().manual_seed(total)
     x, weight = (torch.randn(batch, total, tokens_per_frame, 12, generator=generator).double() for _ in range(2))

@@ -13,7 +13,7 @@ HIGH = 3.0  # times the 90 % quantile: above it a value hides the others
 
 
 def thinned(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """A curve of at most so many points, each the mean of its neighbours that are finite; NaN where none is."""
+    """A curve of at most `points` points, each the mean of its neighbours that are finite; NaN where none is."""
     xs, ys = np.asarray(x, float), np.asarray(y, float)
     ys = np.where(np.isfinite(ys), ys, np.nan)
     if len(xs) <= points:

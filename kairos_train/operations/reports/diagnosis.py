@@ -154,7 +154,7 @@ def _of_checkpoints(
         yield Reason(TROUBLE if checkpoints.newest is None else LOOK, problem)
     passed = {event.get("checkpoint") or event.get("problem") for event in record.of("passed_over")}
     if passed and not checkpoints.problems:
-        yield Reason(LOOK, f"{many(len(passed), 'damaged checkpoint')} passed over at a start")
+        yield Reason(LOOK, f"{many(len(passed), 'damaged checkpoint')} skipped at a start")
     every = record.setting("train.checkpoint_every")
     if every and state.going and progress.step - (checkpoints.step or 0) > LATE * every:
         newest = (

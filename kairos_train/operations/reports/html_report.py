@@ -171,7 +171,7 @@ def _checkpoint(run: RunHistory) -> str:
 
 
 def _timeline(runs: Sequence[RunHistory]) -> str:
-    return _drawn("lives of the runs and what happened in them", plots.timeline(runs))
+    return _drawn("attempts of the runs and what happened in them", plots.timeline(runs))
 
 
 def _goodput(runs: Sequence[RunHistory]) -> str:
@@ -209,7 +209,7 @@ def _speed(runs: Sequence[RunHistory]) -> str:
 
 
 def _decay(runs: Sequence[RunHistory]) -> str:
-    return _drawn("decays of GATED layers", plots.families(runs, DECAYS))
+    return _drawn("decays of Gated DeltaNet layers", plots.families(runs, DECAYS))
 
 
 def _others(runs: Sequence[RunHistory]) -> str:
@@ -285,7 +285,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Sequence[RunHistory]], str]], ...] = (
     ("Validation", "Held-out windows with fixed noise; the averaged weights, dashed: the trained ones.", _validation),
     ("Gradients and learning rate", "", _gradients),
     ("Speed and memory", "", _speed),
-    ("Memory of the GATED layers", "What a token leaves of their state: 1 forgets nothing.", _decay),
+    ("Memory of the Gated DeltaNet layers", "What a token leaves of their state: 1 forgets nothing.", _decay),
     ("Further measurements", "", _others),
     ("Newest samples", "Sampled by the averaged weights, beside what was recorded.", _samples),
     ("What happened", "", _events),

@@ -27,7 +27,7 @@ OUTCOMES = {
 MARKS = {
     "checkpoint": ("|", "#1c2430", "checkpoint"),
     "checkpoint_failed": ("X", "#c0392b", "checkpoint failed"),
-    "passed_over": ("P", "#e07b6a", "checkpoint passed over"),
+    "passed_over": ("P", "#e07b6a", "checkpoint skipped"),
     "skipped": ("x", "#c0392b", "step dropped"),
     "rollback": ("<", "#9b59b6", "rollback"),
     "straggler": ("v", "#b8860b", "straggler"),
@@ -166,7 +166,7 @@ def _end(run: RunHistory, life: Attempt) -> float:
 
 
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    """Figure and axes of so many panels; the last row's places that are left over stay empty."""
+    """Figure and axes of a number of panels; the last row's places that are left over stay empty."""
     columns = min(count, COLUMNS)
     rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.2), layout="constrained")

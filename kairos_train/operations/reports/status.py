@@ -40,7 +40,7 @@ EVENT = 110  # characters of one; the report has them whole
 
 
 def watch(folders: Sequence[Path], *, seconds: float) -> None:
-    """Show the status again every so many seconds, until the terminal interrupts.
+    """Show the status again every few seconds, until the terminal interrupts.
 
     Raises:
         UserError: a folder without a run.

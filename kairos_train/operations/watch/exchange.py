@@ -1,7 +1,7 @@
 """Heartbeats and findings of all ranks, through a key-value store that rank 0 holds. One thread per process.
 
 It has a thread to itself because a store whose holder is stopped does not time out: torch's client then blocks for
-ever, connecting included. Whoever judges must never wait for it.
+ever, connecting included. The judging thread must never wait for it.
 
 What it costs with n ranks on machines of m: each rank writes one value and reads one finding and 2 m values per
 heartbeat, in two requests of together about 0.2 kB up and m / 2.5 kB down. With 512 ranks on machines of 8 that is a

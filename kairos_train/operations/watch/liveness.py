@@ -252,7 +252,7 @@ class Liveness:
         counted = self._census() if unanswered < self._patience else None
         if counted is None:
             if exchange.finding:
-                return None  # it is judged anew, with what has been heard
+                return None  # it is judged again, with what has been heard
             return silent_hosts([holder], seconds=unanswered, state=self._state_of(holder))
         beats, silent = counted
         if any(beat.patient for rank, beat in beats.items() if rank not in silent):

@@ -5,7 +5,7 @@
     times.seconds                     # {"tensor": 0.12, "gradient": 0.30, "world": 0.01}
     times.elapsed - sum(…) = times.busy
 
-Whoever communicates, this project, Megatron-core or DeepSpeed, does so by a method of torch's `ProcessGroup` and, where
+All communication, of this project, Megatron-core or DeepSpeed, goes by a method of torch's `ProcessGroup` and, where
 that returned a `Work`, by `Work.wait`: functions of `torch.distributed`, which each of them looks up at another place
 and some of which call one another, end there, once each. So within the block these methods are replaced by timed ones,
 for all groups of the process, and put back at its end. Outside of the block nothing is different.

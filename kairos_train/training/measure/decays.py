@@ -1,6 +1,6 @@
-"""What the GATED layers forget while they train: decays of the tokens of a step, layer by layer.
+"""What the Gated DeltaNet layers forget while they train: decays of the tokens of a step, layer by layer.
 
-A GATED layer's state is multiplied by α = e^g at every token (`kairos_train.model.gated_delta_net`). Near 1 it
+A Gated DeltaNet layer's state is multiplied by α = e^g at every token (`kairos_train.model.gated_delta_net`). Near 1 it
 remembers; a layer whose decays all go to 0 or all to 1 has stopped to choose.
 
 The numbers are of what this rank computes: its samples, under tensor parallelism its heads, under context parallelism
@@ -24,12 +24,12 @@ MOST = 1 << 18
 
 
 class DecayProbe:
-    """Listens to the recurrences of a model's GATED layers.
+    """Listens to the recurrences of a model's Gated DeltaNet layers.
 
         probe = DecayProbe(model)
         with probe.listening():
             ...one step...
-        probe.values()        # {"decay/layer_01_median": 0.93, …}; empty for a model without GATED layers
+        probe.values()        # {"decay/layer_01_median": 0.93, …}; empty for a model without Gated DeltaNet layers
 
     Outside of `listening` the model is as it was. Within it, forward passes of the model are heard and nothing else: a
     layer that is computed once more in the backward pass counts once.
@@ -88,5 +88,5 @@ class DecayProbe:
 
 
 def _stride(g: Tensor) -> int:
-    """Of g (B, S, H), each so many-th token is kept."""
+    """Of g (B, S, H), every STRIDE-th token is kept."""
     return max(1, -(-g.numel() // MOST))

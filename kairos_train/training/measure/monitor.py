@@ -8,8 +8,8 @@
         with monitor.clock.phase("update"): ...
     measured = monitor.report(steps=10)           # collective when a step was timed
 
-A timed step costs a few small kernels per collective and per GATED layer and one small all-reduce more than another;
-its numbers, losses and weights are the same.
+A timed step costs a few small kernels per collective and per Gated DeltaNet layer and one small all-reduce more than
+another; its numbers, losses and weights are the same.
 """
 
 from __future__ import annotations

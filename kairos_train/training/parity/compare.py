@@ -1,8 +1,8 @@
 """Is a layout the same training as one process? A few optimiser steps of both on the same synthetic samples.
 
 The samples of a step are micro-batches numbered over ranks and accumulation, each a function of (seed, step, number)
-alone; whoever gets a number makes the same tensors. They are as mixed as data is: per-sample conditions and noise,
-padded actions, a micro-batch without actions and states, one of single images (fewer frames than context ranks).
+alone; every process makes the same tensors of one number. They are as mixed as data is: per-sample conditions and
+noise, padded actions, a micro-batch without actions and states, one of single images (fewer frames than context ranks).
 Weights are perturbed so that nothing hides: heads that are not zero, decays that remember.
 
 Compared are the losses and the gradient norm of every step, each tensor's gradient after the first (AdamW's first

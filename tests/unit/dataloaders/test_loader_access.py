@@ -176,10 +176,10 @@ def test_whatever_is_overwritten_a_row_is_refused_or_has_its_own_members(sound, 
     index, path, content = sound
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         members = [member for member in tar if member.offset <= place]
-    for mended in (False, True):
+    for fixed in (False, True):
         data = bytearray(content)
         data[place : place + len(noise)] = noise[: max(len(data) - place, 0)]
-        if mended and members:
+        if fixed and members:
             at = members[-1].offset
             header = bytearray(data[at : at + 512])
             header[148:156] = b" " * 8
@@ -191,7 +191,7 @@ def test_whatever_is_overwritten_a_row_is_refused_or_has_its_own_members(sound, 
                 assert "\n" not in got
             else:
                 sizes = {name: len(value) for name, value in got.items()}
-                assert sum(sizes.values()) < len(data) if mended else sizes == _sizes(row)
+                assert sum(sizes.values()) < len(data) if fixed else sizes == _sizes(row)
     path.write_bytes(content)
     assert all(isinstance(got, dict) for got in _outcomes(index))
 

@@ -46,7 +46,7 @@ def shards(packed, tmp_path) -> Path:
 
 
 def rewrite(folder: Path, change, shard: int = 1) -> None:
-    """Write a shard anew with its members changed: change([(name, bytes)]) -> the same."""
+    """Write a shard again with its members changed: change([(name, bytes)]) -> the same."""
     path = folder / read_index(folder).shards[shard].name
     with tarfile.open(path) as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar]

@@ -39,7 +39,7 @@ def test_the_formula_counts_what_torch_counts(cycle, actions, history):
     )
     ours = forward_flops(config, 9, 16, 6, actions=actions, history=history)
     theirs = counted(config, frames=9, actions=actions, history=history)
-    # Of a GATED layer torch counts neither the convolutions (elementwise products) nor the triangular solve.
+    # Of a Gated DeltaNet layer torch counts neither the convolutions (elementwise products) nor the triangular solve.
     tolerance = 0.06 if "GATED" in cycle else 0.005
     assert ours == pytest.approx(theirs, rel=tolerance)
 

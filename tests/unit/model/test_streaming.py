@@ -1,4 +1,4 @@
-"""History carried over between chunks equals the whole history computed anew. Float64 unless said."""
+"""History carried over between chunks equals the whole history computed again. Float64 unless said."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def carried(model, given: dict, *ends: int, visible: int = FRAMES) -> StreamingS
     return past
 
 
-def anew(model, given: dict, known: int, end: int):
+def again(model, given: dict, known: int, end: int):
     """The plain pass over all frames up to `end`, of which `known` are history."""
     arguments = {**given, "latents": given["latents"][:, :, :end], "history_frames": [known] * 2}
     arguments.pop("action_mask")
@@ -59,7 +59,7 @@ def test_chunk_after_chunk_equals_computing_the_whole_history_anew(cycle, dtype,
     ends = (1, 3, 4, 8, 10)
     for count in range(1, len(ends) + 1):
         known = ends[count - 1]
-        expected = anew(model, given, known, known + 3).video[:, :, known:]
+        expected = again(model, given, known, known + 3).video[:, :, known:]
         chunk = StreamingModel(model, carried(model, given, *ends[:count], visible=2), **text(given))
         got = chunk.video(given["latents"][:, :, known : known + 3], given["video_timestep"])
         torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
@@ -70,7 +70,7 @@ def test_actions_on_a_carried_history_equal_mode_joint(cycle):
     model, given = make_causal(cycle), inputs()
     cache = action_keys(model, carried(model, given, 2, 3, 7))
     got = model.forward_action(cache, given["action"], given["action_timestep"], **text(given))
-    torch.testing.assert_close(got, anew(model, given, 7, 9).action, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(got, again(model, given, 7, 9).action, atol=1e-11, rtol=1e-11)
 
 
 def test_actions_see_the_last_visible_frames_in_the_places_of_training():
@@ -81,7 +81,7 @@ def test_actions_see_the_last_visible_frames_in_the_places_of_training():
     assert all(keys.shape[1] == 2 * 4 for keys, _ in cache.layers)
     got = model.forward_action(cache, given["action"], given["action_timestep"], **text(given))
     window = {**given, "latents": given["latents"][:, :, 7:12]}
-    torch.testing.assert_close(got, anew(model, window, 2, 5).action, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(got, again(model, window, 2, 5).action, atol=1e-11, rtol=1e-11)
 
 
 def test_a_history_frame_does_not_see_later_ones():
@@ -115,7 +115,7 @@ def test_fewer_tokens_than_the_convolutions_reach_back_to():
     given["latents"] = given["latents"][..., :2, :2]  # one token per frame, convolutions of four
     chunk = StreamingModel(model, carried(model, given, 1, 2, 3), **text(given))
     got = chunk.video(given["latents"][:, :, 3:5], given["video_timestep"])
-    torch.testing.assert_close(got, anew(model, given, 3, 5).video[:, :, 3:], atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(got, again(model, given, 3, 5).video[:, :, 3:], atol=1e-11, rtol=1e-11)
 
 
 def test_a_model_whose_history_sees_later_frames_is_refused():
@@ -128,4 +128,4 @@ def test_cached_action_mode_is_exact_under_causal_history_too():
     model, given = make_causal(), inputs()
     cache = model.encode_history(given["latents"][:, :, :4], **text(given))
     got = model.forward_action(cache, given["action"], given["action_timestep"], **text(given))
-    torch.testing.assert_close(got, anew(model, given, 4, 6).action, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(got, again(model, given, 4, 6).action, atol=1e-11, rtol=1e-11)

@@ -234,7 +234,7 @@ def test_a_run_without_faults_is_healthy_save_for_its_waiting(run):
             "trouble",
             "1 checkpoint in a row could not be written",
         ),
-        ("passed_over", {"problem": "truncated"}, "look", "1 damaged checkpoint passed over"),
+        ("passed_over", {"problem": "truncated"}, "look", "1 damaged checkpoint skipped"),
         ("straggler", {"step": 30, "rank": 3, "host": "n1", "factor": 2.0}, "look", "rank 3 on n1 is slower"),
         ("loader_stall", {"step": 30, "seconds": 45.0}, "look", "the loader stalled 1 time, up to 45 s"),
         ("memory", {"used_gb": 138.0, "total_gb": 140.0, "text": ""}, "look", "memory is nearly full: 2 of 140"),
@@ -290,7 +290,7 @@ def test_the_newest_valid_checkpoint_is_told_and_damaged_newer_ones_are_named(ru
     (run.real_checkpoint() / "manifest.json").write_text("{")
     history = read(run)
     assert (history.checkpoints.step, history.checkpoints.count) == (20, 2)
-    assert any("step-00000040 is passed over" in text for text in reasons(history))
+    assert any("step-00000040 is skipped" in text for text in reasons(history))
 
 
 def test_a_run_far_beyond_its_newest_checkpoint_is_in_trouble(run):

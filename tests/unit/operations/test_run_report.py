@@ -102,7 +102,7 @@ def test_the_page_needs_nothing_beside_it(page):
 def test_the_page_shows_what_the_run_measured_and_what_happened_to_it(page):
     for heading in ("Lives", "Goodput", "Losses", "Validation", "Gradients and learning rate", "Speed and memory"):
         assert heading in page.headings
-    for heading in ("Memory of the GATED layers", "Further measurements", "Newest samples", "What happened"):
+    for heading in ("Memory of the Gated DeltaNet layers", "Further measurements", "Newest samples", "What happened"):
         assert heading in page.headings
     assert "Settings that changed on resumption" in page.headings
     assert "Settings that differ" not in page.headings

@@ -116,7 +116,7 @@ def test_widths_of_the_full_model_fit_every_tensor_degree_and_those_of_an_odd_on
     fp8.check_widths(policy(), model, 1)
     with pytest.raises(UserError, match="multiples of 16, but a rank has 120;"):
         fp8.check_widths(policy(), model, 4)
-    fp8.check_widths(policy(skip=range(3, 32, 4)), model, 4)  # no GATED layer left
+    fp8.check_widths(policy(skip=range(3, 32, 4)), model, 4)  # no Gated DeltaNet layer left
     fp8.check_widths(policy("emulated"), model, 4)
     model.action.ffn_dim = 4100
     fp8.check_widths(policy(), model, 1)

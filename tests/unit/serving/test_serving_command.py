@@ -47,7 +47,7 @@ def test_a_client_does_not_go_on_without_its_history(tmp_path):
     with in_thread(served) as running, PolicyClient(running.url) as client:
         client.infer(observation(0))
         client._connected().socket.shutdown(socket.SHUT_RDWR)
-        with pytest.raises(PolicyLost, match="begin the episode anew"):
+        with pytest.raises(PolicyLost, match="begin the episode again"):
             client.infer(observation(1))
         client.infer(observation(0))
 

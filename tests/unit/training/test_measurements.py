@@ -44,7 +44,7 @@ def test_decays_are_the_quantiles_of_what_the_layers_multiply_their_state_by():
         for name, layer in model.named_modules()
         if isinstance(layer, GatedDeltaNet)
     ]
-    # GATED layers are called as modules, so that hooks see them.
+    # Gated DeltaNet layers are called as modules, so that hooks see them.
     probe = DecayProbe(model)
     with probe.listening():
         run_passes(model, backward=False)

@@ -200,7 +200,8 @@ def test_only_large_layers_are_quantised(exports, method):
     quantized = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     shapes = public_keys(load(exports[None][0]).config.model)
     assert quantized == {name for name in shapes if is_large(name)}
-    # Per layer q, k, v, o of self- and cross-attention and the FFN; GATED layers have q, k, v, o projections instead.
+    # Per layer q, k, v, o of self- and cross-attention and the FFN; Gated DeltaNet layers have q, k, v, o projections
+    # instead.
     assert len(quantized) == 2 * 4 * 10 == exports[method][1]["quantization"]["layers"]
     kept = ("head", "embedding", "modulation", "norm", "conv", "encoder", "projection", "_proj.weight", "A_log")
     assert not [name for name in quantized if any(word in name for word in kept if word != "_proj.weight")]
