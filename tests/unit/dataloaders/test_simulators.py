@@ -329,7 +329,7 @@ def test_a_missing_gl_library_is_named_with_its_package():
     _need_metaworld()
     if _loads("libOSMesa.so.8"):
         pytest.skip("libosmesa6 is installed: nothing is missing")
-    code = "from dataloaders.simulators.base import make; make('metaworld', None, 64)"
+    code = "from dataloaders.simulators.make import make; make('metaworld', None, 64)"
     environment = os.environ | {"MUJOCO_GL": "osmesa"}
     environment.pop("PYOPENGL_PLATFORM", None)
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ActionStreamConfig, Config, ModelConfig, VideoStreamConfig
 from kairos_train.model import WorldActionModel
-from kairos_train.model.layout import empty_model, model_seams
+from kairos_train.model.layout import check_widths, empty_model, model_seams
 from parallel import fp8
 from parallel.config import Fp8Config
 from parallel.fp8 import TransformerEngineLinear
@@ -111,19 +111,19 @@ def test_widths_of_the_full_model_fit_every_tensor_degree_and_those_of_an_odd_on
     model = ModelConfig()
     for recipe in fp8.RECIPE_CLASSES:
         for tensor in (1, 2, 4):
-            fp8.check_widths(policy(recipe, streams=["video", "action"]), model, tensor)
+            check_widths(policy(recipe, streams=["video", "action"]), model, tensor)
     model.video.gdn_key_dim = 24  # 480 over 4 ranks is 120
-    fp8.check_widths(policy(), model, 1)
+    check_widths(policy(), model, 1)
     with pytest.raises(UserError, match="multiples of 16, but a rank has 120;"):
-        fp8.check_widths(policy(), model, 4)
-    fp8.check_widths(policy(skip=range(3, 32, 4)), model, 4)  # no Gated DeltaNet layer left
-    fp8.check_widths(policy("emulated"), model, 4)
+        check_widths(policy(), model, 4)
+    check_widths(policy(skip=range(3, 32, 4)), model, 4)  # no Gated DeltaNet layer left
+    check_widths(policy("emulated"), model, 4)
     model.action.ffn_dim = 4100
-    fp8.check_widths(policy(), model, 1)
+    check_widths(policy(), model, 1)
     with pytest.raises(UserError, match="but a rank has 4100;"):
-        fp8.check_widths(policy(streams=["action"]), model, 1)
+        check_widths(policy(streams=["action"]), model, 1)
     model.action = None
-    fp8.check_widths(policy(streams=["action"]), model, 1)
+    check_widths(policy(streams=["action"]), model, 1)
 
 
 @pytest.mark.parametrize(
