@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
-from support.command_ranks import compiled_by_deepspeed, linear_is_torchs
+from support.command_ranks import linear_is_torchs
 from support.commands import RELEASED, SAMPLED, kill_at, losses, run, train_command, train_overrides
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.resolve import resolve_best
 from kairos_train.cli import main
+from kairos_train.training.engine.deepspeed_internals import compiled_all_reduce
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -45,7 +46,7 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_by_bit(shards, whole, tmp_p
 def test_nothing_is_compiled_at_the_start_of_a_run(train, world, tmp_path):
     """A process that is killed while compiling leaves a lock for which all later ones wait."""
     train(tmp_path / "run", "stage=joint", "train.steps=1", "data.validation_shards=null")
-    assert world(1).run(compiled_by_deepspeed) == [None]
+    assert world(1).run(compiled_all_reduce) == [None]
 
 
 def test_a_run_in_stage_3_leaves_torchs_linear_as_it_was(train, world, tmp_path):

@@ -20,13 +20,6 @@ def run_inside(pool: Pool, words: list[object], *, code: int = 0, cwd: Path | No
     return results[0]
 
 
-def compiled_by_deepspeed() -> object:
-    """The operator that DeepSpeed compiles when it first starts on a CPU, None where it did not."""
-    from deepspeed import comm
-
-    return comm.comm.cdb.shm_comm_op
-
-
 def linear_is_torchs() -> bool:
     """Whether `torch.nn.functional.linear` is torch's own function."""
     import torch

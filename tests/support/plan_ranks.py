@@ -21,6 +21,7 @@ from kairos_train.plan.layout import Layout, SampleShape
 from kairos_train.plan.memory import Memory, memory
 from kairos_train.plan.traffic import Received, received
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine, build_engine, start_processes, stop_processes
+from kairos_train.training.engine.deepspeed_internals import gradient_buffers, kept_collectives, weight_partition
 from kairos_train.training.engine.ema import Ema
 from kairos_train.training.engine.initial_weights import build_model
 from parallel.topology import Topology
@@ -85,27 +86,16 @@ def _backward(engine: TrainingEngine, config: Config, *, last: bool) -> None:
 
 def _categories(engine: TrainingEngine, ema: Ema, others: list[Tensor]) -> dict[str, int]:
     parameters, optimizer = list(engine.model.parameters()), engine.optimizer
-    weights = _storages([x for p in parameters for x in (p.data, getattr(p, "ds_tensor", None))])
+    weights = _storages([x for p in parameters for x in (p.data, weight_partition(p))])
     states = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x) and x.ndim]
     found = {
         "weights": weights,
-        "gradients": _storages([p.grad for p in parameters] + list(_reduced_gradients(engine))),
+        "gradients": _storages([p.grad for p in parameters] + list(gradient_buffers(engine.deepspeed.optimizer))),
         "optimizer": _less(_storages([*engine.layout.masters, *states]), weights),
         "ema": _storages(ema.average),
     }
     rest = _less(_storages(_alive()), _storages(others), *found.values())
     return {name: sum(sizes.values()) for name, sizes in {**found, "rest": rest}.items()}
-
-
-def _reduced_gradients(engine: TrainingEngine) -> Iterator[Tensor]:
-    """Where DeepSpeed's wrappers keep gradients that are no longer with their parameters."""
-    wrapper = engine.deepspeed.optimizer
-    yield from getattr(wrapper, "fp32_groups_gradients_flat", ())
-    if engine.stage == 3:
-        yield wrapper.grad_partitions_flat_buffer
-    else:
-        for group in getattr(wrapper, "averaged_gradients", {}).values():
-            yield from group or ()
 
 
 def _alive() -> list[Tensor]:
@@ -177,8 +167,6 @@ def counted_traffic(overrides: list[str]) -> tuple[dict[str, float], dict[str, f
 @contextmanager
 def counting() -> Iterator[Counter[str]]:
     """Group name → bytes that collectives bring to this rank, by the formulas of `kairos_train.plan.traffic`."""
-    from deepspeed.comm import comm  # it keeps functions of torch from before
-
     counts: Counter[str] = Counter()
 
     def bytes_of(x: Any) -> int:
@@ -209,7 +197,7 @@ def counting() -> Iterator[Counter[str]]:
     sizes = {"all_reduce": twice, "all_to_all_single": arriving, "reduce_scatter_single": whole}
     sizes |= dict.fromkeys(gathers, whole)
     places = [(dist, name, size) for name, size in sizes.items() if hasattr(dist, name)]
-    places += [(comm.cdb, name, whole) for name in ("all_gather_function", "reduce_scatter_function")]
+    places += [(owner, name, whole) for owner, name in kept_collectives()]
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     kept.append((dist, "batch_isend_irecv", dist.batch_isend_irecv))
 

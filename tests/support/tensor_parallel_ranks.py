@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kairos_train.training.engine import deepspeed_internals
 from parallel import collectives
 from parallel.audit import audit
 from parallel.gradient_sync import gradient_norm, sum_partial_gradients
@@ -356,7 +357,6 @@ def toy_reference() -> tuple[list[float], dict[str, Tensor]]:
 def toy_under_deepspeed(stage: int, precision: str, degrees: tuple[int, int, int]) -> dict[str, Any]:
     """The same steps under DeepSpeed: this rank's norms, weights, and how each is split."""
     import deepspeed
-    from deepspeed.utils import groups as deepspeed_groups
 
     t = topology(*degrees)
     copies = t.degrees.context * t.degrees.data
@@ -391,10 +391,10 @@ def toy_under_deepspeed(stage: int, precision: str, degrees: tuple[int, int, int
             norms.append(float(gradient_norm(model, t)))
         engine.step()
         if stage > 0:
-            norms.append(float(engine.optimizer._global_grad_norm))
+            norms.append(float(engine.get_global_grad_norm()))
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine.destroy()
-    deepspeed_groups.mpu = None  # the next engine of this process has another topology
-    torch.nn.functional.linear = torch._C._nn.linear  # stage 3 has left its own
+    deepspeed_internals.forget_mpu()
+    deepspeed_internals.restore_torch_linear()
     return {"norms": norms, "weights": weights, "splits": {name: shard.dim for name, shard in table.entries.items()}}

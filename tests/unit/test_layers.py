@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kairos_train.training.engine import deepspeed_internals
+from parallel.internals import MEGATRON
+
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("kairos_train", "parallel", "dataloaders", "configs", "evaluation", "benchmarks")
 MOST_MODULES = 20
@@ -216,6 +219,55 @@ def test_inference_needs_torch_numpy_and_safetensors_only():
     for path in sorted((ROOT / "kairos_train/inference").rglob("*.py")):
         top = {name.split(".")[0] for name, _ in imported(ast.parse(path.read_text()), top_only=True)}
         assert top - set(sys.stdlib_module_names) - {"kairos_train"} <= INFERENCE_NEEDS, path
+
+
+INTERNALS = {
+    "kairos_train/training/engine/deepspeed_internals.py": deepspeed_internals.INTERNALS,
+    "parallel/megatron_linear.py": MEGATRON,
+}
+"""File -> the undocumented names of other packages that it alone uses."""
+
+OWNERS = {i.name: file for file, internals in INTERNALS.items() for i in internals if not i.shared}
+
+
+def undocumented(file: str, tree: ast.AST) -> list[str]:
+    """Names that another file wraps: as an attribute, imported, or spelled out for `getattr` and the like."""
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.alias):
+            names = [node.name]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "getattr",
+            "setattr",
+            "hasattr",
+            "delattr",
+        ):
+            names = [argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)]
+        found += [f"line {node.lineno}: {name}, see {OWNERS[name]}" for name in names if OWNERS.get(name, file) != file]
+    return found
+
+
+def test_undocumented_names_of_other_packages_are_used_in_one_file():
+    for path in [*sources(), *sorted((ROOT / "tests").rglob("*.py"))]:
+        assert undocumented(str(path.relative_to(ROOT)), ast.parse(path.read_text())) == [], path
+
+
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("flats = engine.optimizer.fp32_partitioned_groups_flat", "fp32_partitioned_groups_flat"),
+        ("shape = getattr(parameter, 'ds_shape', parameter.shape)", "ds_shape"),
+        ("parameter._hp_mapping = None", "_hp_mapping"),
+        ("from deepspeed.comm.comm import cdb", "cdb"),
+        ("y = layer._forward_impl(input=x)", "_forward_impl"),
+    ],
+)
+def test_an_undocumented_name_in_another_file_is_found(statement, name):
+    assert undocumented("parallel/mpu.py", ast.parse(statement)) == [f"line 1: {name}, see {OWNERS[name]}"]
+    assert undocumented(OWNERS[name], ast.parse(statement)) == []
 
 
 NOT_LOADED = {  # module -> what importing it must not load; in the order of import, what loads least first

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config
+from kairos_train.training.engine import deepspeed_internals
 from kairos_train.training.engine.master_layout import MasterLayout
 from kairos_train.training.engine.optimizer import Masters, build_optimizer, parameter_groups, set_lr
 from kairos_train.training.engine.ownership import Ownership
@@ -37,9 +38,6 @@ from parallel.sharding import Shape, ShardingTable, set_attributes
 from parallel.topology import TIMEOUT, Degrees, Topology
 
 LARGEST_BUCKET = 500_000_000  # elements reduced at once
-LINEAR = nn.functional.linear
-"""torch's own. DeepSpeed puts another one, of other rounding, in its place when an engine of stage 3 is made, and
-leaves it there for all that the process does afterwards."""
 
 
 @dataclass(frozen=True)
@@ -171,15 +169,11 @@ class TrainingEngine:
 
     def step(self) -> StepResult:
         """Clip and update, unless the norm of the whole gradient is not finite: then nothing changes."""
-        wrapper = self.deepspeed.optimizer
         if self.stage == 0:
             return self._step_unpartitioned()
-        if hasattr(wrapper, "fp32_groups_has_gradients"):
-            # It counts a parameter in the norm only where this process itself had a gradient for it. Gradients are
-            # reduced by now, so all count everywhere, or ranks would clip differently.
-            wrapper.fp32_groups_has_gradients = [[True] * len(group) for group in wrapper.bf16_groups]
+        deepspeed_internals.count_all_gradients(self.deepspeed.optimizer)
         self.deepspeed.step()
-        norm = float(wrapper._global_grad_norm)
+        norm = float(self.deepspeed.get_global_grad_norm())
         return StepResult(norm=norm, stepped=self.deepspeed.was_step_applied())
 
     def _step_unpartitioned(self) -> StepResult:
@@ -200,7 +194,7 @@ class TrainingEngine:
         for hook in self._hooks:
             hook.remove()
         self.deepspeed.destroy()
-        nn.functional.linear = LINEAR
+        deepspeed_internals.restore_torch_linear()
 
 
 def build_engine(
@@ -308,9 +302,7 @@ def _initialize(
     with contextlib.redirect_stdout(talk):
         import deepspeed
 
-        # An all-reduce for inference on CPUs, which DeepSpeed would compile here and now. Nothing uses it, and a
-        # process that is killed meanwhile leaves a lock file for which all later ones on the machine wait, for ever.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed_internals.do_not_compile_all_reduce()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=DeepSpeedMpu(topology), dist_init_required=None

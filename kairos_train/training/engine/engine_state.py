@@ -20,6 +20,7 @@ from kairos_train.checkpoint import boxes
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.writing import Piece, whole_pieces
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine
+from kairos_train.training.engine.deepspeed_internals import local_shape
 
 
 def state_pieces(engine: TrainingEngine, average: Sequence[Tensor] | None = None) -> dict[str, list[Piece]]:
@@ -91,7 +92,7 @@ def load_weights(engine: TrainingEngine, reader: CheckpointReader, *, section: s
     layout, shares = engine.layout, engine.shares
     frozen = {name: p for name, p in engine.model.named_parameters() if not p.requires_grad}
     buffers = dict(_persistent_buffers(engine.model))
-    shapes = {name: shares.full_shape(name, _local_shape(p)) for name, p in frozen.items()}
+    shapes = {name: shares.full_shape(name, local_shape(p)) for name, p in frozen.items()}
     _check(reader, section, layout.shapes | shapes | {name: tuple(b.shape) for name, b in buffers.items()})
     layout.fill(lambda name, box: reader.read(section, name, box), layout.masters)
     layout.refresh()
@@ -157,10 +158,6 @@ def _set_frozen(engine: TrainingEngine, parameter: nn.Parameter, value: Tensor) 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         if engine.shares.copy == 0:
             parameter.copy_(value)
-
-
-def _local_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

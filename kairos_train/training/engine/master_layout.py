@@ -4,8 +4,8 @@ Each process has a few flat float32 tensors, the ones that its optimiser updates
 says which range of the flattened parameter lies where in them:
 
     stage 0     one tensor per parameter, complete on every process
-    stage 1, 2  one partition per parameter group; a parameter may lie across partitions (`_hp_mapping`)
-    stage 3     one tensor per sub-group, with an equal part of every parameter, the last one padded (`grad_position`)
+    stage 1, 2  one partition per parameter group; a parameter may lie across partitions
+    stage 3     one tensor per sub-group, with an equal part of every parameter, the last one padded
 
 Partitions are over the gradient group (context × data). The parameter that is partitioned is the part of it that this
 tensor rank holds, whose place in the full tensor the sharding table knows:
@@ -18,7 +18,6 @@ Moments and moving averages have the layout of the masters, so that one mapping 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,18 +26,10 @@ from torch import Tensor, nn
 from kairos_train.checkpoint import boxes
 from kairos_train.checkpoint.boxes import Box
 from kairos_train.checkpoint.writing import Piece
+from kairos_train.training.engine import deepspeed_internals
+from kairos_train.training.engine.deepspeed_internals import Fragment
 from kairos_train.training.engine.optimizer import Masters
 from kairos_train.training.engine.ownership import Ownership
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """`numel` elements, from `inside` on in the flattened parameter, from `start` on in flat tensor number `flat`."""
-
-    flat: int
-    start: int
-    inside: int
-    numel: int
 
 
 class MasterLayout:
@@ -64,7 +55,7 @@ class MasterLayout:
         self._shares = shares
         self._optimizer = optimizer
         self._wrapper = deepspeed.optimizer
-        self.local_shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters.items()}
+        self.local_shapes = {name: deepspeed_internals.local_shape(p) for name, p in self.parameters.items()}
         self.shapes = {name: shares.full_shape(name, shape) for name, shape in self.local_shapes.items()}
         self._written = shares.copies if stage == 0 else shares.partitions
         self._flats: list[Tensor] = self._find_flats()
@@ -137,13 +128,9 @@ class MasterLayout:
         if isinstance(wrapper, Masters):
             wrapper.refresh()
         elif self.stage in (1, 2):
-            wrapper.update_lp_params()
+            deepspeed_internals.refresh_linked(wrapper)
         elif self.stage == 3:
-            wrapper._partition_all_parameters()
-            for index in range(len(self._flats)):
-                wrapper._reassign_or_swap_out_partitioned_parameters(index)
-            if wrapper.persistent_parameters:  # small ones stay whole on every process
-                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+            deepspeed_internals.refresh_partitioned(wrapper)
 
     def _parts(self, name: str, tensors: Sequence[Tensor]) -> Iterator[tuple[Box, Tensor]]:
         """Boxes of the full tensor that lie in `tensors`, as views of them."""
@@ -161,7 +148,7 @@ class MasterLayout:
         if self.stage == 0:
             return [p for group in self._optimizer.param_groups for p in group["params"]]
         if self.stage == 3:
-            return list(self._wrapper.fp32_partitioned_groups_flat)  # its param_groups are filled during a step only
+            return deepspeed_internals.partitioned_masters(self._wrapper)
         return [group["params"][0] for group in self._optimizer.param_groups]
 
     def _find_fragment(self, name: str, parameter: nn.Parameter) -> Fragment | None:
@@ -172,19 +159,8 @@ class MasterLayout:
             flat = next(i for i, other in enumerate(known) if other is parameter)
             return Fragment(flat=flat, start=0, inside=0, numel=whole)
         if self.stage == 3:
-            flat, start, numel = self._wrapper.grad_position[self._wrapper.get_param_id(parameter)]
-            inside = numel * parameter.ds_zero_partition_rank
-            numel = min(numel, whole - inside)  # the rest is padding
-            return Fragment(flat=flat, start=start, inside=inside, numel=numel) if numel > 0 else None
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            return None
-        return Fragment(
-            flat=mapping.param_group_index,
-            start=mapping.hp_fragment_address.start,
-            inside=mapping.lp_fragment_address.start,
-            numel=mapping.lp_fragment_address.numel,
-        )
+            return deepspeed_internals.partitioned_fragment(self._wrapper, parameter, whole, self._shares.copy)
+        return deepspeed_internals.linked_fragment(parameter)
 
     def _state_of(self, flat: Tensor) -> dict[str, Tensor]:
         """AdamW's state of one flat tensor, made as AdamW itself makes it when there is none yet."""

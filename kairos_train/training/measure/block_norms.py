@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine
+from kairos_train.training.engine.deepspeed_internals import gradient_fragment
 from parallel.topology import Topology
 
 PARTS = {
@@ -105,20 +106,6 @@ def _counted(engine: TrainingEngine) -> Iterator[tuple[str, Tensor]]:
 
             part = safe_get_local_grad(parameter)
         else:
-            part = _fragment(parameter)
+            part = gradient_fragment(parameter)
         if part is not None:
             yield name, part
-
-
-def _fragment(parameter: Tensor) -> Tensor | None:
-    """Stages 1 and 2: what lies in this rank's partition, None when nothing does."""
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return None
-    address = mapping.lp_fragment_address
-    gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
-    if gradient.numel() == parameter.numel():  # whole on every rank, or wholly here
-        return gradient.narrow(0, address.start, address.numel)
-    if gradient.numel() != address.numel:
-        raise RuntimeError(f"DeepSpeed holds {gradient.numel()} elements of a gradient, its partition {address.numel}")
-    return gradient
