@@ -51,7 +51,7 @@ def plan_layer(kind: str, frames: int, ranks: int, numbers: int, choice: str = "
     """The plan of a full-size layer kind: window 3, dilation 4, no history; `numbers` per frame of hidden state."""
     rule = WindowSpec(kind, 3, 4, token_window=False, restrict_history=True, all_attend_history=False)
     reads, step = frames_read(rule, frames, (0,)), rule.step(frames)
-    return plan_frames(frames, reads, (), ranks=ranks, period=step, hidden=numbers, keys=2 * numbers, choice=choice)
+    return plan_frames(frames, reads, (), ranks=ranks, period=step, hidden=numbers, kv=2 * numbers, choice=choice)
 
 
 def ulysses_numbers(frames: int, ranks: int, numbers: int) -> float:

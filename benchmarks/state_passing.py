@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import state_passing_rivals as rivals
 from benchmarks.state_passing_rivals import HeadAllToAll, Sizes, StatePassing
 from benchmarks.step_time import keep_freed_memory
+from kairos_train.model.hooks import SingleDevice
 from kairos_train.model.initialise import initialise
-from kairos_train.model.seams import SingleDevice
 from parallel.exchange.state_exchange import resolve_method
 from parallel.traffic import Traffic
 
@@ -60,8 +60,8 @@ PROCESSES = 4
 # ---------------------------------------------------------------- on every rank
 
 
-def make_layer(sizes: Sizes, seams: SingleDevice) -> nn.Module:
-    layer = sizes.build(seams)
+def make_layer(sizes: Sizes, hooks: SingleDevice) -> nn.Module:
+    layer = sizes.build(hooks)
     initialise(layer, 0)
     return layer
 
@@ -100,7 +100,7 @@ def count_bytes(group: dist.ProcessGroup, tokens: int) -> dict[str, tuple[int, f
     found = {}
     for (way, kind), (forward, backward) in expected.items():
         traffic = Traffic()
-        layer = make_layer(COUNTED, seams_of(way, shard(tokens, group), group, traffic))
+        layer = make_layer(COUNTED, hooks_of(way, shard(tokens, group), group, traffic))
         forward_backward(layer, x, x)
         found[f"{way} forward"] = traffic.received[kind], forward
         found[f"{way} backward"] = traffic.received[f"{kind}.backward"], backward
@@ -110,9 +110,9 @@ def count_bytes(group: dist.ProcessGroup, tokens: int) -> dict[str, tuple[int, f
     return found
 
 
-def seams_of(way: str, tokens: list[int], group: dist.ProcessGroup, traffic: Traffic | None = None) -> StatePassing:
-    seams = HeadAllToAll if way == "all_to_all" else StatePassing
-    return seams(tokens, group, way, traffic)
+def hooks_of(way: str, tokens: list[int], group: dist.ProcessGroup, traffic: Traffic | None = None) -> StatePassing:
+    hooks = HeadAllToAll if way == "all_to_all" else StatePassing
+    return hooks(tokens, group, way, traffic)
 
 
 def slowest(group: dist.ProcessGroup, work: Callable[[], Any]) -> tuple[float, float]:
@@ -131,7 +131,7 @@ def compare_ways(group: dist.ProcessGroup, repeats: int, backward: bool) -> dict
     def make_works(tokens: int) -> dict[str, Callable[[], Tensor]]:
         x = torch.randn(1, tokens // group.size(), TIMED.dim, generator=torch.Generator().manual_seed(group.rank()))
         ways = ("ring", "all_gather", "all_to_all")
-        layers = {way: make_layer(TIMED, seams_of(way, shard(tokens, group), group)) for way in ways}
+        layers = {way: make_layer(TIMED, hooks_of(way, shard(tokens, group), group)) for way in ways}
         whole = make_layer(TIMED, SingleDevice())
         works = {way: torch.no_grad()(lambda layer=layer: forward(layer, x)) for way, layer in layers.items()}
         works["chunk_broadcast"] = lambda: rivals.broadcast_chunks(whole, x, group, None)

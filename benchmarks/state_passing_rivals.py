@@ -1,8 +1,8 @@
 """The Gated DeltaNet layer over context ranks in three ways: state passing, head all-to-all, chunk broadcast; and their
 bytes.
 
-`StatePassing` and `HeadAllToAll` are seams of the same `GatedDeltaNet`, differentiable. `broadcast_chunks` is what the
-public Kairos v1 code does, forward only as there: every rank computes its heads of every token, chunk after chunk.
+`StatePassing` and `HeadAllToAll` are parallel hooks of the same `GatedDeltaNet`, differentiable. `broadcast_chunks` is
+what the public Kairos v1 code does, forward only as there: every rank computes its heads of all tokens, chunk by chunk.
 
 Shapes: B batch, S tokens of this rank, T of all, H heads, h of them on a rank, K key width, V value width, D width, N
 ranks. Chunk: the tokens of one rank.
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kairos_train.model.gated_delta_net import GatedDeltaNet
+from kairos_train.model.hooks import Recurrence, SingleDevice
 from kairos_train.model.kernels.delta_rule import gated_delta_rule
-from kairos_train.model.seams import SingleDevice
 from parallel.exchange import halo, state_passing
 from parallel.traffic import Traffic
 
@@ -40,7 +40,7 @@ class Sizes:
     conv_size: int = 4
     item: int = 2
 
-    def build(self, seams: SingleDevice) -> GatedDeltaNet:
+    def build(self, hooks: SingleDevice) -> GatedDeltaNet:
         return GatedDeltaNet(
             dim=self.dim,
             heads=self.heads,
@@ -48,7 +48,7 @@ class Sizes:
             value_dim=self.value_dim,
             conv_size=self.conv_size,
             eps=1e-6,
-            seams=seams,
+            hooks=hooks,
             backend="torch",
         )
 
@@ -107,17 +107,10 @@ class StatePassing(SingleDevice):
         return halo.previous_tokens(x, count, tokens=self.tokens, group=self.group, traffic=self.traffic)
 
     def start_recurrence(
-        self,
-        rule: Callable[..., tuple[Tensor, Tensor]],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor | None,
+        self, recurrence_fn: Recurrence, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
     ) -> Callable[[], tuple[Tensor, Tensor]]:
         named: dict[str, Any] = {"group": self.group, "method": self.method, "traffic": self.traffic}
-        return state_passing.start(rule, q, k, v, g, beta, initial_state=initial_state, **named)
+        return state_passing.start(recurrence_fn, q, k, v, g, beta, initial_state=state, **named)
 
 
 # ---------------------------------------------------------------- head all-to-all (Ulysses)
@@ -127,18 +120,11 @@ class HeadAllToAll(StatePassing):
     """All tokens of H/N heads on every rank: q, k, v, g, β there, o back. Even shards; N divides H."""
 
     def start_recurrence(
-        self,
-        rule: Callable[..., tuple[Tensor, Tensor]],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor | None,
+        self, recurrence_fn: Recurrence, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
     ) -> Callable[[], tuple[Tensor, Tensor]]:
         inputs = (q, k, v, g[..., None], beta[..., None])
         q, k, v, g, beta = (_ToHeads.apply(x, self.group, self.traffic) for x in inputs)
-        outputs, state = rule(q, k, v, g.squeeze(-1), beta.squeeze(-1), initial_state)
+        outputs, state = recurrence_fn(q, k, v, g.squeeze(-1), beta.squeeze(-1), state)
         outputs = _ToTokens.apply(outputs, self.group, self.traffic)
         return lambda: (outputs, state)
 

@@ -6,7 +6,7 @@ projections of GATED layers. Everything else keeps its precision, because it is 
   embeddings, heads         first and last layers: their rounding goes straight into the velocity
   time MLPs, modulations    computed in float32 already; they scale whole frames
   norms, convolutions       no matrix products
-The model marks the first group by asking its seams for an `exact` layer, and makes the others without the seams.
+The model asks its parallel hooks for the first of these as `high_precision` layers and makes the others without hooks.
 
 Recipes, by Transformer Engine (written for versions 2.9 to 2.20, where `autocast` takes a `recipe`): weights stay in
 bfloat16, because ZeRO flattens parameters, and are rounded at each use.
@@ -85,7 +85,7 @@ class Fp8Policy:
         return {None: 1, "emulated": 1, "mxfp8": 32}.get(self.recipe, 16)
 
     def applies(self, stream: str, layer: int) -> bool:
-        """Whether the layers of `stream` ("video", "action") at depth `layer` that are not exact are in FP8."""
+        """Whether layers of `stream` ("video", "action") at depth `layer` are in FP8; `high_precision` ones are not."""
         skipped = {skip % self.num_layers for skip in self.config.skip_layers}
         return self.recipe is not None and stream in self.config.streams and layer not in skipped
 
@@ -143,7 +143,7 @@ class TransformerEngineLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        with _layer_region(self.policy, self.group):
+        with _layer_autocast(self.policy, self.group):
             y = self._engine()(pad_rows(rows, self.policy.alignment))
         y = cut_rows(y, rows.shape[0]).view(*x.shape[:-1], self.out_features)
         if self.complete is None:
@@ -188,8 +188,8 @@ def cut_rows(y: Tensor, rows: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def forward_region(policy: Fp8Policy, group: ProcessGroup | None = None) -> Iterator[None]:
-    """Around each forward pass of the model. Only recipe `delayed` needs it: its scales move on when the region ends.
+def forward_autocast(policy: Fp8Policy, group: ProcessGroup | None = None) -> Iterator[None]:
+    """Around each forward pass of the model. Only recipe `delayed` needs it: its scales move on when the context ends.
 
     Args:
         group: tensor ranks, None when there is one.
@@ -204,13 +204,13 @@ def forward_region(policy: Fp8Policy, group: ProcessGroup | None = None) -> Iter
 
 
 @contextlib.contextmanager
-def _layer_region(policy: Fp8Policy, group: ProcessGroup | None) -> Iterator[None]:
+def _layer_autocast(policy: Fp8Policy, group: ProcessGroup | None) -> Iterator[None]:
     """Around one layer: the recipes without state need no more, and recomputation in backward meets the same."""
     if policy.recipe == "delayed":
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
         if not FP8GlobalStateManager.is_fp8_enabled():
-            raise RuntimeError("recipe delayed: call the model within parallel.fp8.forward_region")
+            raise RuntimeError("recipe delayed: call the model within parallel.fp8.forward_autocast")
         yield
         return
     from transformer_engine.pytorch import autocast

@@ -25,10 +25,10 @@ from kairos_train.config.schema import Config, KernelsConfig, ModelConfig, Video
 from kairos_train.model import WorldActionModel
 from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.flops import forward_flops, training_flops
+from kairos_train.model.hooks import ModelHooks
 from kairos_train.model.kernels import attention
 from kairos_train.model.kernels.windows import key_frames
-from kairos_train.model.layout import model_seams
-from kairos_train.model.seams import ModelSeams
+from kairos_train.model.layout import model_hooks
 from kairos_train.model.world_action import _VideoPass
 from kairos_train.training.describe import PEAK_TFLOPS
 from parallel import fp8
@@ -63,11 +63,11 @@ def peak_flops(setting: Setting) -> float | None:
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def build(setting: Setting, config: ModelConfig, *, seams: ModelSeams | None = None) -> WorldActionModel:
+def build(setting: Setting, config: ModelConfig, *, hooks: ModelHooks | None = None) -> WorldActionModel:
     """A bfloat16 model with random weights, made on the device."""
     kernels = KernelsConfig(gated_delta="torch" if no_fla(setting) else "auto")
     with torch.device("meta"):
-        model = WorldActionModel(config, kernels, seams=seams).to(torch.bfloat16)
+        model = WorldActionModel(config, kernels, hooks=hooks).to(torch.bfloat16)
     model.to_empty(device=setting.device)
     random = setting.generator()
     with torch.no_grad():
@@ -143,9 +143,9 @@ def dense_mask(windows: attention.Windows, tokens: int, device: torch.device) ->
 class Layer:
     """One layer of the stream, forward and backward, on fixed inputs."""
 
-    def __init__(self, setting: Setting, config: ModelConfig, kind: str, *, seams: ModelSeams | None = None) -> None:
+    def __init__(self, setting: Setting, config: ModelConfig, kind: str, *, hooks: ModelHooks | None = None) -> None:
         self.config = replace(config, num_layers=1, video=replace(config.video, layer_cycle=[kind]))
-        self.model = build(setting, self.config, seams=seams)
+        self.model = build(setting, self.config, hooks=hooks)
         given = inputs(setting, self.config)
         with torch.no_grad():
             self.video = _VideoPass(
@@ -162,7 +162,7 @@ class Layer:
     def forward(self, x: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
         video = self.video
         video.x, video.modulation, video.context = x, modulation, context
-        with self.model.seams.region():
+        with self.model.hooks.autocast():
             video.layer(0)
         return video.x
 
@@ -297,8 +297,8 @@ def fp8_layers(setting: Setting) -> Entries:
             continue
         whole = Config(model=config)
         whole.precision.fp8 = settings
-        seams = model_seams(whole, Topology.single(torch.device(setting.device)))
-        plain, quantised = Layer(setting, config, "SWA"), Layer(setting, config, "SWA", seams=seams)
+        hooks = model_hooks(whole, Topology.single(torch.device(setting.device)))
+        plain, quantised = Layer(setting, config, "SWA"), Layer(setting, config, "SWA", hooks=hooks)
         subjects = {"ours": quantised.step, "bfloat16": plain.step}
         for results in interleaved(subjects, setting, rounds=5, seconds=setting.seconds / 4):
             yield f"layer SWA, {recipe}", described(results, plain.flops(setting), setting, baseline="bfloat16")

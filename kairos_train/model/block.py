@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kairos_train.model.gated_delta_net import GatedDeltaNet
+from kairos_train.model.hooks import ParallelHooks
 from kairos_train.model.kernels.attention import Attention, KeyValue
 from kairos_train.model.precision import LayerNorm, upcast
-from kairos_train.model.seams import Seams
 
 Attend = Callable[[Tensor], Tensor]
 """Self-attention, or what stands in its place, output projection included: (B, G, L, D) → (B, G, L, D)."""
@@ -38,21 +38,21 @@ class Block(nn.Module):
         heads: int,
         head_dim: int,
         eps: float,
-        seams: Seams,
+        hooks: ParallelHooks,
         gated: GatedDeltaNet | None = None,
     ) -> None:
         super().__init__()
-        self.seams = seams
+        self.hooks = hooks
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
         self.norm1 = LayerNorm(dim, eps, affine=False)
         if gated is None:
-            self.self_attn = Attention(dim=dim, heads=heads, head_dim=head_dim, eps=eps, seams=seams)
+            self.self_attn = Attention(dim=dim, heads=heads, head_dim=head_dim, eps=eps, hooks=hooks)
         else:
             self.gated_delta = gated
         self.cross_attn_norm = LayerNorm(dim, eps, affine=True)
-        self.cross_attn = Attention(dim=dim, heads=heads, head_dim=head_dim, eps=eps, seams=seams)
+        self.cross_attn = Attention(dim=dim, heads=heads, head_dim=head_dim, eps=eps, hooks=hooks)
         self.norm2 = LayerNorm(dim, eps, affine=False)
-        self.ffn = nn.Sequential(seams.column_linear(dim, ffn_dim), nn.SiLU(), seams.row_linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(hooks.column_linear(dim, ffn_dim), nn.SiLU(), hooks.row_linear(ffn_dim, dim))
 
     def forward(
         self, x: Tensor, time: Tensor, attend: Attend, context: Tensor | KeyValue, mask: Tensor | None
@@ -72,9 +72,9 @@ class Block(nn.Module):
         scale, shift, gate, ffn_scale, ffn_shift, ffn_gate = factors
         attended = attend(self._modulate(self.norm1(x), scale, shift, x.dtype))
         x = x + (gate * attended).to(x.dtype)
-        tokens = self.seams.enter_heads(self.cross_attn_norm(x).to(x.dtype))
+        tokens = self.hooks.enter_heads(self.cross_attn_norm(x).to(x.dtype))
         x = x + self.cross_attn.cross(tokens, context, mask)
-        hidden = self.seams.enter_heads(self._modulate(self.norm2(x), ffn_scale, ffn_shift, x.dtype))
+        hidden = self.hooks.enter_heads(self._modulate(self.norm2(x), ffn_scale, ffn_shift, x.dtype))
         return x + (ffn_gate * self.ffn(hidden)).to(x.dtype)
 
     @staticmethod

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kairos_train.model.gated_delta_net import GatedDeltaNet
-from kairos_train.model.seams import Recurrence, Seams
+from kairos_train.model.hooks import ParallelHooks, Recurrence
 
 Tell = Callable[[str, Tensor, Tensor, Tensor], None]
 """Called with a layer's module name, its keys (B, S, H, K), log decays (B, S, H) and write strengths (B, S, H)."""
@@ -24,27 +24,27 @@ def gated_layers(model: nn.Module) -> dict[str, GatedDeltaNet]:
 def listening(model: nn.Module, tell: Tell) -> Iterator[None]:
     """Within it, every GATED layer tells what its recurrence is given. Outside, the model is as it was."""
     layers = gated_layers(model)
-    before = {name: layer.seams for name, layer in layers.items()}
+    before = {name: layer.hooks for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            layer.seams = _Listener(name, layer.seams, tell)
+            layer.hooks = _Listener(name, layer.hooks, tell)
         yield
     finally:
         for name, layer in layers.items():
-            layer.seams = before[name]
+            layer.hooks = before[name]
 
 
 class _Listener:
-    """A layer's seams, with an ear on its recurrence: there decays, strengths and keys pass as they are used."""
+    """A layer's hooks, with an ear on its recurrence: there decays, strengths and keys pass as they are used."""
 
-    def __init__(self, name: str, seams: Seams, tell: Tell) -> None:
-        self._name, self._seams, self._tell = name, seams, tell
+    def __init__(self, name: str, hooks: ParallelHooks, tell: Tell) -> None:
+        self._name, self._hooks, self._tell = name, hooks, tell
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._seams, name)
+        return getattr(self._hooks, name)
 
     def start_recurrence(
-        self, rule: Recurrence, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
+        self, recurrence_fn: Recurrence, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
     ) -> Callable[[], tuple[Tensor, Tensor]]:
         self._tell(self._name, k, g, beta)
-        return self._seams.start_recurrence(rule, q, k, v, g, beta, state)
+        return self._hooks.start_recurrence(recurrence_fn, q, k, v, g, beta, state)

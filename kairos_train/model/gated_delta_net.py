@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kairos_train.model.hooks import ParallelHooks
 from kairos_train.model.kernels.delta_rule import gated_delta_rule, select_backend
 from kairos_train.model.precision import upcast
-from kairos_train.model.seams import Seams
 
 
 class CausalConvolution(nn.Module):
@@ -81,25 +81,25 @@ class GatedDeltaNet(nn.Module):
         value_dim: int,
         conv_size: int,
         eps: float,
-        seams: Seams,
+        hooks: ParallelHooks,
         backend: str,
     ) -> None:
         super().__init__()
-        self.seams, self.backend, self.conv_size = seams, backend, conv_size
-        self.heads, self.key_dim, self.value_dim = seams.local_heads(heads), key_dim, value_dim
-        self.q_proj = seams.column_linear(dim, heads * key_dim, bias=False)
-        self.k_proj = seams.column_linear(dim, heads * key_dim, bias=False)
-        self.v_proj = seams.column_linear(dim, heads * value_dim, bias=False)
-        self.a_proj = seams.column_linear(dim, heads, bias=False, exact=True)
-        self.b_proj = seams.column_linear(dim, heads, bias=False, exact=True)
-        self.g_proj = seams.column_linear(dim, heads * value_dim, bias=False)
+        self.hooks, self.backend, self.conv_size = hooks, backend, conv_size
+        self.heads, self.key_dim, self.value_dim = hooks.local_heads(heads), key_dim, value_dim
+        self.q_proj = hooks.column_linear(dim, heads * key_dim, bias=False)
+        self.k_proj = hooks.column_linear(dim, heads * key_dim, bias=False)
+        self.v_proj = hooks.column_linear(dim, heads * value_dim, bias=False)
+        self.a_proj = hooks.column_linear(dim, heads, bias=False, high_precision=True)
+        self.b_proj = hooks.column_linear(dim, heads, bias=False, high_precision=True)
+        self.g_proj = hooks.column_linear(dim, heads * value_dim, bias=False)
         self.q_conv1d = CausalConvolution(self.heads * key_dim, conv_size)
         self.k_conv1d = CausalConvolution(self.heads * key_dim, conv_size)
         self.v_conv1d = CausalConvolution(self.heads * value_dim, conv_size)
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.o_norm = RMSNorm(value_dim, eps)
-        self.o_proj = seams.row_linear(heads * value_dim, dim, bias=False)
+        self.o_proj = hooks.row_linear(heads * value_dim, dim, bias=False)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """g = −exp(A_log)·softplus(a_proj x + dt_bias), (B, S, H), float32 or wider."""
@@ -107,8 +107,8 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """x (B, F, L, D) → (B, F, L, D), causal over all tokens; `frames` counts those of the whole sample."""
-        grid = self.seams.enter_heads(x)
-        halo = self.seams.previous_tokens(grid.flatten(1, 2), self.conv_size - 1, grid.shape[2], frames)
+        grid = self.hooks.enter_heads(x)
+        halo = self.hooks.previous_tokens(grid.flatten(1, 2), self.conv_size - 1, grid.shape[2], frames)
         return self._run(grid, halo, None)[0]
 
     def continued(self, x: Tensor, memory: RecurrentState | None) -> tuple[Tensor, RecurrentState]:
@@ -128,7 +128,7 @@ class GatedDeltaNet(nn.Module):
         v = self._project(self.v_proj, self.v_conv1d, x, halo, self.value_dim)
         beta = upcast(self.b_proj(x)).sigmoid()
         rule = partial(gated_delta_rule, backend=select_backend(self.backend, x.device, x.dtype))
-        outputs = self.seams.start_recurrence(rule, q.to(v.dtype), k.to(v.dtype), v, self.log_decay(x), beta, state)
+        outputs = self.hooks.start_recurrence(rule, q.to(v.dtype), k.to(v.dtype), v, self.log_decay(x), beta, state)
         gate = F.silu(upcast(self.g_proj(x))).unflatten(-1, (self.heads, self.value_dim))
         o, state = outputs()
         o = (self.o_norm(o) * gate).to(x.dtype).reshape(*grid.shape[:3], self.heads * self.value_dim)

@@ -1,4 +1,4 @@
-"""The model in a layout: seams for a topology, and this rank's part of it on the meta device."""
+"""The model in a parallel layout: hooks for a topology, and this rank's part of it on the meta device."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import torch
 from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import Config, ModelConfig, stage_model
 from kairos_train.model.activations import ActivationPolicy
+from kairos_train.model.hooks import ModelHooks, single_device
 from kairos_train.model.lora import adapter_shapes, add_adapters
 from kairos_train.model.public_keys import public_keys
-from kairos_train.model.seams import ModelSeams, single_device
 from kairos_train.model.sharding_rules import sharding_table
 from kairos_train.model.world_action import WorldActionModel
-from parallel.fp8 import Fp8Policy, forward_region, require, width_fault
+from parallel.fp8 import Fp8Policy, forward_autocast, require, width_fault
 from parallel.sharding import ShardingTable
 from parallel.topology import Topology
 from parallel.traffic import Traffic
 
 
-def model_seams(config: Config, topology: Topology, traffic: Traffic | None = None) -> ModelSeams:
-    """The seams of `config` on this rank: plain torch where nothing is split and no layer is in FP8."""
+def model_hooks(config: Config, topology: Topology, traffic: Traffic | None = None) -> ModelHooks:
+    """The parallel hooks of `config` on this rank: plain torch where nothing is split and no layer is in FP8."""
     split = topology.degrees.tensor > 1 or topology.degrees.context > 1
     if not split and config.precision.fp8.recipe is None:
         return single_device()
-    from parallel.seams import action_seams, video_seams
+    from parallel.hooks import action_hooks, video_hooks
 
     fp8 = Fp8Policy(config.precision.fp8, config.model.num_layers)
-    return ModelSeams(
-        video=video_seams(topology, config.parallel, fp8, traffic),
-        action=action_seams(topology, config.parallel, fp8),
-        region=partial(forward_region, fp8, topology.tensor_group),
+    return ModelHooks(
+        video=video_hooks(topology, config.parallel, fp8, traffic),
+        action=action_hooks(topology, config.parallel, fp8),
+        autocast=partial(forward_autocast, fp8, topology.tensor_group),
     )
 
 
@@ -41,7 +41,7 @@ def empty_model(config: Config, topology: Topology, traffic: Traffic | None = No
         model = WorldActionModel(
             stage_model(config),
             config.kernels,
-            seams=model_seams(config, topology, traffic),
+            hooks=model_hooks(config, topology, traffic),
             activations=ActivationPolicy(config.train.recompute, config.train.offload_activations),
         )
     if config.stage.lora.rank is not None:

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from kairos_train.basics.errors import UserError
 from kairos_train.model.gated_delta_net import RecurrentState
+from kairos_train.model.hooks import SingleDevice
 from kairos_train.model.kernels import attention, rotary
 from kairos_train.model.kernels.attention import KeyValue
 from kairos_train.model.kernels.windows import WindowSpec
 from kairos_train.model.precision import upcast
-from kairos_train.model.seams import SingleDevice
 from kairos_train.model.world_action import HistoryCache, WorldActionModel
 
 
@@ -99,7 +99,7 @@ def check_causal(model: WorldActionModel) -> None:
             "model.video.history_causal=false: this model's history frames depend on later ones and cannot be carried "
             "over; recompute a sliding history, or train with model.video.history_causal=true"
         )
-    if not isinstance(model.seams.video, SingleDevice):
+    if not isinstance(model.hooks.video, SingleDevice):
         raise UserError("history is carried over on one device; use parallel.tensor=1 and parallel.context=1")
 
 

@@ -13,9 +13,9 @@ from kairos_train.config.schema import ModelConfig
 from kairos_train.model import timestep
 from kairos_train.model.block import Block
 from kairos_train.model.gated_delta_net import GatedDeltaNet
+from kairos_train.model.hooks import ParallelHooks
 from kairos_train.model.kernels import rotary
 from kairos_train.model.precision import LayerNorm, dtype_of, upcast, wide
-from kairos_train.model.seams import Seams
 
 
 def layer_kinds(config: ModelConfig) -> list[str]:
@@ -67,9 +67,9 @@ class VideoHead(nn.Module):
 class VideoStream(nn.Module):
     """Patches, embeddings, blocks and head of the video DiT. State keys are the public checkpoint's."""
 
-    def __init__(self, config: ModelConfig, seams: Seams, gated_backend: str) -> None:
+    def __init__(self, config: ModelConfig, hooks: ParallelHooks, gated_backend: str) -> None:
         super().__init__()
-        self.seams = seams
+        self.hooks = hooks
         video, eps = config.video, config.eps
         self.patch_size, self.channels = tuple(video.patch_size), video.latent_channels
         self.head_dim, self.freq_dim = video.dim // config.num_heads, config.freq_dim
@@ -80,7 +80,7 @@ class VideoStream(nn.Module):
         self.time_projection = timestep.time_projection(video.dim)
         self.blocks = nn.ModuleList()
         for layer, kind in enumerate(layer_kinds(config)):
-            gated, own = None, seams.for_layer(layer)
+            gated, own = None, hooks.for_layer(layer)
             if kind == "GATED":
                 gated = GatedDeltaNet(
                     dim=video.dim,
@@ -89,7 +89,7 @@ class VideoStream(nn.Module):
                     value_dim=video.gdn_value_dim,
                     conv_size=video.gdn_conv_size,
                     eps=eps,
-                    seams=own,
+                    hooks=own,
                     backend=gated_backend,
                 )
             self.blocks.append(
@@ -99,7 +99,7 @@ class VideoStream(nn.Module):
                     heads=config.num_heads,
                     head_dim=self.head_dim,
                     eps=eps,
-                    seams=own,
+                    hooks=own,
                     gated=gated,
                 )
             )
@@ -115,7 +115,7 @@ class VideoStream(nn.Module):
         height, width = latents.shape[-2:]
         if height % ph or width % pw:
             raise UserError(f"latents of {height}×{width} do not divide into patches of {ph}×{pw}; resize the video")
-        return self.seams.split_tokens(self.patch_embedding(latents))
+        return self.hooks.split_tokens(self.patch_embedding(latents))
 
     def tokens(self, height: int, width: int) -> int:
         """L for a latent height and width."""
@@ -123,7 +123,7 @@ class VideoStream(nn.Module):
 
     def unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
         """(B, F, l, ph·pw·C) → (B, C, F, H, W) for a latent height and width."""
-        x = self.seams.join_tokens(x)
+        x = self.hooks.join_tokens(x)
         _, ph, pw = self.patch_size
         x = x.unflatten(2, (height // ph, width // pw)).unflatten(-1, (ph, pw, self.channels))
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # B C F (h ph) (w pw)
@@ -141,7 +141,7 @@ class VideoStream(nn.Module):
 
     def embed_context(self, context: Tensor) -> Tensor:
         """(B, N, text_dim) → (B, N, D), as cross-attention takes it."""
-        return self.seams.enter_context(self.text_embedding(context))
+        return self.hooks.enter_context(self.text_embedding(context))
 
     def rotation(self, frames: tuple[int, ...], height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) of the tokens of the frames with these numbers, (F, L, 1, E/2)."""
@@ -154,9 +154,9 @@ class VideoStream(nn.Module):
 class ActionStream(nn.Module):
     """Embeddings, blocks and head of the action DiT; every layer is full attention of the video's attention width."""
 
-    def __init__(self, config: ModelConfig, seams: Seams) -> None:
+    def __init__(self, config: ModelConfig, hooks: ParallelHooks) -> None:
         super().__init__()
-        self.seams = seams
+        self.hooks = hooks
         action = config.action
         if action is None:
             raise UserError("model.action is null: this model has no action stream; choose one with an action section")
@@ -175,7 +175,7 @@ class ActionStream(nn.Module):
                 heads=config.num_heads,
                 head_dim=self.head_dim,
                 eps=config.eps,
-                seams=seams.for_layer(layer),
+                hooks=hooks.for_layer(layer),
             )
             for layer in range(config.num_layers)
         )
@@ -183,7 +183,7 @@ class ActionStream(nn.Module):
 
     def embed_context(self, context: Tensor) -> Tensor:
         """(B, N, text_dim) → (B, N, D), as cross-attention takes it."""
-        return self.seams.enter_context(self.text_embedding(context))
+        return self.hooks.enter_context(self.text_embedding(context))
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Timesteps (B,) → projection (B, 1, 6, D), float32 or wider."""

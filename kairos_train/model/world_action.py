@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import KernelsConfig, ModelConfig
 from kairos_train.model.activations import ActivationPolicy
+from kairos_train.model.hooks import ModelHooks, single_device
 from kairos_train.model.initialise import initialise
 from kairos_train.model.kernels import attention
 from kairos_train.model.kernels.windows import WindowSpec, frames_read
 from kairos_train.model.precision import dtype_of
-from kairos_train.model.seams import ModelSeams, single_device
 from kairos_train.model.streams import ActionStream, VideoStream, layer_kinds
 
 Keys = tuple[Tensor, Tensor]
@@ -61,7 +61,7 @@ class WorldActionModel(nn.Module):
     Args:
         config: sizes, layer kinds and window rules.
         kernels: which implementation computes windows and recurrences.
-        seams: what a parallel layout replaces; everything on one device by default.
+        hooks: what a parallel layout changes; one device by default.
         activations: what is kept for the backward pass.
 
     Weights follow from torch's seed and their names (`initialise`); on the meta device they are left out.
@@ -72,17 +72,17 @@ class WorldActionModel(nn.Module):
         config: ModelConfig,
         kernels: KernelsConfig | None = None,
         *,
-        seams: ModelSeams | None = None,
+        hooks: ModelHooks | None = None,
         activations: ActivationPolicy | None = None,
     ) -> None:
         super().__init__()
-        kernels, seams = kernels or KernelsConfig(), seams or single_device()
-        self.config, self.seams, self.activations = config, seams, activations or ActivationPolicy()
+        kernels, hooks = kernels or KernelsConfig(), hooks or single_device()
+        self.config, self.hooks, self.activations = config, hooks, activations or ActivationPolicy()
         self.attention_backend = attention.select_backend(kernels.attention)
         self.kinds = layer_kinds(config)
         self.rules = [None if kind == "GATED" else WindowSpec.of(kind, config.video) for kind in self.kinds]
-        self.video_dit = VideoStream(config, seams.video, kernels.gated_delta)
-        self.action_dit = None if config.action is None else ActionStream(config, seams.action)
+        self.video_dit = VideoStream(config, hooks.video, kernels.gated_delta)
+        self.action_dit = None if config.action is None else ActionStream(config, hooks.action)
         if not self.video_dit.head.modulation.is_meta:
             initialise(self, torch.initial_seed())
 
@@ -124,7 +124,7 @@ class WorldActionModel(nn.Module):
             actions = _ActionPass(self, action, action_timestep, context, context_mask, action_mask)
         elif everything:
             actions = self._dummy_actions(context)
-        with self.seams.region():
+        with self.hooks.autocast():
             for layer in range(len(self.kinds)):
                 keys = video.layer(layer)
                 if actions is not None:
@@ -134,7 +134,7 @@ class WorldActionModel(nn.Module):
 
     def local_frames(self, frames: int) -> range:
         """The frames of a sample of `frames` frames that this rank holds, and `forward` gives velocities of."""
-        return self.seams.video.local_frames(frames)
+        return self.hooks.video.local_frames(frames)
 
     def encode_history(
         self, latents: Tensor, context: Tensor, context_mask: Tensor | None, *, state: Tensor | None = None
@@ -281,15 +281,15 @@ class _VideoPass:
 
     def _attend(self, layer: attention.Attention, rule: WindowSpec, h: Tensor) -> tuple[Tensor, Keys]:
         """Windowed self-attention of h (B, F, l, D), wherever its frames are computed."""
-        exchange = layer.seams.exchange_frames(
+        exchange = layer.hooks.exchange_frames(
             self.frames,
             frames_read(rule, self.frames, self.history),
             self.shared,
             period=rule.step(self.frames),
             hidden=h.shape[2] * h.shape[3],
-            keys=2 * self.stream.tokens(self.height, self.width) * layer.heads * layer.head_dim,
+            kv=2 * self.stream.tokens(self.height, self.width) * layer.heads * layer.head_dim,
         )
-        h = layer.seams.enter_heads(exchange.move(h))
+        h = layer.hooks.enter_heads(exchange.move(h))
         if exchange.query_frames not in self.rotations:
             self.rotations[exchange.query_frames] = self.stream.rotation(
                 exchange.query_frames, self.height, self.width, h
@@ -352,7 +352,7 @@ class _ActionPass:
         self, layer: attention.Attention, h: Tensor, keys: Tensor | None, values: Tensor | None, seen: Tensor | None
     ) -> Tensor:
         """Attention of h (B, 1, A, D) on the actions and the video keys (B, M, H, E) that `seen` (B, M) shows."""
-        h = layer.seams.enter_heads(h)
+        h = layer.hooks.enter_heads(h)
         q, k, v = (x.flatten(1, 2) for x in layer.project(h, h, self.rotation))
         mask = self.mask
         if keys is not None and keys.shape[1]:

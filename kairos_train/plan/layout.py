@@ -214,7 +214,7 @@ class Layout:
                 ranks=self.degrees.context,
                 period=rule.step(sample.frames),
                 hidden=self.tokens_between_layers * video.dim,
-                keys=2 * sample.tokens * self.attention_width,
+                kv=2 * sample.tokens * self.attention_width,
                 choice=self.config.parallel.frame_layout,
             )
         return plans

@@ -140,7 +140,7 @@ def exchange(layout: Layout, rank: int) -> float:
     for plan in layout.frame_plans.values():
         keys = plan.collecting.sent(rank) + plan.collecting.received(rank) + len(plan.keys[rank])
         hidden = plan.moving.sent(rank) + plan.moving.received(rank) + len(plan.queries[rank])
-        moved = plan.key_elements * keys + (plan.hidden_elements * hidden if plan.layout == "residue" else 0)
+        moved = plan.kv_elements * keys + (plan.hidden_elements * hidden if plan.layout == "residue" else 0)
         most = max(most, layout.compute_bytes * moved)
     if "GATED" in layout.kinds:
         video, ranks = layout.model.video, layout.degrees.context

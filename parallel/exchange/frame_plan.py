@@ -109,7 +109,7 @@ class FramePlan:
         queries: the frames that each rank computes attention for. It projects their queries, keys and values.
         keys: the frames whose keys and values each rank has after the exchange; a superset of `queries`.
         hidden_elements: of one frame's hidden state on one rank.
-        key_elements: of one frame's keys and values together on one rank.
+        kv_elements: of one frame's keys and values together on one rank.
     """
 
     layout: str
@@ -117,7 +117,7 @@ class FramePlan:
     queries: tuple[Frames, ...]
     keys: tuple[Frames, ...]
     hidden_elements: int
-    key_elements: int
+    kv_elements: int
 
     @property
     def ranks(self) -> int:
@@ -142,12 +142,12 @@ class FramePlan:
     def received(self, rank: int) -> int:
         """Elements that reach `rank` in the forward pass: hidden states there and back, keys and values."""
         hidden = self.moving.received(rank) + self.restoring.received(rank)
-        return self.hidden_elements * hidden + self.key_elements * self.collecting.received(rank)
+        return self.hidden_elements * hidden + self.kv_elements * self.collecting.received(rank)
 
     def returned(self, rank: int) -> int:
         """Elements that reach `rank` in the backward pass: a gradient for everything it sent, from each receiver."""
         hidden = self.moving.sent(rank) + self.restoring.sent(rank)
-        return self.hidden_elements * hidden + self.key_elements * self.collecting.sent(rank)
+        return self.hidden_elements * hidden + self.kv_elements * self.collecting.sent(rank)
 
     @cached_property
     def most_received(self) -> int:
@@ -164,12 +164,12 @@ class FramePlan:
 def plan_frames(
     frames: int,
     reads: tuple[Frames, ...],
-    everywhere: Frames,
+    on_all_ranks: Frames,
     *,
     ranks: int,
     period: int,
     hidden: int,
-    keys: int,
+    kv: int,
     choice: str = "auto",
 ) -> FramePlan:
     """The plan of one layer; the same on every rank, as long as the arguments are.
@@ -177,11 +177,11 @@ def plan_frames(
     Args:
         frames: F, of every sample of the batch.
         reads: for each frame the frames whose keys its queries read, over all samples of the batch, its own included.
-        everywhere: frames whose keys every rank needs besides (history keys that the action stream reads).
+        on_all_ranks: frames whose keys every rank needs besides (history keys that the action stream reads).
         ranks: of the context group; more than F leave some without frames.
         period: distance in frames between neighbours of a dilated window; 1: there are no residue classes.
         hidden: elements of one frame's hidden state on one rank.
-        keys: elements of one frame's keys and values together on one rank.
+        kv: elements of one frame's keys and values together on one rank.
         choice: "contiguous", "residue" (contiguous where period is 1), or "auto": the one whose busiest rank receives
             fewer elements, contiguous when they are equal.
 
@@ -190,7 +190,7 @@ def plan_frames(
     """
     if len(reads) != frames or any(f not in read for f, read in enumerate(reads)):
         raise ValueError(f"reads name what each of the {frames} frames reads, its own keys included")
-    if any(not 0 <= g < frames for read in (*reads, everywhere) for g in read):
+    if any(not 0 <= g < frames for read in (*reads, on_all_ranks) for g in read):
         raise ValueError(f"frames are numbered 0 to {frames - 1}: zero padding is not exchanged")
     if choice not in ("auto", *LAYOUTS) or period < 1:
         raise ValueError(f"choice={choice!r}, period={period}: no such layout")
@@ -204,9 +204,9 @@ def plan_frames(
             layout=layout,
             owned=owned,
             queries=computed[layout],
-            keys=_keys_read(computed[layout], reads, everywhere),
+            keys=_keys_read(computed[layout], reads, on_all_ranks),
             hidden_elements=hidden,
-            key_elements=keys,
+            kv_elements=kv,
         )
         for layout in layouts
     ]
@@ -229,5 +229,5 @@ def residue_frames(frames: int, ranks: int, period: int) -> tuple[Frames, ...]:
     return tuple(runs)
 
 
-def _keys_read(queries: tuple[Frames, ...], reads: tuple[Frames, ...], everywhere: Frames) -> tuple[Frames, ...]:
-    return tuple(tuple(sorted({g for f in own for g in reads[f]} | set(everywhere))) for own in queries)
+def _keys_read(queries: tuple[Frames, ...], reads: tuple[Frames, ...], on_all_ranks: Frames) -> tuple[Frames, ...]:
+    return tuple(tuple(sorted({g for f in own for g in reads[f]} | set(on_all_ranks))) for own in queries)

@@ -33,12 +33,12 @@ from torch.autograd.function import once_differentiable
 from parallel.exchange import state_exchange
 from parallel.traffic import Traffic
 
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """The local recurrence: (q, k, v, g, beta, initial_state) → (outputs, final state), differentiable, any value width."""
 
 
 def start(
-    rule: Rule,
+    recurrence_fn: Recurrence,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -56,7 +56,7 @@ def start(
     overlaps with it, and in backward likewise what autograd has to do for that. On a CPU it runs here.
 
     Args:
-        rule: the local recurrence.
+        recurrence_fn: the local recurrence.
         q: queries (B, S, H, K), normalised and scaled.
         k: keys (B, S, H, K), normalised.
         v: values (B, S, H, V).
@@ -80,9 +80,9 @@ def start(
     elif not first:
         initial_state = None
     if method == "serial":
-        return _serial(rule, (q, k, v, g, beta), initial_state, group, traffic)
+        return _serial(recurrence_fn, (q, k, v, g, beta), initial_state, group, traffic)
 
-    call = _Call(rule, group, method, traffic)
+    call = _Call(recurrence_fn, group, method, traffic)
     base, reads, transition, own = _LocalMap.apply(call, q, k, v, g, beta, initial_state)
     # Detached: gradients take the way of `_Compose`. (Operators without a derivative refuse to be asked for one.)
     a, b = transition.detach(), own.detach()
@@ -99,7 +99,7 @@ def start(
 class _Call:
     """What the two halves of one call share; the last three only while backward is between them."""
 
-    rule: Rule
+    recurrence_fn: Recurrence
     group: dist.ProcessGroup
     method: str
     traffic: Traffic | None
@@ -122,10 +122,10 @@ class _LocalMap(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         q, k, v, g, beta, initial_state = inputs
         if call.first:
-            base, own = _scan(call.rule, q, k, v, g, beta, initial_state)
+            base, own = _scan(call.recurrence_fn, q, k, v, g, beta, initial_state)
             reads, transition = q.new_empty(0), own.new_zeros(*own.shape[:3], own.shape[2])
         else:
-            base, reads, transition, own = local_map(call.rule, q, k, v, g, beta)
+            base, reads, transition, own = local_map(call.recurrence_fn, q, k, v, g, beta)
         ctx.mark_non_differentiable(reads, transition)
         return base, reads, transition, own
 
@@ -142,7 +142,7 @@ class _LocalMap(torch.autograd.Function):
 
         leaves = [x.detach().requires_grad_(n) for x, n in zip((*inputs, state_in), needed, strict=True)]
         with torch.enable_grad():
-            outputs, state = _scan(call.rule, *leaves)
+            outputs, state = _scan(call.recurrence_fn, *leaves)
         wanted = [x for x in leaves if x.requires_grad]
         gradients = torch.autograd.grad((outputs, state), wanted, (d_outputs, d_state))
         found = iter(gradients)
@@ -195,9 +195,9 @@ class _Compose(torch.autograd.Function):
 
 
 def local_map(
-    rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
+    recurrence_fn: Recurrence, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One call of the rule on [v, 0] from [0, I].
+    """One call of the recurrence on [v, 0] from [0, I].
 
     Returns:
         o_base (B, S, H, V), P (B, S, H, K) in v's dtype; A (B, H, K, K), B (B, H, K, V) in float32 or float64.
@@ -206,7 +206,7 @@ def local_map(
     dtype = torch.promote_types(v.dtype, torch.float32)
     identity = torch.eye(keys, dtype=dtype, device=v.device).expand(*_state_shape(q, v)[:2], keys, keys)
     widened = torch.cat([v, v.new_zeros(*v.shape[:-1], keys)], dim=-1)
-    outputs, state = _scan(rule, q, k, widened, g, beta, torch.nn.functional.pad(identity, (values, 0)))
+    outputs, state = _scan(recurrence_fn, q, k, widened, g, beta, torch.nn.functional.pad(identity, (values, 0)))
     base, reads = outputs.split([values, keys], dim=-1)
     own, transition = state.split([values, keys], dim=-1)
     # Copies: a view of P would hold o_base's memory until backward.
@@ -231,12 +231,14 @@ def _state_shape(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     return q.shape[0], q.shape[2], q.shape[3], v.shape[3]
 
 
-def _scan(rule: Rule, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The rule; for a shard without tokens over one neutral token, so that kernels and gradients see none without."""
+def _scan(
+    recurrence_fn: Recurrence, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence; over one neutral token where the shard has none, so that kernels and gradients always see one."""
     if q.shape[1]:
-        return rule(q, k, v, g, beta, state)
+        return recurrence_fn(q, k, v, g, beta, state)
     neutral = (torch.cat([x, x.new_zeros(x.shape[0], 1, *x.shape[2:])], dim=1) for x in (q, k, v, g, beta))
-    outputs, state = rule(*neutral, state)
+    outputs, state = recurrence_fn(*neutral, state)
     return outputs[:, :0], state
 
 
@@ -268,7 +270,7 @@ class _Behind:
 
 
 def _serial(
-    rule: Rule,
+    recurrence_fn: Recurrence,
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     initial_state: Tensor | None,
     group: dist.ProcessGroup,
@@ -284,7 +286,7 @@ def _serial(
                 v.new_empty(0, dtype=dtype), v.new_empty(_state_shape(q, v), dtype=dtype), group, "serial", traffic
             )
             state_in = _FromRankBefore.apply(q, received, group)
-        outputs, state = _scan(rule, *inputs, state_in)
+        outputs, state = _scan(recurrence_fn, *inputs, state_in)
         if group.rank() < group.size() - 1:
             state_exchange.send_state(state.detach(), group)
             outputs, state = _ToRankAfter.apply(outputs, state, group, traffic)

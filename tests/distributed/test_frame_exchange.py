@@ -60,7 +60,7 @@ MUTATIONS = ("gradients not returned", "gradients overwritten", "frame off by on
 def test_a_broken_exchange_departs_from_dense_attention(world, mutation):
     listed = [
         Case(rule("SWA"), 21, (1, 3), "contiguous"),
-        Case(rule("DSWA"), 21, (1, 3), "contiguous", everywhere=3),
+        Case(rule("DSWA"), 21, (1, 3), "contiguous", on_all_ranks=3),
         Case(rule("DSWA", dilation=2), 21, (1, 3), "residue"),
         Case(rule("SWA", token=True), 9, (0, 0), "contiguous"),
         Case(rule("FA"), 5, (1, 3), "auto"),
@@ -78,30 +78,30 @@ def test_a_moved_frames_gradient_must_come_back_too(world):
 
 
 def test_the_gradient_of_a_frame_is_added_once_per_reader(world):
-    results = world(4).run(ranks.gradients_of_keys_read_everywhere, torch.float64, [1.0, 2.0, 3.0, 4.0])
+    results = world(4).run(ranks.gradients_of_keys_read_on_all_ranks, torch.float64, [1.0, 2.0, 3.0, 4.0])
     assert results == [[[10.0, 10.0], [-4.0, -4.0]]] * 4
 
 
 def test_bfloat16_gradients_are_added_in_float32(world):
     # Added one by one in bfloat16, each 2^−9 would be lost beside 1; together they round up to the next number.
-    results = world(4).run(ranks.gradients_of_keys_read_everywhere, torch.bfloat16, [1.0, 2**-9, 2**-9, 2**-9])
+    results = world(4).run(ranks.gradients_of_keys_read_on_all_ranks, torch.bfloat16, [1.0, 2**-9, 2**-9, 2**-9])
     assert results == [[[1 + 2**-7] * 2, [-4.0, -4.0]]] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("choice", ["contiguous", "residue"])
 def test_frames_arrive_in_their_own_type(world, dtype, choice):
-    case = Case(rule("DSWA", dilation=2), 13, (0,), choice, everywhere=2)
+    case = Case(rule("DSWA", dilation=2), 13, (0,), choice, on_all_ranks=2)
     assert world(4).run(ranks.numbers_of_frames, dtype, case) == [(True, True, True)] * 4
 
 
 def test_bytes_at_the_collectives_are_those_of_the_formula(world):
     for case in (
         Case(rule("SWA"), 21, (0,), "auto"),
-        Case(rule("DSWA"), 21, (0,), "contiguous", everywhere=2),
+        Case(rule("DSWA"), 21, (0,), "contiguous", on_all_ranks=2),
         Case(rule("DSWA"), 21, (0,), "residue"),
-        Case(rule("DSWA", dilation=2), 21, (1,), "residue", everywhere=1),
-        Case(rule("SWA"), 2, (0,), "auto", everywhere=1),
+        Case(rule("DSWA", dilation=2), 21, (1,), "residue", on_all_ranks=1),
+        Case(rule("SWA"), 2, (0,), "auto", on_all_ranks=1),
     ):
         for got in world(4).run(ranks.counted_bytes, case):
             assert got["counted"] == got["reported"] == got["formula"], case

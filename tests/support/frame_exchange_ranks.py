@@ -26,13 +26,13 @@ TOKENS, WIDTH, HEADS = 3, 5, 2
 
 @dataclass(frozen=True)
 class Case:
-    """One windowed layer on the ranks of the world; `everywhere` frames' keys are read by all (the action stream)."""
+    """One windowed layer on the ranks of the world; all read the first `on_all_ranks` frames' keys, as actions do."""
 
     rule: WindowSpec
     frames: int
     history: tuple[int, ...]
     choice: str
-    everywhere: int = 0
+    on_all_ranks: int = 0
 
 
 def plan_of(case: Case) -> FramePlan:
@@ -40,17 +40,17 @@ def plan_of(case: Case) -> FramePlan:
     return frame_plan.plan_frames.__wrapped__(
         case.frames,
         frames_read(case.rule, case.frames, case.history),
-        tuple(range(case.everywhere)),
+        tuple(range(case.on_all_ranks)),
         ranks=dist.get_world_size(),
         period=case.rule.step(case.frames),
         hidden=TOKENS * WIDTH,
-        keys=2 * TOKENS * HEADS * 4,
+        kv=2 * TOKENS * HEADS * 4,
         choice=case.choice,
     )
 
 
 class Layer:
-    """x → q, k, v → windowed attention → o, and a loss over o and over the keys that are needed everywhere."""
+    """x → q, k, v → windowed attention → o, and a loss over o and over the keys that all ranks need."""
 
     def __init__(self, case: Case) -> None:
         generator = torch.Generator().manual_seed(case.frames)
@@ -62,7 +62,7 @@ class Layer:
         self.x = randn(batch, case.frames, TOKENS, WIDTH)
         self.weight = randn(WIDTH, 3 * HEADS * 4).requires_grad_()
         self.target = randn(batch, case.frames, TOKENS, HEADS * 4)
-        self.shared_target = randn(2, batch, case.everywhere, TOKENS, HEADS, 4)
+        self.shared_target = randn(2, batch, case.on_all_ranks, TOKENS, HEADS, 4)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, n, L, D) → q, k, v (B, n, L, H, E)."""
@@ -75,7 +75,7 @@ class Layer:
         return out.reshape(*q.shape[:3], HEADS * 4)
 
     def shared_loss(self, k: Tensor, v: Tensor, keys: tuple) -> Tensor:
-        at = [keys.index(f) for f in range(self.case.everywhere)]
+        at = [keys.index(f) for f in range(self.case.on_all_ranks)]
         return (torch.stack([k[:, at], v[:, at]]) * self.shared_target).sum()
 
     def whole(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +95,7 @@ class Layer:
         k, v = exchange.collect(k, v)
         out = self.attend(q, k, v, exchange.query_frames, exchange.key_frames, "gathered")
         out = exchange.restore(out)
-        # Every rank reads what is needed everywhere: each has its share in the loss.
+        # Every rank reads these keys: each has its share in the loss.
         shared = self.shared_loss(k, v, exchange.key_frames) / plan.ranks
         grads = torch.autograd.grad((out * self.target[:, own]).sum() + shared, (x, self.weight))
         dist.all_reduce(grads[1])
@@ -144,11 +144,11 @@ def mutated(name: str | None) -> Iterator[None]:
 
 def full_plan(frames: int, **sizes: int) -> FramePlan:
     everything = tuple(range(frames))
-    sizes = {"period": 1, "hidden": 1, "keys": 2, **sizes}
+    sizes = {"period": 1, "hidden": 1, "kv": 2, **sizes}
     return frame_plan.plan_frames(frames, (everything,) * frames, (), ranks=dist.get_world_size(), **sizes)
 
 
-def gradients_of_keys_read_everywhere(dtype: torch.dtype, weights: list[float]) -> list[list[float]]:
+def gradients_of_keys_read_on_all_ranks(dtype: torch.dtype, weights: list[float]) -> list[list[float]]:
     """Rank r's loss is weights[r] · (sum of all keys) − (of all values); gradients of its own frame's key and value."""
     rank = dist.get_rank()
     k, v = (torch.zeros(1, 1, 2, dtype=dtype, requires_grad=True) for _ in range(2))

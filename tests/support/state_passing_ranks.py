@@ -21,8 +21,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from kairos_train.basics.errors import UserError
 from kairos_train.model.gated_delta_net import GatedDeltaNet
+from kairos_train.model.hooks import SingleDevice
 from kairos_train.model.kernels.delta_rule import gated_delta_rule
-from kairos_train.model.seams import SingleDevice
 from parallel.exchange import halo, state_exchange, state_passing
 from parallel.traffic import Traffic
 
@@ -186,7 +186,7 @@ MUTATIONS: dict[str, tuple[object, str, Callable]] = {
 # --- a whole layer ---
 
 
-class ContextSeams(SingleDevice):
+class ContextHooks(SingleDevice):
     """Frames over the ranks of the world."""
 
     def __init__(self, frames: tuple[int, ...], method: str, traffic: Traffic | None = None) -> None:
@@ -196,22 +196,22 @@ class ContextSeams(SingleDevice):
         tokens = [n * tokens_per_frame for n in self.frames]
         return halo.previous_tokens(x, count, tokens=tokens, group=dist.group.WORLD, traffic=self.traffic)
 
-    def start_recurrence(self, rule, q, k, v, g, beta, initial_state):
+    def start_recurrence(self, recurrence_fn, q, k, v, g, beta, state):
         return state_passing.start(
-            rule,
+            recurrence_fn,
             *(q, k, v, g, beta),
-            initial_state=initial_state,
+            initial_state=state,
             group=dist.group.WORLD,
             method=self.method,
             traffic=self.traffic,
         )
 
 
-def make_layer(seams: SingleDevice) -> GatedDeltaNet:
+def make_layer(hooks: SingleDevice) -> GatedDeltaNet:
     """The same weights on every rank, decays near zero."""
     generator = torch.Generator().manual_seed(7)
     layer = GatedDeltaNet(
-        dim=12, heads=HEADS, key_dim=KEYS, value_dim=VALUES, conv_size=4, eps=1e-6, seams=seams, backend="torch"
+        dim=12, heads=HEADS, key_dim=KEYS, value_dim=VALUES, conv_size=4, eps=1e-6, hooks=hooks, backend="torch"
     ).double()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -240,7 +240,7 @@ def layer_departures(
     (expected * weight).sum().backward()
 
     traffic = Traffic()
-    layer, local_x = make_layer(ContextSeams(frames, method, traffic)), x[:, here].clone().requires_grad_()
+    layer, local_x = make_layer(ContextHooks(frames, method, traffic)), x[:, here].clone().requires_grad_()
     with mutated(mutation):
         output = RECOMPUTE[recompute](layer)(local_x, total)
         (output * weight[:, here]).sum().backward()

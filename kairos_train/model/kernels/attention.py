@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kairos_train.model.hooks import ParallelHooks
 from kairos_train.model.kernels import rotary
 from kairos_train.model.kernels.windows import WindowGroup, WindowSpec, attends, band_mask, window_plan
 from kairos_train.model.precision import upcast
-from kairos_train.model.seams import Seams
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, (B, …, H, E) each."""
@@ -23,13 +23,13 @@ KeyValue = tuple[Tensor, Tensor]
 class FullWidthRMSNorm(nn.Module):
     """RMSNorm over the whole attention width, all heads together; float32 or wider in and out."""
 
-    def __init__(self, width: int, eps: float, seams: Seams) -> None:
+    def __init__(self, width: int, eps: float, hooks: ParallelHooks) -> None:
         super().__init__()
-        self.eps, self.seams = eps, seams
+        self.eps, self.hooks = eps, hooks
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return upcast(x) * torch.rsqrt(self.seams.mean_square(x) + self.eps) * upcast(self.weight)
+        return upcast(x) * torch.rsqrt(self.hooks.mean_square(x) + self.eps) * upcast(self.weight)
 
 
 class Attention(nn.Module):
@@ -41,16 +41,16 @@ class Attention(nn.Module):
         head_dim: E; the attention width H·E may differ from `dim` (action stream).
     """
 
-    def __init__(self, *, dim: int, heads: int, head_dim: int, eps: float, seams: Seams) -> None:
+    def __init__(self, *, dim: int, heads: int, head_dim: int, eps: float, hooks: ParallelHooks) -> None:
         super().__init__()
-        self.seams, self.heads, self.head_dim = seams, seams.local_heads(heads), head_dim
+        self.hooks, self.heads, self.head_dim = hooks, hooks.local_heads(heads), head_dim
         width = heads * head_dim
-        self.q = seams.column_linear(dim, width)
-        self.k = seams.column_linear(dim, width)
-        self.v = seams.column_linear(dim, width)
-        self.o = seams.row_linear(width, dim)
-        self.norm_q = FullWidthRMSNorm(self.heads * head_dim, eps, seams)
-        self.norm_k = FullWidthRMSNorm(self.heads * head_dim, eps, seams)
+        self.q = hooks.column_linear(dim, width)
+        self.k = hooks.column_linear(dim, width)
+        self.v = hooks.column_linear(dim, width)
+        self.o = hooks.row_linear(width, dim)
+        self.norm_q = FullWidthRMSNorm(self.heads * head_dim, eps, hooks)
+        self.norm_k = FullWidthRMSNorm(self.heads * head_dim, eps, hooks)
 
     def project(
         self, x: Tensor, context: Tensor, rotation: tuple[Tensor, Tensor] | None

@@ -94,7 +94,7 @@ def test_listening_changes_nothing_and_ends(exported, shards):
     predictor, told = Predictor(load(exported)), []
     model = predictor.policy.model
     (layer,) = gated_layers(model).values()
-    before = layer.seams
+    before = layer.hooks
     batch = next(spread_batches(read_index(shards), count=2, batch_size=2, with_frames=True))
     inputs = conditioned(predictor, objective_of(predictor, seed=0), batch, draw=0).model_inputs()
     expected = model(**inputs)
@@ -105,7 +105,7 @@ def test_listening_changes_nothing_and_ends(exported, shards):
     assert torch.equal(output.action, expected.action)
     with pytest.raises(ZeroDivisionError), listening(model, lambda *given: None):
         raise ZeroDivisionError
-    assert layer.seams is before
+    assert layer.hooks is before
 
 
 def test_a_head_that_forgets_nothing_has_a_finite_horizon():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ActionStreamConfig, Config, ModelConfig, VideoStreamConfig
 from kairos_train.model import WorldActionModel
-from kairos_train.model.layout import check_widths, empty_model, model_seams
+from kairos_train.model.layout import check_widths, empty_model, model_hooks
 from parallel import fp8
 from parallel.config import Fp8Config
 from parallel.fp8 import TransformerEngineLinear
@@ -82,8 +82,8 @@ def test_a_model_in_emulated_fp8_computes_the_plain_model_nearly():
     for recipe in (None, "emulated"):
         config = small_config(recipe)
         torch.manual_seed(0)
-        seams = model_seams(config, Topology.single(torch.device("cpu")))
-        model = WorldActionModel(config.model, config.kernels, seams=seams)
+        hooks = model_hooks(config, Topology.single(torch.device("cpu")))
+        model = WorldActionModel(config.model, config.kernels, hooks=hooks)
         torch.nn.init.normal_(model.video_dit.head.head.weight, std=0.1, generator=torch.Generator().manual_seed(1))
         outputs[recipe] = model(**inputs).video
         outputs[recipe].sum().backward()

@@ -35,15 +35,15 @@ TABLE = {
 """(frames, ranks) → MB that a rank receives in one layer's forward pass, bf16 (specification, "frame exchange")."""
 
 
-def plan(rule, frames, ranks, *, history=(0,), everywhere=(), choice="auto", hidden=HIDDEN):
+def plan(rule, frames, ranks, *, history=(0,), on_all_ranks=(), choice="auto", hidden=HIDDEN):
     return plan_frames(
         frames,
         frames_read(rule, frames, history),
-        everywhere,
+        on_all_ranks,
         ranks=ranks,
         period=rule.step(frames),
         hidden=hidden,
-        keys=2 * hidden,
+        kv=2 * hidden,
         choice=choice,
     )
 
@@ -73,36 +73,36 @@ def carry(route):
     frames=st.integers(1, 30),
     ranks=st.integers(1, 9),
     history=st.lists(st.integers(0, 5), min_size=1, max_size=3),
-    everywhere=st.integers(0, 3),
+    on_all_ranks=st.integers(0, 3),
     choice=st.sampled_from(["auto", "contiguous", "residue"]),
 )
 def test_every_frame_is_computed_once_by_a_rank_that_has_what_it_reads(
-    rule, frames, ranks, history, everywhere, choice
+    rule, frames, ranks, history, on_all_ranks, choice
 ):
-    history, everywhere = tuple(min(k, frames) for k in history), tuple(range(min(everywhere, frames)))
-    p = plan(rule, frames, ranks, history=history, everywhere=everywhere, choice=choice)
+    history, on_all_ranks = tuple(min(k, frames) for k in history), tuple(range(min(on_all_ranks, frames)))
+    p = plan(rule, frames, ranks, history=history, on_all_ranks=on_all_ranks, choice=choice)
     assert p.owned == tuple(map(tuple, split_frames(frames, ranks)))
     assert sorted(f for own in p.queries for f in own) == list(range(frames))
     assert [len(own) for own in p.queries] == [len(own) for own in p.owned], "nobody computes more than before"
     for rank in range(ranks):
         needed = {g for f in p.queries[rank] for k in history for g in key_frames(rule, f, frames, k) if g < frames}
-        assert p.keys[rank] == tuple(sorted(needed | set(everywhere))), "all that is needed and nothing else"
+        assert p.keys[rank] == tuple(sorted(needed | set(on_all_ranks))), "all that is needed and nothing else"
     assert tuple(carry(p.moving)) == p.queries
     assert tuple(carry(p.collecting)) == p.keys
     assert tuple(carry(p.restoring)) == p.owned
 
 
 @settings(max_examples=100, deadline=None)
-@given(rule=RULES, frames=st.integers(1, 30), ranks=st.integers(1, 9), hidden=st.integers(1, 9), keys=st.integers(1, 9))
-def test_received_elements_are_those_that_others_send(rule, frames, ranks, hidden, keys):
-    sizes = {"ranks": ranks, "period": rule.step(frames), "hidden": hidden, "keys": keys}
+@given(rule=RULES, frames=st.integers(1, 30), ranks=st.integers(1, 9), hidden=st.integers(1, 9), kv=st.integers(1, 9))
+def test_received_elements_are_those_that_others_send(rule, frames, ranks, hidden, kv):
+    sizes = {"ranks": ranks, "period": rule.step(frames), "hidden": hidden, "kv": kv}
     reads = frames_read(rule, frames, (0,))
     auto, *both = (plan_frames(frames, reads, (), choice=c, **sizes) for c in ("auto", "contiguous", "residue"))
     for p in both:
         for rank in range(ranks):
             own, computed, known = set(p.owned[rank]), set(p.queries[rank]), set(p.keys[rank])
             moved = len(computed - own) + len(own - computed)
-            assert p.received(rank) == hidden * moved + keys * len(known - computed)
+            assert p.received(rank) == hidden * moved + kv * len(known - computed)
         assert p.total_received == sum(p.returned(rank) for rank in range(ranks))
     assert auto.most_received == min(p.most_received for p in both)
     assert auto in both
@@ -179,7 +179,7 @@ def test_ranks_that_do_not_divide_the_period_share_alike(ranks, period):
 def test_a_wrong_residue_class_shows_in_the_bytes(monkeypatch):
     def busiest():
         reads = frames_read(DSWA, 21, (0,))
-        p = plan_frames.__wrapped__(21, reads, (), ranks=4, period=4, hidden=1, keys=2, choice="residue")
+        p = plan_frames.__wrapped__(21, reads, (), ranks=4, period=4, hidden=1, kv=2, choice="residue")
         return p.most_received
 
     assert busiest() == 8
@@ -189,7 +189,7 @@ def test_a_wrong_residue_class_shows_in_the_bytes(monkeypatch):
 
 def test_fewer_frames_than_ranks_leave_the_last_ones_without():
     for choice in ("contiguous", "residue"):
-        p = plan(DSWA, 2, 4, choice=choice, everywhere=(0,))
+        p = plan(DSWA, 2, 4, choice=choice, on_all_ranks=(0,))
         assert [len(own) for own in p.owned] == [1, 1, 0, 0]
         assert p.queries[2:] == ((), ())
         assert p.keys == ((0,), (0, 1), (0,), (0,)), "what everyone needs reaches empty ranks too"
@@ -202,7 +202,7 @@ def test_padding_of_the_token_reading_is_not_exchanged():
     assert p.keys[3] == (*range(4, 21),), "three steps of 4 before 16, and none after the last frame"
     assert plan(rule, 7, 4, choice="residue").layout == "contiguous", "one whole group: the plain window"
     with pytest.raises(ValueError, match="frames are numbered 0 to 1: zero padding is not exchanged"):
-        plan_frames(2, ((0, 1, 2), (1,)), (), ranks=2, period=1, hidden=1, keys=2)
+        plan_frames(2, ((0, 1, 2), (1,)), (), ranks=2, period=1, hidden=1, kv=2)
 
 
 def test_history_is_kept_within_itself_and_sent_to_all_that_attend_it():
@@ -211,10 +211,10 @@ def test_history_is_kept_within_itself_and_sent_to_all_that_attend_it():
     assert plan(SWA, 12, 3, history=(4, 0)).keys[0] == (0, 1, 2, 3, 4, 5), "unless another sample reads more"
     seen = WindowSpec(**{"kind": "SWA", **FULL_SIZE, "all_attend_history": True})
     assert plan(seen, 12, 3, history=(2, 1)).keys[2] == (0, 1, 6, 7, 8, 9, 10, 11)
-    assert plan(SWA, 12, 3, everywhere=(0, 1)).keys[2] == (0, 1, 6, 7, 8, 9, 10, 11)
+    assert plan(SWA, 12, 3, on_all_ranks=(0, 1)).keys[2] == (0, 1, 6, 7, 8, 9, 10, 11)
 
 
-def test_full_attention_needs_every_key_everywhere():
+def test_full_attention_needs_every_key_on_all_ranks():
     p = plan(FA, 10, 4, choice="residue")
     assert p.layout == "contiguous", "there are no classes"
     assert p.keys == (tuple(range(10)),) * 4
@@ -222,7 +222,7 @@ def test_full_attention_needs_every_key_everywhere():
 
 def test_one_rank_exchanges_nothing():
     for choice in ("auto", "residue"):
-        p = plan(DSWA, 9, 1, choice=choice, everywhere=(0, 1))
+        p = plan(DSWA, 9, 1, choice=choice, on_all_ranks=(0, 1))
         assert all(route.stays for route in (p.moving, p.collecting, p.restoring))
         assert p.most_received == 0
 
@@ -240,10 +240,10 @@ def test_plans_are_made_once():
         ({"reads": ((0,), (0,))}, "its own keys included"),
         ({"choice": "zigzag"}, "choice='zigzag', period=1"),
         ({"period": 0}, "period=0"),
-        ({"everywhere": (2,)}, "frames are numbered 0 to 1"),
+        ({"on_all_ranks": (2,)}, "frames are numbered 0 to 1"),
     ],
 )
 def test_an_impossible_request_is_refused(wrong, message):
-    right = {"reads": ((0, 1), (0, 1)), "everywhere": (), "ranks": 2, "period": 1, "hidden": 1, "keys": 2}
+    right = {"reads": ((0, 1), (0, 1)), "on_all_ranks": (), "ranks": 2, "period": 1, "hidden": 1, "kv": 2}
     with pytest.raises(ValueError, match=message):
         plan_frames(2, **{**right, **wrong})

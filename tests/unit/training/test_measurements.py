@@ -77,7 +77,7 @@ def test_layers_that_are_computed_again_in_backward_count_once():
 
 def test_a_probe_hears_only_while_it_listens_and_leaves_the_model_as_it_was():
     model = make_model()
-    before = {name: module.seams for name, module in model.named_modules() if isinstance(module, GatedDeltaNet)}
+    before = {name: module.hooks for name, module in model.named_modules() if isinstance(module, GatedDeltaNet)}
     probe = DecayProbe(model)
     with contextlib.suppress(RuntimeError), probe.listening():
         run_passes(model, backward=False)
@@ -88,7 +88,7 @@ def test_a_probe_hears_only_while_it_listens_and_leaves_the_model_as_it_was():
     with probe.listening():
         pass
     assert probe.values() == {}
-    assert all(model.get_submodule(name).seams is seams for name, seams in before.items())
+    assert all(model.get_submodule(name).hooks is hooks for name, hooks in before.items())
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
 

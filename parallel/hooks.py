@@ -1,20 +1,20 @@
-"""What a layout puts in place of the model's single-device seams (`kairos_train.model.seams` says what each does).
+"""The parallel hooks of a layout; `kairos_train.model.hooks.ParallelHooks` says what each does, and has no layout.
 
-    seam              tensor ranks                          with sequence                  context ranks
+    hook              tensor ranks                          with sequence                  context ranks
     column_linear     Megatron column layer
     row_linear        Megatron row layer, all-reduce        reduce-scatter of tokens
     mean_square       sums of squares all-reduced
     enter_heads       identity / all-reduce backward        all-gather / reduce-scatter
     enter_context     identity / all-reduce backward
     split, join                                             own tokens / all-gather
-    local_frames                                                                           contiguous share
+    local_frames                                                                           own frames
     exchange_frames                                                                        `exchange.frame_exchange`
     previous_tokens                                                                        `exchange.halo`
     start_recurrence                                                                       `exchange.state_passing`
 
 The action stream has tensor ranks only: its tokens are few, and every context rank computes all of them.
 
-Shapes: B batch, F frames held here, L tokens per frame, l of them held between layers, D width, W attention width.
+Shapes: B batch, F local frames, L tokens per frame, l of them on this rank between layers, D width, W attention width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from parallel import collectives, linear
 from parallel.config import ParallelConfig
 from parallel.exchange import halo, state_passing
 from parallel.exchange.frame_exchange import FrameExchange
-from parallel.exchange.frame_plan import plan_frames
+from parallel.exchange.frame_plan import Frames, plan_frames
+from parallel.exchange.state_passing import Recurrence
 from parallel.fp8 import Fp8Policy, make_linear
 from parallel.topology import Topology, split_frames
 from parallel.traffic import Traffic
@@ -41,17 +42,17 @@ TOKENS = 2
 
 
 @dataclass(frozen=True)
-class StreamSeams:
-    """The seams of one stream in one layout.
+class StreamHooks:
+    """`ParallelHooks` of one stream in one layout.
 
     Attributes:
         topology: this rank among the others.
         parallel: how states and frames are exchanged.
         fp8: which linear layers take FP8.
         stream: "video" or "action".
-        sequence: whether tensor ranks share the tokens of each frame between layers.
-        layer: the layer that these seams are for; None outside of layers.
-        traffic: told the bytes that context ranks receive.
+        sequence: whether tensor ranks split the tokens of each frame between layers.
+        layer: the layer that these hooks are for; None outside of layers.
+        traffic: counts the bytes that context ranks receive.
     """
 
     topology: Topology
@@ -62,16 +63,16 @@ class StreamSeams:
     layer: int | None = None
     traffic: Traffic | None = None
 
-    def for_layer(self, layer: int) -> StreamSeams:
+    def for_layer(self, layer: int) -> StreamHooks:
         return replace(self, layer=layer)
 
     def column_linear(
-        self, in_features: int, out_features: int, *, bias: bool = True, exact: bool = False
+        self, in_features: int, out_features: int, *, bias: bool = True, high_precision: bool = False
     ) -> nn.Module:
-        if exact or not self._in_fp8():
+        if high_precision or not self._in_fp8():
             return linear.column_linear(in_features, out_features, bias=bias, topology=self.topology)
-        here = out_features // self.topology.degrees.tensor
-        return make_linear(self.fp8, in_features, here, bias=bias, group=self.topology.tensor_group)
+        local = out_features // self.topology.degrees.tensor
+        return make_linear(self.fp8, in_features, local, bias=bias, group=self.topology.tensor_group)
 
     def row_linear(self, in_features: int, out_features: int, *, bias: bool = True) -> nn.Module:
         group = self.topology.tensor_group
@@ -84,8 +85,8 @@ class StreamSeams:
             complete = partial(collectives.scatter_sums, dim=TOKENS, group=group)
         elif group is not None:
             complete = partial(collectives.reduce_from, group=group)
-        here = in_features // self.topology.degrees.tensor
-        return make_linear(self.fp8, here, out_features, bias=bias, complete=complete, group=group)
+        local = in_features // self.topology.degrees.tensor
+        return make_linear(self.fp8, local, out_features, bias=bias, complete=complete, group=group)
 
     def local_heads(self, heads: int) -> int:
         return heads // self.topology.degrees.tensor
@@ -120,71 +121,40 @@ class StreamSeams:
         return split_frames(frames, self.topology.degrees.context)[self.topology.context_rank]
 
     def exchange_frames(
-        self,
-        frames: int,
-        reads: tuple[tuple[int, ...], ...],
-        everywhere: tuple[int, ...],
-        *,
-        period: int,
-        hidden: int,
-        keys: int,
+        self, frames: int, reads: tuple[Frames, ...], on_all_ranks: Frames, *, period: int, hidden: int, kv: int
     ) -> FrameExchange:
-        plan = plan_frames(
-            frames,
-            reads,
-            everywhere,
-            ranks=self.topology.degrees.context,
-            period=period,
-            hidden=hidden,
-            keys=keys,
-            choice=self.parallel.frame_layout,
-        )
+        ranks, choice = self.topology.degrees.context, self.parallel.frame_layout
+        plan = plan_frames(frames, reads, on_all_ranks, ranks=ranks, period=period, hidden=hidden, kv=kv, choice=choice)
         return FrameExchange(plan, self.topology.context_group, self.topology.context_rank, self.traffic)
 
     def previous_tokens(self, x: Tensor, count: int, tokens_per_frame: int, frames: int) -> Tensor | None:
         if self.topology.context_group is None:
             return None
-        shares = [len(share) * tokens_per_frame for share in split_frames(frames, self.topology.degrees.context)]
-        return halo.previous_tokens(x, count, tokens=shares, group=self.topology.context_group, traffic=self.traffic)
+        tokens = [len(local) * tokens_per_frame for local in split_frames(frames, self.topology.degrees.context)]
+        return halo.previous_tokens(x, count, tokens=tokens, group=self.topology.context_group, traffic=self.traffic)
 
     def start_recurrence(
-        self,
-        rule: state_passing.Rule,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor | None,
+        self, recurrence_fn: Recurrence, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
     ) -> Callable[[], tuple[Tensor, Tensor]]:
-        if self.topology.context_group is None:
-            result = rule(q, k, v, g, beta, initial_state)
+        group, method = self.topology.context_group, self.parallel.state_exchange
+        if group is None:
+            result = recurrence_fn(q, k, v, g, beta, state)
             return lambda: result
-        return state_passing.start(
-            rule,
-            q,
-            k,
-            v,
-            g,
-            beta,
-            initial_state=initial_state,
-            group=self.topology.context_group,
-            method=self.parallel.state_exchange,
-            traffic=self.traffic,
-        )
+        exchange = {"group": group, "method": method, "traffic": self.traffic}
+        return state_passing.start(recurrence_fn, q, k, v, g, beta, initial_state=state, **exchange)
 
     def _in_fp8(self) -> bool:
         return self.layer is not None and self.fp8.applies(self.stream, self.layer)
 
 
-def video_seams(
+def video_hooks(
     topology: Topology, parallel: ParallelConfig, fp8: Fp8Policy, traffic: Traffic | None = None
-) -> StreamSeams:
-    """The video stream shares heads, tokens and frames, as far as the degrees say."""
-    return StreamSeams(topology, parallel, fp8, "video", sequence=parallel.sequence, traffic=traffic)
+) -> StreamHooks:
+    """The video stream splits heads, tokens and frames, as far as the degrees say."""
+    return StreamHooks(topology, parallel, fp8, "video", sequence=parallel.sequence, traffic=traffic)
 
 
-def action_seams(topology: Topology, parallel: ParallelConfig, fp8: Fp8Policy) -> StreamSeams:
-    """The action stream shares heads only."""
+def action_hooks(topology: Topology, parallel: ParallelConfig, fp8: Fp8Policy) -> StreamHooks:
+    """The action stream splits heads only."""
     alone = replace(topology, degrees=replace(topology.degrees, context=1), context_rank=0, context_group=None)
-    return StreamSeams(alone, parallel, fp8, "action", sequence=False)
+    return StreamHooks(alone, parallel, fp8, "action", sequence=False)
