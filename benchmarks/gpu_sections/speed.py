@@ -29,7 +29,7 @@ from kairos_train.model.hooks import ModelHooks
 from kairos_train.model.kernels import attention
 from kairos_train.model.kernels.windows import key_frames
 from kairos_train.model.layout import model_hooks
-from kairos_train.model.world_action import _VideoPass
+from kairos_train.model.passes import ClipPass
 from kairos_train.training.describe import PEAK_TFLOPS
 from parallel import fp8
 from parallel.config import Fp8Config
@@ -148,9 +148,8 @@ class Layer:
         self.model = build(setting, self.config, hooks=hooks)
         given = inputs(setting, self.config)
         with torch.no_grad():
-            self.video = _VideoPass(
-                self.model, given["latents"], given["context"], None, given["video_timestep"], (1,), 0
-            )
+            stream, time = self.model.video_dit, given["video_timestep"]
+            self.video = ClipPass(stream, given["latents"], given["context"], None, time, (1,), 0)
         first = (self.video.x, self.video.modulation, self.video.context)
         self.inputs = tuple(x.detach().requires_grad_() for x in first)
         self.gradient = torch.randn_like(self.video.x)
@@ -161,9 +160,9 @@ class Layer:
 
     def forward(self, x: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
         video = self.video
-        video.x, video.modulation, video.context = x, modulation, context
+        video.x, video.modulation = x, modulation
         with self.model.hooks.autocast():
-            video.layer(0)
+            video.layer(0, context)
         return video.x
 
     def step(self, forward: Callable[..., Tensor] | None = None) -> None:
@@ -275,11 +274,11 @@ def flex_layers(setting: Setting) -> Entries:
         layer = Layer(setting, video_stream(setting), kind)
 
         def flex(layer: Layer = layer) -> None:
-            layer.model.attention_backend = "flex"
+            layer.video.stream.attention_backend = "flex"
             try:
                 layer.step()
             finally:
-                layer.model.attention_backend = "gathered"
+                layer.video.stream.attention_backend = "gathered"
 
         for results in interleaved({"ours": layer.step, "flex": flex}, setting, rounds=3, seconds=setting.seconds / 3):
             yield f"layer {kind}", described(results, layer.flops(setting), setting, baseline="flex")
@@ -338,7 +337,7 @@ def step(setting: Setting) -> Entries:
 
     def train(recompute: str) -> None:
         model.zero_grad(set_to_none=True)
-        model.activations = ActivationPolicy(recompute)
+        model.video_dit.activations = ActivationPolicy(recompute)
         (model(**given).video.float() - target).pow(2).mean().backward()
         optimizer.step()
 

@@ -169,9 +169,9 @@ class StreamingHistory:
         """See `RolloutHistory`."""
         options = {"state": conditions.state, "visible": self.chunk.history}
         text = (conditions.context, conditions.context_mask)
-        self._past = streaming.carry(self.model, self._past, latents, *text, **options)
+        self._past = streaming.extend_history(self.model, self._past, latents, *text, **options)
         if self.config.guidance != 1:
-            self._negative = streaming.carry(
+            self._negative = streaming.extend_history(
                 self.model, self._negative, latents, *conditions.negative_branch(), **options
             )
         self.latents = _tail(self.latents, latents, self.chunk.history)
@@ -195,7 +195,7 @@ class StreamingHistory:
         device, actions, cache = conditions.context.device, None, None
         if mode != "video":
             actions = noise((self.chunk.horizon, self.model.config.action.action_dim), seeds, "action").to(device)
-            cache = streaming.action_keys(self.model, self._past)
+            cache = streaming.history_cache(self.model, self._past)
         if mode == "action":
             sigmas = action_sigmas(self.config)
             return SampledOutput(None, denoise_actions(self.model, cache, conditions, actions, sigmas))

@@ -1,6 +1,6 @@
-"""One layer of one stream: modulated self-attention (or GATED), cross-attention, modulated FFN.
+"""One layer of one stream: modulated self-attention (or Gated DeltaNet), cross-attention, modulated FFN.
 
-What self-attention is, the caller says: at joint layers the action stream reads the video stream's keys.
+The caller says what self-attention is: at cross-stream layers the action stream reads the video stream's keys.
 
 Shapes: B batch, G modulation groups (latent frames of the video, 1 for actions), L tokens per group, D width,
 N context.
@@ -11,13 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kairos_train.model.gated_delta_net import GatedDeltaNet
+from kairos_train.model.gated_delta_net import GatedDeltaNet, RecurrentState
 from kairos_train.model.hooks import ParallelHooks
 from kairos_train.model.kernels.attention import Attention, KeyValue
 from kairos_train.model.precision import LayerNorm, upcast
 
-Attend = Callable[[Tensor], Tensor]
-"""Self-attention, or what stands in its place, output projection included: (B, G, L, D) → (B, G, L, D)."""
+LayerState = KeyValue | RecurrentState | None
+"""What self-attention leaves for other tokens: keys and values, or the state of a Gated DeltaNet layer."""
+
+Attend = Callable[[Tensor], tuple[Tensor, LayerState]]
+"""Self-attention or Gated DeltaNet, output projection included: (B, G, L, D) → (B, G, L, D) and what it leaves."""
 
 
 class Block(nn.Module):
@@ -27,7 +30,7 @@ class Block(nn.Module):
         dim: D.
         ffn_dim: hidden width of the FFN.
         heads, head_dim: of self- and cross-attention.
-        gated: the GATED layer that stands in place of self-attention, or None.
+        gated: the Gated DeltaNet layer instead of self-attention, or None.
     """
 
     def __init__(
@@ -56,26 +59,25 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, time: Tensor, attend: Attend, context: Tensor | KeyValue, mask: Tensor | None
-    ) -> Tensor:
-        """One layer.
+    ) -> tuple[Tensor, LayerState]:
+        """One layer: x after it, and what `attend` leaves.
 
         Args:
             x: (B, G, L, D).
             time: time projection (B, G, 6, D); with the modulation it gives scale, shift, gate of attention, then of
                 the FFN.
-            attend: self-attention on this block's weights. What else comes of it (keys for the other stream) is the
-                caller's business: ZeRO 3 follows what modules return, which must not depend on the batch.
+            attend: self-attention with this block's weights.
             context: (B, N, D), or `self.cross_attn.context_keys` of it.
             mask: bool (B, N) or None.
         """
         factors = (upcast(self.modulation)[:, None] + time).unsqueeze(3).unbind(2)  # 6 × (B, G, 1, D)
         scale, shift, gate, ffn_scale, ffn_shift, ffn_gate = factors
-        attended = attend(self._modulate(self.norm1(x), scale, shift, x.dtype))
+        attended, left = attend(self._modulate(self.norm1(x), scale, shift, x.dtype))
         x = x + (gate * attended).to(x.dtype)
         tokens = self.hooks.enter_heads(self.cross_attn_norm(x).to(x.dtype))
         x = x + self.cross_attn.cross(tokens, context, mask)
         hidden = self.hooks.enter_heads(self._modulate(self.norm2(x), ffn_scale, ffn_shift, x.dtype))
-        return x + (ffn_gate * self.ffn(hidden)).to(x.dtype)
+        return x + (ffn_gate * self.ffn(hidden)).to(x.dtype), left
 
     @staticmethod
     def _modulate(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:

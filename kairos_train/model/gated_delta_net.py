@@ -111,12 +111,15 @@ class GatedDeltaNet(nn.Module):
         halo = self.hooks.previous_tokens(grid.flatten(1, 2), self.conv_size - 1, grid.shape[2], frames)
         return self._run(grid, halo, None)[0]
 
-    def continued(self, x: Tensor, memory: RecurrentState | None) -> tuple[Tensor, RecurrentState]:
-        """`forward` on frames (B, F, L, D) that follow those behind `memory` (None: the first), and the memory after
-        them. On one device: nothing is exchanged."""
+    def continue_from(self, before: RecurrentState | None, x: Tensor) -> tuple[Tensor, RecurrentState]:
+        """`forward` on frames (B, F, L, D) behind those that left the state `before` (None: these are the first).
+
+        Returns:
+            Outputs (B, F, L, D), and the state after these frames. On one device: nothing is exchanged.
+        """
         tokens, size = x.flatten(1, 2), self.conv_size - 1
-        previous = tokens.new_zeros(x.shape[0], size, x.shape[-1]) if memory is None else memory.tokens
-        out, state = self._run(x, previous, None if memory is None else memory.state)
+        previous = tokens.new_zeros(x.shape[0], size, x.shape[-1]) if before is None else before.tokens
+        out, state = self._run(x, previous, None if before is None else before.state)
         last = torch.cat([previous, tokens[:, max(tokens.shape[1] - size, 0) :]], dim=1)
         return out, RecurrentState(state, last[:, last.shape[1] - size :])
 

@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import ModelConfig
+from kairos_train.config.schema import KernelsConfig, ModelConfig
 from kairos_train.model import timestep
+from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.block import Block
 from kairos_train.model.gated_delta_net import GatedDeltaNet
 from kairos_train.model.hooks import ParallelHooks
 from kairos_train.model.kernels import rotary
+from kairos_train.model.kernels.attention import select_backend
+from kairos_train.model.kernels.windows import WindowSpec
 from kairos_train.model.precision import LayerNorm, dtype_of, upcast, wide
 
 
@@ -65,11 +68,20 @@ class VideoHead(nn.Module):
 
 
 class VideoStream(nn.Module):
-    """Patches, embeddings, blocks and head of the video DiT. State keys are the public checkpoint's."""
+    """Patches, embeddings, blocks and head of the video DiT. State keys are the public checkpoint's.
 
-    def __init__(self, config: ModelConfig, hooks: ParallelHooks, gated_backend: str) -> None:
+    Attributes:
+        window_specs: of each layer; None at Gated DeltaNet layers.
+        attention_backend: what computes windows.
+        activations: what layers keep for the backward pass.
+    """
+
+    def __init__(
+        self, config: ModelConfig, hooks: ParallelHooks, kernels: KernelsConfig, activations: ActivationPolicy
+    ) -> None:
         super().__init__()
-        self.hooks = hooks
+        self.hooks, self.activations = hooks, activations
+        self.attention_backend = select_backend(kernels.attention)
         video, eps = config.video, config.eps
         self.patch_size, self.channels = tuple(video.patch_size), video.latent_channels
         self.head_dim, self.freq_dim = video.dim // config.num_heads, config.freq_dim
@@ -79,8 +91,10 @@ class VideoStream(nn.Module):
         self.time_embedding = timestep.time_embedding(config.freq_dim, video.dim)
         self.time_projection = timestep.time_projection(video.dim)
         self.blocks = nn.ModuleList()
+        self.window_specs: list[WindowSpec | None] = []
         for layer, kind in enumerate(layer_kinds(config)):
             gated, own = None, hooks.for_layer(layer)
+            self.window_specs.append(None if kind == "GATED" else WindowSpec.of(kind, video))
             if kind == "GATED":
                 gated = GatedDeltaNet(
                     dim=video.dim,
@@ -90,7 +104,7 @@ class VideoStream(nn.Module):
                     conv_size=video.gdn_conv_size,
                     eps=eps,
                     hooks=own,
-                    backend=gated_backend,
+                    backend=kernels.gated_delta,
                 )
             self.blocks.append(
                 Block(
@@ -154,9 +168,9 @@ class VideoStream(nn.Module):
 class ActionStream(nn.Module):
     """Embeddings, blocks and head of the action DiT; every layer is full attention of the video's attention width."""
 
-    def __init__(self, config: ModelConfig, hooks: ParallelHooks) -> None:
+    def __init__(self, config: ModelConfig, hooks: ParallelHooks, activations: ActivationPolicy) -> None:
         super().__init__()
-        self.hooks = hooks
+        self.hooks, self.activations = hooks, activations
         action = config.action
         if action is None:
             raise UserError("model.action is null: this model has no action stream; choose one with an action section")

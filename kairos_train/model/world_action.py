@@ -1,7 +1,7 @@
 """The world-action model: video and action streams, joined layer by layer (model specification, "Modes").
 
 Shapes: B batch, C latent channels, F latent frames, L tokens per frame, A actions, N context tokens, D width, H heads,
-E head width, K history frames, Fk key frames at hand.
+E head width, K history frames.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from kairos_train.config.schema import KernelsConfig, ModelConfig
 from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.hooks import ModelHooks, single_device
 from kairos_train.model.initialise import initialise
-from kairos_train.model.kernels import attention
-from kairos_train.model.kernels.windows import WindowSpec, frames_read
+from kairos_train.model.kernels.attention import KeyValue
+from kairos_train.model.passes import ActionContext, ActionPass, ClipPass, history_keys
 from kairos_train.model.precision import dtype_of
 from kairos_train.model.streams import ActionStream, VideoStream, layer_kinds
 
-Keys = tuple[Tensor, Tensor]
-"""Keys and values of the frames at hand, (B, Fk, L, H, E) each."""
-
 
 class ModelOutput(NamedTuple):
-    """Velocities of the frames held here (B, C, F, H, W) and of the actions (B, A, action_dim).
+    """Velocities of the local frames (B, C, F, H, W) and of the actions (B, A, action_dim).
 
     Without actions `action` is None; but a joint model in training gives one of a dummy (1, 1, action_dim), which
     belongs into the loss as 0.0 · sum.
@@ -40,17 +37,9 @@ class ModelOutput(NamedTuple):
 
 @dataclass
 class HistoryCache:
-    """Keys and values of the history frames at every joint layer, (B, K·L, H, E) each; None at GATED layers."""
+    """Keys and values (B, K·L, H, E) of the history frames at each cross-stream layer, None at Gated DeltaNet ones."""
 
-    layers: list[tuple[Tensor, Tensor] | None]
-
-
-@dataclass
-class ActionContext:
-    """What the action stream reads of the text and the state, at every layer, with the mask (B, N)."""
-
-    layers: list[Keys]
-    mask: Tensor | None
+    layers: list[KeyValue | None]
 
 
 class WorldActionModel(nn.Module):
@@ -77,12 +66,10 @@ class WorldActionModel(nn.Module):
     ) -> None:
         super().__init__()
         kernels, hooks = kernels or KernelsConfig(), hooks or single_device()
-        self.config, self.hooks, self.activations = config, hooks, activations or ActivationPolicy()
-        self.attention_backend = attention.select_backend(kernels.attention)
-        self.kinds = layer_kinds(config)
-        self.rules = [None if kind == "GATED" else WindowSpec.of(kind, config.video) for kind in self.kinds]
-        self.video_dit = VideoStream(config, hooks.video, kernels.gated_delta)
-        self.action_dit = None if config.action is None else ActionStream(config, hooks.action)
+        activations = activations or ActivationPolicy()
+        self.config, self.hooks, self.kinds = config, hooks, layer_kinds(config)
+        self.video_dit = VideoStream(config, hooks.video, kernels, activations)
+        self.action_dit = None if config.action is None else ActionStream(config, hooks.action, activations)
         if not self.video_dit.head.modulation.is_meta:
             initialise(self, torch.initial_seed())
 
@@ -118,17 +105,17 @@ class WorldActionModel(nn.Module):
         if everything and state is None:
             context = context + self._dummy_state(context)
         shared = 0 if action is None else max(history)
-        video = _VideoPass(self, latents, context, context_mask, video_timestep, history, shared)
+        video = ClipPass(self.video_dit, latents, context, context_mask, video_timestep, history, shared)
         actions = None
         if action is not None:
-            actions = _ActionPass(self, action, action_timestep, context, context_mask, action_mask)
+            actions = ActionPass(self.action_dit, action, action_timestep, context, context_mask, action_mask)
         elif everything:
             actions = self._dummy_actions(context)
         with self.hooks.autocast():
             for layer in range(len(self.kinds)):
-                keys = video.layer(layer)
+                kv = video.layer(layer, video.context)
                 if actions is not None:
-                    joined = None if keys is None or action is None else _history_keys(keys, history)
+                    joined = None if kv is None or action is None else history_keys(kv, history)
                     actions.layer(layer, joined)
         return ModelOutput(video.finish(), None if actions is None else actions.finish())
 
@@ -153,13 +140,12 @@ class WorldActionModel(nn.Module):
         history = (latents.shape[2],) * latents.shape[0]
         context, context_mask = self.with_state(context, context_mask, state)
         clean = latents.new_zeros(len(history)).float()
-        video = _VideoPass(self, latents, context, context_mask, clean, history, latents.shape[2])
-        # What comes after the last joint layer gives no keys, and nothing else is asked for.
-        joint = max((layer for layer, rule in enumerate(self.rules) if rule is not None), default=-1) + 1
-        layers = [video.layer(layer) for layer in range(joint)] + [None] * (len(self.rules) - joint)
-        return HistoryCache(
-            [None if keys is None else (keys[0].flatten(1, 2), keys[1].flatten(1, 2)) for keys in layers]
-        )
+        video = ClipPass(self.video_dit, latents, context, context_mask, clean, history, latents.shape[2])
+        # Layers behind the last cross-stream layer have no keys, and nobody asks for anything else.
+        specs = self.video_dit.window_specs
+        count = max((layer for layer, spec in enumerate(specs) if spec is not None), default=-1) + 1
+        layers = [video.layer(layer, video.context) for layer in range(count)] + [None] * (len(specs) - count)
+        return HistoryCache([None if kv is None else kv.map(lambda x: x.flatten(1, 2)) for kv in layers])
 
     def forward_action(
         self,
@@ -179,9 +165,9 @@ class WorldActionModel(nn.Module):
         """
         if isinstance(context, Tensor):
             context, context_mask = self.with_state(context, context_mask, state)
-        actions = _ActionPass(self, action, action_timestep, context, context_mask, action_mask)
-        for layer, keys in enumerate(cache.layers):
-            actions.layer(layer, None if keys is None else (*keys, None))
+        actions = ActionPass(self.action_dit, action, action_timestep, context, context_mask, action_mask)
+        for layer, kv in enumerate(cache.layers):
+            actions.layer(layer, None if kv is None else (kv, None))
         return actions.finish()
 
     def encode_action_context(
@@ -192,7 +178,7 @@ class WorldActionModel(nn.Module):
         embedded = self.action_dit.embed_context(context)
         return ActionContext([block.cross_attn.context_keys(embedded) for block in self.action_dit.blocks], mask)
 
-    def _dummy_actions(self, context: Tensor) -> _ActionPass:
+    def _dummy_actions(self, context: Tensor) -> ActionPass:
         """One token of zeros through the action stream.
 
         On a rank whose samples have no actions the action stream's parameters still take part in the backward pass, at
@@ -201,7 +187,7 @@ class WorldActionModel(nn.Module):
         through: so the context is a real one, of which gradients are wanted.
         """
         token = context.new_zeros(1, 1, self.config.action.action_dim)
-        return _ActionPass(self, token, token.new_zeros(1).float(), context[:1], None, None)
+        return ActionPass(self.action_dit, token, token.new_zeros(1).float(), context[:1], None, None)
 
     def _dummy_state(self, like: Tensor) -> Tensor:
         """Exactly zero, but a function of the state encoder; see `_dummy_actions`."""
@@ -225,155 +211,3 @@ class WorldActionModel(nn.Module):
         token = self.action_dit.proprio_encoder(state.to(context.dtype))
         mask = None if mask is None else torch.cat([mask, mask.new_ones(*token.shape[:2])], dim=1)
         return torch.cat([context, token], dim=1), mask
-
-
-class _VideoPass:
-    """One forward of the video stream, layer by layer.
-
-    Args:
-        shared: of the first so many frames, the keys are wanted on every rank (for actions).
-    """
-
-    def __init__(
-        self,
-        model: WorldActionModel,
-        latents: Tensor,
-        context: Tensor,
-        context_mask: Tensor | None,
-        timestep: Tensor,
-        history: tuple[int, ...],
-        shared: int,
-    ) -> None:
-        stream, self.frames = model.video_dit, latents.shape[2]
-        self.model, self.stream, self.history, self.context_mask = model, stream, history, context_mask
-        self.shared = tuple(range(shared))
-        self.height, self.width = latents.shape[-2:]
-        here = model.local_frames(self.frames)
-        self.x = stream.patchify(latents[:, :, here.start : here.stop])  # (B, F, l, D)
-        times = stream.frame_times(timestep, history, self.frames)[:, here.start : here.stop]
-        self.time, self.modulation = stream.embed_time(times)
-        self.context = stream.embed_context(context)
-        self.rotations: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-
-    def layer(self, index: int) -> Keys | None:
-        """Run layer `index`; returns keys and values (B, Fk, L, H, E) at hand, None at a GATED layer."""
-        block, rule = self.stream.blocks[index], self.model.rules[index]
-
-        def run(x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, Keys | None]:
-            keys: list[Keys] = []
-
-            def gated(h: Tensor) -> Tensor:
-                return block.gated_delta(h, self.frames)
-
-            def windowed(h: Tensor) -> Tensor:
-                attended, at_hand = self._attend(block.self_attn, rule, h)
-                keys.append(at_hand)
-                return attended
-
-            x = block(x, time, gated if rule is None else windowed, context, self.context_mask)
-            return x, keys[0] if keys else None
-
-        self.x, keys = self.model.activations.run(run, self.x, self.modulation, self.context)
-        return keys
-
-    def finish(self) -> Tensor:
-        return self.stream.unpatchify(self.stream.head(self.x, self.time), self.height, self.width)
-
-    def _attend(self, layer: attention.Attention, rule: WindowSpec, h: Tensor) -> tuple[Tensor, Keys]:
-        """Windowed self-attention of h (B, F, l, D), wherever its frames are computed."""
-        exchange = layer.hooks.exchange_frames(
-            self.frames,
-            frames_read(rule, self.frames, self.history),
-            self.shared,
-            period=rule.step(self.frames),
-            hidden=h.shape[2] * h.shape[3],
-            kv=2 * self.stream.tokens(self.height, self.width) * layer.heads * layer.head_dim,
-        )
-        h = layer.hooks.enter_heads(exchange.move(h))
-        if exchange.query_frames not in self.rotations:
-            self.rotations[exchange.query_frames] = self.stream.rotation(
-                exchange.query_frames, self.height, self.width, h
-            )
-        q, k, v = layer.project(h, h, self.rotations[exchange.query_frames])
-        k, v = exchange.collect(k, v)
-        windows = attention.Windows(rule, self.history, self.frames, exchange.query_frames, exchange.key_frames)
-        out = attention.window_attention(q, k, v, windows=windows, backend=self.model.attention_backend)
-        return exchange.restore(layer.finish(out, h)), (k, v)
-
-
-class _ActionPass:
-    """One forward of the action stream, layer by layer."""
-
-    def __init__(
-        self,
-        model: WorldActionModel,
-        action: Tensor,
-        timestep: Tensor | None,
-        context: Tensor | ActionContext,
-        context_mask: Tensor | None,
-        action_mask: Tensor | None,
-    ) -> None:
-        if model.action_dit is None or timestep is None:
-            raise UserError(
-                "actions need a model with an action stream (model.action) and an action timestep per sample"
-            )
-        self.model, self.stream = model, model.action_dit
-        encoder = self.stream.action_encoder
-        self.x = encoder(action.to(dtype_of(encoder)))[:, None]  # (B, 1, A, D)
-        self.modulation = self.stream.embed_time(timestep)
-        if isinstance(context, Tensor):
-            self.contexts = [self.stream.embed_context(context)] * len(model.kinds)
-            self.context_mask = context_mask
-        else:
-            self.contexts, self.context_mask = context.layers, context.mask
-        self.rotation = self.stream.rotation(action.shape[1], self.x)
-        self.mask = None
-        if action_mask is not None:
-            # A sample without any valid action still needs a key: its outputs carry no loss, but must be finite.
-            self.mask = action_mask | ~action_mask.any(1, keepdim=True)
-
-    def layer(self, index: int, history: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
-        """Run layer `index`; `history` holds video keys, values (B, M, H, E) and their mask (B, M) or None."""
-        block = self.stream.blocks[index]
-        keys, values, seen = (None, None, None) if history is None else history
-
-        def run(x: Tensor, time: Tensor, context: Tensor | Keys, keys: Tensor | None, values: Tensor | None) -> Tensor:
-            def attend(h: Tensor) -> Tensor:
-                return self._attend(block.self_attn, h, keys, values, seen)
-
-            return block(x, time, attend, context, self.context_mask)
-
-        self.x = self.model.activations.run(run, self.x, self.modulation, self.contexts[index], keys, values)
-
-    def finish(self) -> Tensor:
-        return self.stream.head(self.x[:, 0])
-
-    def _attend(
-        self, layer: attention.Attention, h: Tensor, keys: Tensor | None, values: Tensor | None, seen: Tensor | None
-    ) -> Tensor:
-        """Attention of h (B, 1, A, D) on the actions and the video keys (B, M, H, E) that `seen` (B, M) shows."""
-        h = layer.hooks.enter_heads(h)
-        q, k, v = (x.flatten(1, 2) for x in layer.project(h, h, self.rotation))
-        mask = self.mask
-        if keys is not None and keys.shape[1]:
-            if mask is not None or seen is not None:
-                own = k.new_ones(k.shape[:2], dtype=torch.bool) if mask is None else mask
-                seen = keys.new_ones(keys.shape[:2], dtype=torch.bool) if seen is None else seen
-                mask = torch.cat([seen, own], dim=1)
-            k, v = torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
-        out = attention.scaled_dot_product(q, k, v, None if mask is None else mask[:, None, None, :])
-        return layer.finish(out, h)
-
-
-def _history_keys(keys: Keys, history: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values (B, M, H, E) of the first max(K) frames, and which are a sample's own history (None: all).
-
-    Keys are at hand in the order of their frames, and those of all history frames are.
-    """
-    most, tokens = max(history), keys[0].shape[2]
-    # Copies: a view would keep the keys of all frames alive from here to its layer's backward pass.
-    k, v = (x[:, :most].flatten(1, 2).clone() for x in keys)
-    if min(history) == most:
-        return k, v, None
-    known = torch.tensor(history, device=k.device)[:, None] * tokens
-    return k, v, torch.arange(most * tokens, device=k.device) < known

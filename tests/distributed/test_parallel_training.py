@@ -6,7 +6,7 @@ benchmarks/parity.py, for five steps; here a subset, for three, in which every d
 """
 
 import pytest
-from support.parallel_training_ranks import make_config, train_layout, train_reference
+from support.parallel_training_ranks import make_config, tensors_hooked_in_a_block, train_layout, train_reference
 
 from kairos_train.training.parity.compare import Trace, compare
 
@@ -54,6 +54,11 @@ def reference(world, tmp_path_factory):
         return Trace.load(made[key])
 
     return trace
+
+
+def test_zero_3_hooks_what_a_block_returns_and_not_what_it_leaves(world):
+    """Whether keys and values get gradients depends on the batch, and ranks have different ones."""
+    assert world(1).run(tensors_hooked_in_a_block) == [(1, 3)]
 
 
 @pytest.mark.parametrize(("layout", "stage", "more"), CASES)

@@ -8,10 +8,14 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from kairos_train.config.compose import load_config
 from kairos_train.config.schema import Config
+from kairos_train.model.kernels.attention import KeyValue
+from kairos_train.model.layout import empty_model
 from kairos_train.training.engine import deepspeed_engine
+from kairos_train.training.engine.deepspeed_internals import hooked_tensors
 from kairos_train.training.parity.compare import Trace, reference_config, run_steps
 from parallel.topology import Degrees, Topology
 
@@ -53,3 +57,15 @@ def train_reference(overrides: str, ranks: int, out: str) -> None:
     trace = run_steps(reference_config(make_config(overrides), ranks), STEPS, topology(1, 1))
     assert isinstance(trace, Trace)
     trace.save(Path(out))
+
+
+def tensors_hooked_in_a_block() -> tuple[int, int]:
+    """How many tensors ZeRO 3 hooks in what a windowed block returns, and would with keys and values in a tuple."""
+    model = empty_model(make_config(""), topology(1, 1)).to_empty(device="cpu")
+    seen: list[tuple[Tensor, KeyValue]] = []
+    model.video_dit.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        latents, context, time = torch.zeros(1, 16, 3, 4, 4), torch.zeros(1, 2, 12), torch.zeros(1)
+        model.eval()(latents, context, None, time, (1,))
+    x, kv = seen[0]
+    return len(hooked_tensors((x, kv))), len(hooked_tensors((x, (kv.k, kv.v))))

@@ -16,8 +16,21 @@ from kairos_train.model.kernels import rotary
 from kairos_train.model.kernels.windows import WindowGroup, WindowSpec, attends, band_mask, window_plan
 from kairos_train.model.precision import upcast
 
-KeyValue = tuple[Tensor, Tensor]
-"""Keys and values, (B, …, H, E) each."""
+
+@dataclass(frozen=True)
+class KeyValue:
+    """Keys and values, (B, …, H, E) each.
+
+    Not a tuple: ZeRO 3 hooks every tensor in the tuples that modules return, and gathers weights in the order in which
+    gradients reach them. Whether gradients reach these depends on the batch, and DeepSpeed looks into no dataclass.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "KeyValue":
+        """`function` of both."""
+        return KeyValue(function(self.k), function(self.v))
 
 
 class FullWidthRMSNorm(nn.Module):
@@ -72,13 +85,13 @@ class Attention(nn.Module):
         if isinstance(context, Tensor):
             q, k, v = self.project(x, context, None)
         else:
-            q, (k, v) = self._heads(self.norm_q(self.q(x))).to(x.dtype), context
+            q, k, v = self._heads(self.norm_q(self.q(x))).to(x.dtype), context.k, context.v
         mask = None if mask is None else mask[:, None, None, :]
         return self.finish(scaled_dot_product(q.flatten(1, 2), k, v, mask), x)
 
     def context_keys(self, context: Tensor) -> KeyValue:
         """Keys and values of a context (B, N, D) that is read again and again."""
-        return self._heads(self.norm_k(self.k(context))).to(context.dtype), self._heads(self.v(context))
+        return KeyValue(self._heads(self.norm_k(self.k(context))).to(context.dtype), self._heads(self.v(context)))
 
     def finish(self, heads: Tensor, like: Tensor) -> Tensor:
         """The output projection: heads (B, G·L, H, E) of the tokens of `like` (B, G, L, ·) → (B, G, L, D)."""

@@ -21,6 +21,7 @@ READ = ("0.19.0", "0.19.8")
 
 BF16, STAGE_1_2 = "runtime/bf16_optimizer.py", "runtime/zero/stage_1_and_2.py"
 STAGE_3, PARTITIONS = "runtime/zero/stage3.py", "runtime/zero/partition_parameters.py"
+ZERO_UTILITIES = "runtime/zero/utils.py"
 LINKAGE, FRAGMENT = "utils/mixed_precision_linkage.py", "utils/tensor_fragment.py"
 ZERO_1_2, ZERO_3 = "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"
 
@@ -56,6 +57,11 @@ INTERNALS = (
     Internal("fp32_groups_gradients_flat", BF16, "BF16_Optimizer", "memory of gradients, stage 1 in bf16", READ),
     Internal("averaged_gradients", STAGE_1_2, ZERO_1_2, "memory of gradients, stages 1 and 2 otherwise", READ),
     Internal("grad_partitions_flat_buffer", STAGE_3, ZERO_3, "memory of gradients, stage 3", READ),
+    Internal(
+        "apply_to_tensors_only",
+        *(ZERO_UTILITIES, None, "which tensors of a module's output ZeRO 3 hooks", READ),
+        members=("function", "value"),
+    ),
     Internal("__compatible_ops__", "ops/__init__.py", None, "keep DeepSpeed from compiling an operator", READ),
     Internal("deepspeed_shm_comm", "ops/op_builder/cpu/comm.py", None, "the name of that operator", READ),
     Internal("shm_comm_op", "comm/torch.py", "TorchBackend", "whether it was compiled all the same", READ),
@@ -193,7 +199,21 @@ def gradient_fragment(parameter: nn.Parameter) -> Tensor | None:
     return gradient
 
 
-# --- what DeepSpeed holds, for measurements of memory and traffic ---
+# --- what DeepSpeed sees and holds, for tests and measurements ---
+
+
+def hooked_tensors(output: Any) -> list[Tensor]:
+    """The tensors in a module's output that ZeRO 3 hooks: it gathers weights in the order in which gradients come."""
+    from deepspeed.runtime.zero.utils import apply_to_tensors_only
+
+    found: list[Tensor] = []
+
+    def hook(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    apply_to_tensors_only(hook, output)
+    return found
 
 
 def weight_partition(parameter: nn.Parameter) -> Tensor | None:

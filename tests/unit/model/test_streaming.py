@@ -9,7 +9,7 @@ from support.model_factory import make_config, make_inputs, make_model
 from kairos_train.basics.errors import UserError
 from kairos_train.model import WorldActionModel
 from kairos_train.model.gated_delta_net import RecurrentState
-from kairos_train.model.streaming import StreamingModel, StreamingState, action_keys, carry
+from kairos_train.model.streaming import StreamingModel, StreamingState, extend_history, history_cache
 
 CYCLES = {
     "SWA": ["SWA"] * 5,
@@ -40,7 +40,7 @@ def carried(model, given: dict, *ends: int, visible: int = FRAMES) -> StreamingS
     """The history up to the last of `ends`, in pieces."""
     past, begin = None, 0
     for end in ends:
-        past = carry(model, past, given["latents"][:, :, begin:end], **text(given), visible=visible)
+        past = extend_history(model, past, given["latents"][:, :, begin:end], **text(given), visible=visible)
         begin = end
     return past
 
@@ -68,7 +68,7 @@ def test_chunk_after_chunk_equals_computing_the_whole_history_anew(cycle, dtype,
 @pytest.mark.parametrize("cycle", CYCLES)
 def test_actions_on_a_carried_history_equal_mode_joint(cycle):
     model, given = make_causal(cycle), inputs()
-    cache = action_keys(model, carried(model, given, 2, 3, 7))
+    cache = history_cache(model, carried(model, given, 2, 3, 7))
     got = model.forward_action(cache, given["action"], given["action_timestep"], **text(given))
     torch.testing.assert_close(got, again(model, given, 7, 9).action, atol=1e-11, rtol=1e-11)
 
@@ -77,8 +77,8 @@ def test_actions_see_the_last_visible_frames_in_the_places_of_training():
     """Windows of one frame: keys then do not depend on earlier frames, and a window that begins later is the same."""
     config = make_config(history_causal=True, layer_cycle=["SWA", "DSWA", "SWA", "DSWA", "SWA"], window_frames=1)
     model, given = make_model(config).eval().requires_grad_(False), inputs()
-    cache = action_keys(model, carried(model, given, 3, 6, 9, visible=2))
-    assert all(keys.shape[1] == 2 * 4 for keys, _ in cache.layers)
+    cache = history_cache(model, carried(model, given, 3, 6, 9, visible=2))
+    assert all(layer.k.shape[1] == 2 * 4 for layer in cache.layers)
     got = model.forward_action(cache, given["action"], given["action_timestep"], **text(given))
     window = {**given, "latents": given["latents"][:, :, 7:12]}
     torch.testing.assert_close(got, again(model, window, 2, 5).action, atol=1e-11, rtol=1e-11)
@@ -93,7 +93,7 @@ def test_a_history_frame_does_not_see_later_ones():
         if isinstance(old, RecurrentState):
             assert not torch.allclose(old.state, new.state)
             continue
-        for x, y in zip(old, new):
+        for x, y in ((old.k, new.k), (old.v, new.v)):
             assert torch.equal(x[:, :-2], y[:, :-2])
             assert not torch.allclose(x[:, -2:], y[:, -2:])
 
@@ -102,12 +102,13 @@ def test_only_what_windows_and_actions_reach_is_kept():
     model, given = make_causal(), inputs()
     ends = range(1, FRAMES + 1)
     kept = carried(model, given, *ends, visible=3).layers
-    assert [layer[0].shape[1] for layer in kept if not isinstance(layer, RecurrentState)] == [3, 4, FRAMES]
+    assert [layer.k.shape[1] for layer in kept if not isinstance(layer, RecurrentState)] == [3, 4, FRAMES]
     alone = make_model(dataclasses.replace(model.config, action=None)).eval().requires_grad_(False)
     kept = carried(alone, {**given, "state": None}, *ends, visible=3).layers
-    assert [layer[0].shape[1] for layer in kept if not isinstance(layer, RecurrentState)] == [2, 4, FRAMES]
+    assert [layer.k.shape[1] for layer in kept if not isinstance(layer, RecurrentState)] == [2, 4, FRAMES]
     assert kept[1].tokens.shape == (2, 3, 24)
-    assert all(x.untyped_storage().nbytes() <= 2 * x.nbytes for x in (*kept[0], *kept[2], kept[1].tokens))
+    tensors = (kept[0].k, kept[0].v, kept[2].k, kept[2].v, kept[1].tokens)
+    assert all(x.untyped_storage().nbytes() <= 2 * x.nbytes for x in tensors)
 
 
 def test_fewer_tokens_than_the_convolutions_reach_back_to():
