@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kairos_train.basics.setting import POSITIVE, one_of, setting
+
 
 @dataclass
 class ParallelConfig:
     """How a model is split over processes; what is left of the world is data-parallel."""
 
-    tensor: int = 1  # ranks that share every layer's heads and FFN channels
-    context: int = 1  # ranks that share a sample's latent frames
+    tensor: int = setting(1, POSITIVE)  # ranks that share every layer's heads and FFN channels
+    context: int = setting(1, POSITIVE)  # ranks that share a sample's latent frames
     sequence: bool = False  # with tensor > 1: between layers, tensor ranks share the tokens of each frame
-    state_exchange: str = "auto"  # auto | serial | ring | all_gather: GATED states between context ranks
-    frame_layout: str = "auto"  # auto (fewer bytes) | contiguous | residue: who computes dilated windows
+    # how states of GATED layers pass between context ranks
+    state_exchange: str = setting("auto", one_of("auto", "serial", "ring", "all_gather"))
+    # who computes dilated windows; auto: fewer bytes
+    frame_layout: str = setting("auto", one_of("auto", "contiguous", "residue"))
 
 
 @dataclass
 class Fp8Config:
     """FP8 in linear layers; the rest stays in `train.precision`."""
 
-    recipe: str | None = None  # null: off | current | delayed | block | mxfp8 (Transformer Engine) | emulated
-    streams: list[str] = field(default_factory=lambda: ["video"])  # video, action
-    skip_layers: list[int] = field(default_factory=list)  # layers kept out, negative from the end
+    # null: off; emulated: without Transformer Engine, which computes the others (ours)
+    recipe: str | None = setting(None, one_of("current", "delayed", "block", "mxfp8", "emulated"))
+    streams: list[str] = field(default_factory=lambda: ["video"])  # video, action (ours)
+    skip_layers: list[int] = field(default_factory=list)  # layers kept out, negative from the end (ours)

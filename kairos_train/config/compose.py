@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from dataloaders.config import DataConfig, WindowConfig
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.plain import from_dict
-from kairos_train.config.keys import MAPPINGS, annotation_of, describe, nearest, type_of
+from kairos_train.config.keys import MAPPINGS, annotation_of, describe, nearest, type_of, walk
 from kairos_train.config.schema import MISSING, ActionStreamConfig, Config, ModelConfig, StageConfig
 from kairos_train.config.validate import validate, value_of
 
@@ -156,20 +156,11 @@ def _to_config(node: Any) -> Config:
 
 
 def _require(config: Config, sections: Sequence[str]) -> None:
-    for key, value in _leaves(config):
-        if key == "data.shards" and config.data.sources:
-            continue  # these are the data
+    for key, value, _ in walk(config):
+        if (key == "data.shards" and config.data.sources) or "[" in key:
+            continue  # the sources are the data; items of lists have rules of their own
         if value == MISSING and any(_within(key, section) for section in sections):
             raise UserError(f"{key} has no value; give {key}=VALUE ({describe(type_of(key))})")
-
-
-def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for field in fields(section):
-        value = getattr(section, field.name)
-        if is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", value
 
 
 def _within(key: str, section: str) -> bool:

@@ -1,4 +1,4 @@
-"""The schema by dotted key: which keys there are, of which type, and which one a misspelt key meant."""
+"""The schema by dotted key: which keys there are, of which type and metadata, and which one a misspelt key meant."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from kairos_train.basics.errors import UserError
@@ -82,6 +82,30 @@ def all_keys(kind: Any = Config, prefix: str = "") -> Iterator[str]:
             yield from all_keys(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
+
+
+def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
+    """Key, value and field of every setting that a section holds; of items of lists as `data.sources[0].weight`."""
+    for field in fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if is_dataclass(value):
+            yield from walk(value, f"{key}.")
+            continue
+        yield key, value, field
+        for number, item in enumerate(value if isinstance(value, list) else ()):
+            if is_dataclass(item):
+                yield from walk(item, f"{key}[{number}].")
+
+
+def on_resume(key: str) -> str:
+    """What becomes of a setting that a resumed run has otherwise than its checkpoint: "fixed", "free" or "silent"."""
+    kind, found = Config, "fixed"
+    for name in key.split("."):
+        if not is_dataclass(kind):
+            break  # a name in a mapping
+        metadata = next(field.metadata for field in fields(kind) if field.name == name)
+        found, kind = metadata.get("on_resume") or found, dataclass_in(children(kind)[name])
+    return found
 
 
 def _nearest_key(key: str, prefix: str, part: str, legal: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kairos_train.basics.setting import NOT_NEGATIVE, POSITIVE, one_of, setting
+
 
 @dataclass
 class ClusterConfig:
@@ -16,23 +18,23 @@ class ClusterConfig:
     the number of processes per machine. What `submit` uses and a site decides is ours.
     """
 
-    name: str = "h200"
-    gpus_per_node: int = 8
-    memory_gb: float = 141.0
-    peak_tflops: float = 989.0  # dense bf16
-    mfu: float = 0.4  # share of the peak that model FLOPs reach (ours)
-    intra_node_gb_per_s: float = 450.0
-    inter_node_gb_per_s: float = 50.0
-    nodes: int = 1  # of a training job
+    name: str = "h200"  # of the option, as in cluster=NAME
+    gpus_per_node: int = setting(8, POSITIVE)  # of each machine
+    memory_gb: float = setting(141.0, POSITIVE)  # of one GPU
+    peak_tflops: float = setting(989.0, POSITIVE)  # dense bf16
+    mfu: float = setting(0.4, POSITIVE)  # share of the peak that model FLOPs reach (ours)
+    intra_node_gb_per_s: float = setting(450.0, POSITIVE)  # between GPUs of a machine
+    inter_node_gb_per_s: float = setting(50.0, POSITIVE)  # between machines
+    nodes: int = setting(1, POSITIVE)  # of a training job
     partition: str | None = None  # null: Slurm's default
-    account: str | None = None
-    qos: str | None = None
+    account: str | None = None  # that a job is charged to; null: Slurm's default
+    qos: str | None = None  # quality of service; null: Slurm's default
     time_limit: str | None = "24:00:00"  # of each life of a job: H:MM:SS or D-HH:MM:SS; null: the partition's
-    signal_seconds: int = 300  # before the time limit, Slurm sends SIGUSR1 to training
-    max_restarts: int = 50  # how often a job puts itself into the queue again
+    signal_seconds: int = setting(300, POSITIVE)  # before the time limit, Slurm sends SIGUSR1 to training
+    max_restarts: int = setting(50, NOT_NEGATIVE)  # how often a job puts itself into the queue again
     exclusive: bool = False  # no other jobs on the machines of a training job
-    gpus_option: str = "gpus-per-node"  # how GPUs are asked for: gpus-per-node | gres | none
-    cpus_per_gpu: int = 8
+    gpus_option: str = setting("gpus-per-node", one_of("gpus-per-node", "gres", "none"))  # how GPUs are asked for
+    cpus_per_gpu: int = setting(8, POSITIVE)  # cores for each process, its loader's included
     memory_per_cpu: str | None = None  # as 4G; null: the partition's
     sbatch: list[str] = field(default_factory=list)  # further options of sbatch, as [--constraint=h200]
     srun: list[str] = field(default_factory=list)  # further options of srun
@@ -53,19 +55,20 @@ class GuardConfig:
     checkpoint from before the first of them and steps over the data up to here. After `rollbacks` of those it stops.
     """
 
-    window: int = 100  # steps
-    skips: int = 10
-    rollbacks: int = 2
-    spike_factor: float | None = 10.0  # a loss above this times the median of the window's; null: spikes are not sought
+    window: int = setting(100, POSITIVE)  # steps
+    skips: int = setting(10, NOT_NEGATIVE)  # bad steps within the window that are only dropped
+    rollbacks: int = setting(2, NOT_NEGATIVE)  # how often a run goes back, in all its lives
+    # a loss above this times the median of the window's; null: spikes are not sought
+    spike_factor: float | None = setting(10.0, POSITIVE)
 
 
 @dataclass
 class WatchConfig:
     """How processes watch each other and themselves. Seconds; all values ours."""
 
-    heartbeat: float = 1.0
-    silence: float = 20.0  # without a heartbeat of any process of a machine: it is taken for dead
-    stuck: float = 1800.0  # without progress of the training loop: stacks are written, the run ends
+    heartbeat: float = setting(1.0, POSITIVE)  # between two signs of life of a process
+    silence: float = setting(20.0, POSITIVE)  # without a heartbeat of any process of a machine: it is taken for dead
+    stuck: float = setting(1800.0, POSITIVE)  # without progress of the training loop: stacks are written, the run ends
 
 
 @dataclass
@@ -73,9 +76,10 @@ class MonitorConfig:
     """What is measured beside training. All values ours."""
 
     timed_steps: bool = True  # time collectives, and take gradient norms by block kind, in the last step of each report
-    straggler_factor: float = 1.3  # a process busy for longer than this times the median is told
-    profile_at: int | None = None  # first step of a profiler window; SIGUSR2 opens one at any time
-    profile_steps: int = 3
+    straggler_factor: float = setting(1.3, POSITIVE)  # a process busy for longer than this times the median is told
+    # first step of a profiler window; SIGUSR2 opens one at any time
+    profile_at: int | None = setting(None, POSITIVE)
+    profile_steps: int = setting(3, POSITIVE)  # of a profiler window
     log_samples: bool = False  # which samples each step had, in samples/rank-….jsonl
     prometheus_file: str | None = None  # text file for node_exporter's textfile collector; null: none
 
@@ -84,7 +88,8 @@ class MonitorConfig:
 class FaultConfig:
     """A fault that is made on purpose, for tests of what a run survives."""
 
-    kind: str = "???"  # kill | hang | raise | nan | spike | slow | stall (of the loader)
+    # what happens; stall: of the loader
+    kind: str = setting("???", one_of("kill", "hang", "raise", "nan", "spike", "slow", "stall"))
     step: int = 1  # during this step, counted from 1
     rank: int = 0  # of the world; nan and spike: of the data-parallel ranks
     life: int | None = 1  # of the run, counted from 1; null: in each
@@ -94,4 +99,6 @@ class FaultConfig:
 
 @dataclass
 class FaultsConfig:
+    """Faults on purpose."""
+
     inject: list[FaultConfig] = field(default_factory=list)  # empty: none

@@ -2,7 +2,9 @@
 
 Only the standard library is imported here, so that inference can read a saved configuration without hydra. The numbers
 that stand as defaults are the full-size ones of the published model; what the publication leaves open and this project
-chose is marked *ours*. Cross-field rules live in `kairos_train.config.validate`.
+chose is marked *ours*. A setting's line has its default, the rule of its values, whether a resumed run may change it
+(`kairos_train.basics.setting`) and, behind or above it, what it is. Rules that compare settings live in
+`kairos_train.config.validate`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from dataloaders.config import DataConfig
+from kairos_train.basics.setting import FRACTION, NOT_NEGATIVE, POSITIVE, one_of, setting
 from kairos_train.config.operation_schema import (
     ClusterConfig,
     FaultsConfig,
@@ -23,7 +26,6 @@ MISSING = "???"
 """A mandatory value that has not been given."""
 
 ATTENTION_KINDS = ("SWA", "DSWA", "FA", "GATED")
-WINDOW_SEMANTICS = ("frame", "token")
 CONDITIONS = ("t2v", "ti2v", "i2v", "null2v")
 IMAGE_CONDITIONS = ("t2i", "n2i")
 
@@ -32,42 +34,43 @@ IMAGE_CONDITIONS = ("t2i", "n2i")
 class VideoStreamConfig:
     """The video DiT. Widths in channels, windows in latent frames."""
 
-    dim: int = 2560
-    ffn_dim: int = 10240
-    latent_channels: int = 16
+    dim: int = setting(2560, POSITIVE)  # width of its tokens, of all attention heads together
+    ffn_dim: int = setting(10240, POSITIVE)  # inner width of feed-forward layers
+    latent_channels: int = 16  # of the latents that are read and written; those of the video encoder
     patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])  # frames, height, width; the first must be 1
+    # kinds of the layers, repeated: SWA | DSWA (dilated) | FA (full) | GATED (Gated DeltaNet)
     layer_cycle: list[str] = field(default_factory=lambda: ["SWA", "SWA", "DSWA", "GATED"])
-    window_frames: int = 3
-    dilation: int = 4
-    window_semantics: str = "frame"  # frame | token (the reading of the public video-only checkpoints)
+    window_frames: int = setting(3, POSITIVE)  # a frame sees those less than this many frames away
+    dilation: int = setting(4, POSITIVE)  # DSWA: frames from one that is seen to the next
+    window_semantics: str = setting("frame", one_of("frame", "token"))  # token: as public video-only checkpoints
     restrict_history_query_to_history: bool = True  # on for the world-action model: exact action-only inference
-    all_attend_history: bool = False
+    all_attend_history: bool = False  # every frame sees all history frames as well
     history_causal: bool = False  # ours: a history frame sees itself and earlier ones; its keys and states carry over
-    gdn_key_dim: int = 256
-    gdn_value_dim: int = 512
-    gdn_conv_size: int = 4
+    gdn_key_dim: int = setting(256, POSITIVE)  # GATED: width of a head's keys and queries
+    gdn_value_dim: int = setting(512, POSITIVE)  # GATED: width of a head's values
+    gdn_conv_size: int = setting(4, POSITIVE)  # GATED: tokens that the short convolutions see
 
 
 @dataclass
 class ActionStreamConfig:
     """The action DiT: same depth and attention width as the video stream, its own width."""
 
-    dim: int = 1024
-    ffn_dim: int = 4096
-    action_dim: int = 14
-    state_dim: int = 14
+    dim: int = setting(1024, POSITIVE)  # width of its tokens
+    ffn_dim: int = setting(4096, POSITIVE)  # inner width of feed-forward layers
+    action_dim: int = setting(14, POSITIVE)  # of the policy's robot
+    state_dim: int = setting(14, POSITIVE)  # of the policy's robot
 
 
 @dataclass
 class ModelConfig:
     """Mixture-of-Transformers: `num_layers` layers of both streams, `num_heads` heads of `video.dim / num_heads`."""
 
-    name: str = "kairos_4b"
-    num_layers: int = 32
-    num_heads: int = 20
-    text_dim: int = 2048
-    freq_dim: int = 256
-    eps: float = 1e-6
+    name: str = "kairos_4b"  # of the option, as in model=NAME
+    num_layers: int = setting(32, POSITIVE)  # of each stream, a multiple of those in video.layer_cycle
+    num_heads: int = setting(20, POSITIVE)  # of every layer of both streams
+    text_dim: int = setting(2048, POSITIVE)  # width of the contexts, the text encoder's
+    freq_dim: int = setting(256, POSITIVE)  # width of the sinusoidal timestep embedding
+    eps: float = setting(1e-6, POSITIVE)  # of the normalisations
     video: VideoStreamConfig = field(default_factory=VideoStreamConfig)
     action: ActionStreamConfig | None = field(default_factory=ActionStreamConfig)  # null: video stream alone
 
@@ -76,32 +79,36 @@ class ModelConfig:
 class KernelsConfig:
     """Which implementation computes what; `auto` picks by device, and the choice is logged and saved."""
 
-    attention: str = "auto"  # auto | gathered | flex | dense (dense masks: the oracle, small sizes only)
-    gated_delta: str = "auto"  # auto | torch | fla (CUDA only)
+    # dense: masks of all pairs, the oracle, small sizes only
+    attention: str = setting("auto", one_of("auto", "gathered", "flex", "dense"))
+    gated_delta: str = setting("auto", one_of("auto", "torch", "fla"))  # fla: on CUDA only
 
 
 @dataclass
 class VideoEncoderConfig:
     """Frames -> latents. `block_dct` is weight-free; `wan` is the real Wan2.1 VAE from local weights."""
 
-    kind: str = "wan"  # wan | block_dct
+    kind: str = setting("wan", one_of("wan", "block_dct"))  # which encoder
     path: str | None = None  # wan: Diffusers folder or original .pth
-    sample_posterior: bool = False  # wan: the mode of the posterior by default (ours)
+    sample_posterior: bool = False  # wan: sample the posterior; false takes its mode (ours)
 
 
 @dataclass
 class TextEncoderConfig:
     """Prompt (and first frame) -> context. `hashed_ngrams` is weight-free; `qwen` the real VLM from local weights."""
 
-    kind: str = "qwen"  # qwen | hashed_ngrams
+    kind: str = setting("qwen", one_of("qwen", "hashed_ngrams"))  # which encoder
     path: str | None = None  # qwen: model folder
-    text_dim: int = 2048
-    max_tokens: int = 1024  # longest sequence read, in tokens (qwen: the 97 that are cut off included)
+    text_dim: int = setting(2048, POSITIVE)  # width of the contexts, `model.text_dim`
+    # longest sequence read, in tokens (qwen: the 97 that are cut off included)
+    max_tokens: int = setting(1024, POSITIVE)
 
 
 @dataclass
 class EncodersConfig:
-    name: str = "wan_qwen"
+    """What turns pictures and prompts into what the model reads."""
+
+    name: str = "wan_qwen"  # of the option, as in encoders=NAME
     video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
 
@@ -111,8 +118,9 @@ class CaptionShare:
     """How often one of a sample's captions is taken, relative to the others, from the stage's start to its end."""
 
     name: str = "???"  # as in the index of the shards
-    start: float = 1.0
-    end: float | None = None  # in between the share changes linearly; null: it stays
+    start: float = setting(1.0, NOT_NEGATIVE)  # share at the stage's start
+    # share at its end, in between it changes linearly; null: it stays
+    end: float | None = setting(None, NOT_NEGATIVE)
 
 
 @dataclass
@@ -135,88 +143,103 @@ class LoraConfig:
 class StageConfig:
     """One stage of the curriculum: which streams train, on which conditions, how the loss is weighed."""
 
-    name: str = "joint"
-    streams: str = "joint"  # video | joint
+    name: str = "joint"  # of the option, as in stage=NAME
+    streams: str = setting("joint", one_of("video", "joint"))  # joint: video and actions
     conditions: dict[str, float] = field(default_factory=lambda: {"ti2v": 1.0})  # probabilities, summing to 1
-    image_conditions: dict[str, float] = field(
-        default_factory=lambda: {"t2i": 1.0}
-    )  # the same, of samples of one frame
+    # the same, of samples of one frame
+    image_conditions: dict[str, float] = field(default_factory=lambda: {"t2i": 1.0})
     captions: list[CaptionShare] = field(default_factory=list)  # empty: each sample's primary one
-    history_frames: int = 1  # K of conditions that give frames (ti2v, i2v)
-    cfg_dropout: float = 0.1  # ours
-    loss_weighting: str = "bell"  # bell | plain
-    video_loss_weight: float = 1.0  # ours
-    action_loss_weight: float = 1.0  # ours
+    history_frames: int = setting(1, NOT_NEGATIVE)  # K of conditions that give frames (ti2v, i2v)
+    cfg_dropout: float = setting(0.1, FRACTION)  # of contexts, for guidance (ours)
+    loss_weighting: str = setting("bell", one_of("bell", "plain"))  # of noise levels; plain: all alike
+    video_loss_weight: float = setting(1.0, NOT_NEGATIVE)  # ours
+    action_loss_weight: float = setting(1.0, NOT_NEGATIVE)  # ours
     action_dim_weights: list[float] | None = None  # per action dimension, summing to 1; null: uniform
-    action_shift: float = 5.0
+    action_shift: float = setting(5.0, POSITIVE)  # of the actions' noise schedule towards noise
     train_video: bool = True  # false: the video stream is frozen
     lora: LoraConfig = field(default_factory=LoraConfig)
-    init_from: str | None = None  # checkpoint folder whose weights this stage starts from; null: fresh weights
-    init_weights: str = (
-        "ema"  # ema | raw: which weights of `init_from` | both: weights from raw, their average from ema
-    )
-    action_init: str = "interpolate"  # interpolate | random: action stream, when `init_from` has none
-    lr: float = 1e-4
-    weight_decay: float = 1e-2
+    # checkpoint folder whose weights this stage starts from; null: fresh weights
+    init_from: str | None = setting(None, on_resume="free")
+    # which weights of `init_from`; both: weights from raw, their average from ema (ours)
+    init_weights: str = setting("ema", one_of("ema", "raw", "both"), on_resume="free")
+    # action stream, when `init_from` has none (ours)
+    action_init: str = setting("interpolate", one_of("interpolate", "random"))
+    lr: float = setting(1e-4, POSITIVE)  # what optimizer.lr is unless given
+    weight_decay: float = setting(1e-2, NOT_NEGATIVE)  # what optimizer.weight_decay is unless given
 
 
 @dataclass
 class OptimizerConfig:
-    name: str = "adamw"  # adamw | sgd (plain, for comparing layouts)
-    lr: float = 1e-4
-    weight_decay: float = 1e-2  # not on norms, biases, A_log, dt_bias, modulations
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    warmup_steps: int = 500
-    schedule: str = "constant"  # constant | cosine, after the warm-up
-    min_lr_ratio: float = 0.0  # cosine: last learning rate / lr
-    gradient_clip: float = 1.0
+    """The update, and the learning rate over the steps of a stage."""
+
+    name: str = setting("adamw", one_of("adamw", "sgd"))  # sgd: plain, for comparing layouts
+    lr: float = setting(1e-4, POSITIVE)  # after the warm-up
+    weight_decay: float = setting(1e-2, NOT_NEGATIVE)  # not on norms, biases, A_log, dt_bias, modulations
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of AdamW's moments
+    eps: float = setting(1e-8, POSITIVE)  # of AdamW (ours)
+    warmup_steps: int = setting(500, NOT_NEGATIVE)  # in which the learning rate rises linearly
+    schedule: str = setting("constant", one_of("constant", "cosine"))  # after the warm-up
+    min_lr_ratio: float = setting(0.0, FRACTION)  # cosine: last learning rate / lr (ours)
+    gradient_clip: float = setting(1.0, POSITIVE)  # largest 2-norm of the whole gradient
 
 
 @dataclass
 class PrecisionConfig:
+    """What is computed in fewer bits than `train.precision`."""
+
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
 
 @dataclass
 class TrainConfig:
-    steps: int | None = 1000  # the stage's length: one of steps, epochs, samples and tokens
-    epochs: int | None = None  # of all sources together
-    samples: int | None = None
-    tokens: int | None = None  # of video and actions, as the model sees them
-    micro_batch: int = 16  # samples per rank and forward pass
-    accumulation: int = 1  # micro-batches per optimiser step
-    precision: str = "bf16"  # bf16 | fp32
-    zero_stage: int = 1
-    stage3_param_persistence_threshold: int = 100_000  # parameters of fewer numbers stay whole in ZeRO stage 3
-    stage3_max_live_parameters: int = 1_000_000_000  # numbers that stage 3 keeps gathered for their next use
-    device: str = "auto"  # auto | cpu | cuda
-    ema_decay: float = 0.999  # ours
-    checkpoint_every: int = 500
-    keep_last: int = 3
-    keep_every: int = 0  # steps; 0: only the last ones
+    """One stage's training: its length, its steps, and what is done between them."""
+
+    steps: int | None = setting(1000, POSITIVE)  # the stage's length: one of steps, epochs, samples and tokens (ours)
+    epochs: int | None = setting(None, POSITIVE)  # of all sources together
+    samples: int | None = setting(None, POSITIVE)  # of all ranks
+    tokens: int | None = setting(None, POSITIVE)  # of video and actions, as the model sees them
+    micro_batch: int = setting(16, POSITIVE)  # samples per rank and forward pass (published for LIBERO: 16)
+    accumulation: int = setting(1, POSITIVE)  # micro-batches per optimiser step (ours)
+    precision: str = setting("bf16", one_of("bf16", "fp32"), on_resume="fixed")  # of weights and activations
+    zero_stage: int = setting(1, one_of(0, 1, 2, 3))  # ranks share: 1 moments, 2 gradients, 3 weights too (ours)
+    # parameters of fewer elements stay whole in ZeRO stage 3; DeepSpeed's own default
+    stage3_param_persistence_threshold: int = setting(100_000, NOT_NEGATIVE)
+    # elements that stage 3 keeps gathered for their next use; DeepSpeed's own default
+    stage3_max_live_parameters: int = setting(1_000_000_000, NOT_NEGATIVE)
+    device: str = setting("auto", one_of("auto", "cpu", "cuda"))  # auto: CUDA where there is one
+    ema_decay: float = setting(0.999, FRACTION)  # of the moving average of the weights (ours)
+    checkpoint_every: int = setting(500, POSITIVE)  # steps (ours)
+    keep_last: int = setting(3, POSITIVE)  # checkpoints (ours)
+    keep_every: int = setting(0, NOT_NEGATIVE)  # steps; 0: only the last ones (ours)
     keep_best: bool = True  # ours: also the one with the lowest validation loss
-    log_every: int = 10
-    validate_every: int = 500  # 0: never
-    validation_batches: int = 4
-    sample_every: int = 500  # steps between sampled windows in TensorBoard; 0: never
-    on_nonfinite: str = "skip"  # skip: as `guard` says | stop: at the first non-finite loss or gradient norm
-    resume: str = "auto"  # auto: from the newest checkpoint of run_dir when there is one | never | must
-    peak_tflops: float | None = None  # of one device in this precision, for MFU; null: known devices only
-    recompute: str = "none"  # none | block | selective (all but attention outputs and states): activations in backward
-    offload_activations: bool = False  # keep what is saved for backward in host memory
-    async_checkpoint: bool = True  # write checkpoints behind the training loop
-    failed_checkpoints: int = 3  # this many failed writes in a row are tolerated; the next one ends the run (ours)
-    deadline: str | None = None  # local time as in 2026-01-31T18:00:00; the run saves and ends before it
-    deadline_margin: float = 300.0  # seconds before the deadline (ours)
-    dry_run: bool = True  # before the first step, one of the largest batch, whose update is dropped
+    log_every: int = setting(10, POSITIVE)  # steps (ours)
+    validate_every: int = setting(500, NOT_NEGATIVE)  # steps; 0: never (ours)
+    validation_batches: int = setting(4, POSITIVE)  # of micro_batch samples, by all ranks together (ours)
+    # steps between sampled windows in TensorBoard; 0: never (ours)
+    sample_every: int = setting(500, NOT_NEGATIVE)
+    # skip: as `guard` says; stop: at the first non-finite loss or gradient norm (ours)
+    on_nonfinite: str = setting("skip", one_of("stop", "skip"))
+    # auto: from the newest checkpoint of run_dir when there is one (ours)
+    resume: str = setting("auto", one_of("auto", "never", "must"))
+    # of one device in this precision, for MFU; null: known devices only
+    peak_tflops: float | None = setting(None, POSITIVE)
+    # activations computed again in backward; selective: all but attention outputs and states (ours)
+    recompute: str = setting("none", one_of("none", "block", "selective"))
+    offload_activations: bool = False  # keep what is saved for backward in host memory (ours)
+    async_checkpoint: bool = True  # write checkpoints behind the training loop (ours)
+    # this many failed writes in a row are tolerated; the next one ends the run (ours)
+    failed_checkpoints: int = setting(3, NOT_NEGATIVE)
+    # local time as in 2026-01-31T18:00:00; the run saves and ends before it
+    deadline: str | None = setting(None, on_resume="silent")
+    deadline_margin: float = setting(300.0, NOT_NEGATIVE)  # seconds before the deadline (ours)
+    dry_run: bool = True  # before the first step, one of the largest batch, whose update is dropped (ours)
 
 
 @dataclass
 class CurriculumStage:
     """A stage of an experiment: its name, and what it sets on top of the experiment's own settings."""
 
-    name: str = "???"
+    name: str = "???"  # of the stage, and of its part of the run directory
     set: list[str] = field(default_factory=list)  # GROUP=OPTION and KEY=VALUE, as on the command line, which wins
 
 
@@ -224,34 +247,40 @@ class CurriculumStage:
 class CurriculumConfig:
     """Stages that `kairos-train train` walks, each from the weights of the one before. Empty: the run is one stage."""
 
-    stages: list[CurriculumStage] = field(default_factory=list)
+    stages: list[CurriculumStage] = field(default_factory=list)  # in the order in which they are trained
     first: str | None = None  # name of the stage to begin with; null: the first
     last: str | None = None  # name of the stage to end with; null: the last
 
 
 @dataclass
 class Config:
-    """One run. Saved resolved as `config.yaml` with the run, every checkpoint and every export."""
+    """One run. Saved resolved as `config.yaml` with the run, every checkpoint and every export.
 
-    experiment: str = "custom"
-    seed: int = 0
-    run_dir: str = "runs/${experiment}/${stage.name}"
+    Free to change when a run is resumed is how it is split, recomputed, watched and written: that changes its numbers
+    by rounding alone. `train.micro_batch` and `train.accumulation` must then make up for another number of data ranks:
+    `kairos_train.training.run_state` holds the samples of a step.
+    """
+
+    experiment: str = "custom"  # of the option, as in experiment=NAME
+    seed: int = setting(0, NOT_NEGATIVE)  # of weights, noise, conditions and the order of the data
+    run_dir: str = setting("runs/${experiment}/${stage.name}", on_resume="free")  # all that a run writes
     model: ModelConfig = field(default_factory=ModelConfig)
-    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    kernels: KernelsConfig = setting(factory=KernelsConfig, on_resume="free")
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stage: StageConfig = field(default_factory=StageConfig)
-    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
-    prepare: list[str] = field(default_factory=list)  # kairos-train commands that make the data, each with --out
+    curriculum: CurriculumConfig = setting(factory=CurriculumConfig, on_resume="free")
+    # kairos-train commands that make the data, each with --out
+    prepare: list[str] = setting(factory=list, on_resume="free")
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = setting(factory=ParallelConfig, on_resume="free")
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    cluster: ClusterConfig = setting(factory=ClusterConfig, on_resume="free")
+    train: TrainConfig = setting(factory=TrainConfig, on_resume="free")
+    guard: GuardConfig = setting(factory=GuardConfig, on_resume="free")
+    watch: WatchConfig = setting(factory=WatchConfig, on_resume="free")
+    monitor: MonitorConfig = setting(factory=MonitorConfig, on_resume="free")
+    faults: FaultsConfig = setting(factory=FaultsConfig, on_resume="free")
 
 
 def stage_model(config: Config) -> ModelConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -86,11 +85,6 @@ def captions_are_shares(config: Config) -> None:
     names = [share.name for share in captions]
     if len(set(names)) < len(names) or MISSING in names:
         raise UserError(f"stage.captions names {', '.join(names)}; name each caption once")
-    for i, share in enumerate(captions):
-        for field in ("start", "end"):
-            value = getattr(share, field)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise UserError(f"stage.captions[{i}].{field}={value} is negative or not finite; give 0 or more")
     for field, sums in (
         ("start", [c.start for c in captions]),
         ("end", [c.start if c.end is None else c.end for c in captions]),

@@ -1,7 +1,8 @@
 """The rules a configuration must keep, one small function each. A rule names key, value and remedy in one line.
 
-Types and key names are checked before, while composing. Mandatory values that are still missing (`???`) pass here: the
-command that needs them asks for them.
+What a single value may be stands in the schema, with the setting; the functions here and in the files beside this one
+compare settings. Types and key names are checked before, while composing. Mandatory values that are still missing
+(`???`) pass here: the command that needs them asks for them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dataloaders.config import NORMALIZATIONS
 from kairos_train.basics.errors import UserError
 from kairos_train.config.cluster_rules import (
     container_or_venv,
@@ -20,6 +20,7 @@ from kairos_train.config.cluster_rules import (
     time_limit_is_a_time,
     time_limit_leaves_time,
 )
+from kairos_train.config.keys import walk
 from kairos_train.config.layout_rules import (
     fp8_names_streams_and_layers,
     selective_recomputation_needs_whole_weights,
@@ -41,11 +42,11 @@ from kairos_train.config.model_rules import (
 )
 from kairos_train.config.operation_rules import (
     deadline_is_a_time,
-    faults_are_known,
+    faults_count_from_one,
     guard_sees_enough,
     silence_is_longer_than_heartbeats,
 )
-from kairos_train.config.schema import MISSING, WINDOW_SEMANTICS, Config
+from kairos_train.config.schema import MISSING, Config
 from kairos_train.config.stage_rules import (
     action_weights_fit,
     adapters_fit,
@@ -61,67 +62,6 @@ from kairos_train.config.stage_rules import (
     only_a_joint_stage_freezes_the_video,
     some_loss_counts,
 )
-
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "model.video.window_semantics": WINDOW_SEMANTICS,
-    "kernels.attention": ("auto", "gathered", "flex", "dense"),
-    "kernels.gated_delta": ("auto", "torch", "fla"),
-    "encoders.video.kind": ("wan", "block_dct"),
-    "encoders.text.kind": ("qwen", "hashed_ngrams"),
-    "data.window.layout": ("side_by_side", "head_over_wrists"),
-    "data.window.action_values": ("recorded", "minus_state"),
-    "data.normalize_action": NORMALIZATIONS,
-    "data.normalize_state": NORMALIZATIONS,
-    "data.on_corrupt": ("stop", "skip"),
-    "stage.streams": ("video", "joint"),
-    "stage.loss_weighting": ("bell", "plain"),
-    "stage.init_weights": ("ema", "raw", "both"),
-    "stage.action_init": ("interpolate", "random"),
-    "optimizer.name": ("adamw", "sgd"),
-    "optimizer.schedule": ("constant", "cosine"),
-    "train.precision": ("bf16", "fp32"),
-    "train.zero_stage": (0, 1, 2, 3),
-    "train.device": ("auto", "cpu", "cuda"),
-    "train.on_nonfinite": ("stop", "skip"),
-    "train.resume": ("auto", "never", "must"),
-    "train.recompute": ("none", "block", "selective"),
-    "parallel.state_exchange": ("auto", "serial", "ring", "all_gather"),
-    "parallel.frame_layout": ("auto", "contiguous", "residue"),
-    "cluster.gpus_option": ("gpus-per-node", "gres", "none"),
-    "precision.fp8.recipe": ("current", "delayed", "block", "mxfp8", "emulated"),
-}
-
-POSITIVE = (
-    *(f"model.{key}" for key in ("num_layers", "num_heads", "text_dim", "freq_dim", "eps")),
-    *(f"model.video.{key}" for key in ("dim", "ffn_dim", "window_frames", "dilation")),
-    *(f"model.video.{key}" for key in ("gdn_key_dim", "gdn_value_dim", "gdn_conv_size")),
-    *(f"model.action.{key}" for key in ("dim", "ffn_dim", "action_dim", "state_dim")),
-    *(f"encoders.text.{key}" for key in ("text_dim", "max_tokens")),
-    *(f"data.window.{key}" for key in ("frames", "action_video_freq_ratio", "stride", "height", "width")),
-    *(f"data.clips.{key}" for key in ("fps", "short_side", "most_frames", "least_frames")),
-    *(f"data.{key}" for key in ("shuffle_buffer", "streams", "tokens_per_micro_batch", "temperature", "cache_gb")),
-    "data.timeout",
-    *("stage.action_shift", "stage.lr"),
-    *(f"optimizer.{key}" for key in ("lr", "eps", "gradient_clip")),
-    *(f"train.{key}" for key in ("steps", "epochs", "samples", "tokens")),
-    *(f"train.{key}" for key in ("micro_batch", "accumulation", "checkpoint_every", "keep_last", "log_every")),
-    *("train.validation_batches", "train.peak_tflops", "parallel.tensor", "parallel.context"),
-    *(f"cluster.{key}" for key in ("gpus_per_node", "memory_gb", "peak_tflops", "mfu")),
-    *(f"cluster.{key}" for key in ("intra_node_gb_per_s", "inter_node_gb_per_s", "nodes", "cpus_per_gpu")),
-    "cluster.signal_seconds",
-    *(f"watch.{key}" for key in ("heartbeat", "silence", "stuck")),
-    *("guard.window", "guard.spike_factor", "monitor.straggler_factor", "monitor.profile_at", "monitor.profile_steps"),
-)
-
-NOT_NEGATIVE = (
-    *("seed", "data.workers", "stage.history_frames", "stage.video_loss_weight", "stage.action_loss_weight"),
-    *("stage.weight_decay", "optimizer.weight_decay", "optimizer.warmup_steps"),
-    *("train.keep_every", "train.validate_every", "train.sample_every", "cluster.max_restarts"),
-    *("train.failed_checkpoints", "train.deadline_margin", "guard.skips", "guard.rollbacks"),
-    *("train.stage3_param_persistence_threshold", "train.stage3_max_live_parameters"),
-)
-
-FRACTIONS = ("data.max_corrupt", "stage.cfg_dropout", "optimizer.min_lr_ratio", "train.ema_decay")
 
 
 def validate(config: Config, sections: Sequence[str] | None = None) -> None:
@@ -144,36 +84,15 @@ def value_of(config: Config, key: str) -> Any:
     return getattr(owner, name) if owner is not None else None
 
 
-def _given(config: Config, keys: Sequence[str]) -> list[tuple[str, Any]]:
-    values = [(key, value_of(config, key)) for key in keys]
-    return [(key, value) for key, value in values if value is not None and value != MISSING]
-
-
-# --- single values ---
-
-
-def known_names(config: Config) -> None:
-    for key, value in _given(config, tuple(CHOICES)):
-        if value not in CHOICES[key]:
-            raise UserError(f"{key}={value} is unknown; use one of {', '.join(map(str, CHOICES[key]))}")
-
-
-def positive_numbers(config: Config) -> None:
-    for key, value in _given(config, POSITIVE):
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{key}={value} is not a positive number; give one above 0")
-
-
-def no_negative_numbers(config: Config) -> None:
-    for key, value in _given(config, NOT_NEGATIVE):
-        if not (value >= 0 and math.isfinite(value)):
-            raise UserError(f"{key}={value} is negative or not finite; give 0 or more")
-
-
-def fractions(config: Config) -> None:
-    for key, value in _given(config, FRACTIONS):
-        if not 0 <= value <= 1:
-            raise UserError(f"{key}={value} is outside [0, 1]; give a fraction")
+def values_are_legal(config: Config) -> None:
+    """Every value keeps the rule that its field in the schema has."""
+    for key, value, field in walk(config):
+        rule = field.metadata.get("rule")
+        missing = value == MISSING
+        if rule is None or value is None or (missing and "[" not in key):  # in items of lists nobody asks for it later
+            continue
+        if missing or not rule.holds(value):
+            raise UserError(f"{key}={value} {rule.fault}")
 
 
 # --- data ---
@@ -243,8 +162,6 @@ def sources_give_samples(config: Config) -> None:
     for i, source in enumerate(sources):
         if source.shards == MISSING:
             raise UserError(f"data.sources[{i}] has no shards; name its folder")
-        if source.weight is not None and not (source.weight >= 0 and math.isfinite(source.weight)):
-            raise UserError(f"data.sources[{i}].weight={source.weight} is negative or not finite; give 0 or more")
         if source.max_epochs is not None and source.max_epochs < 1:
             raise UserError(f"data.sources[{i}].max_epochs={source.max_epochs} is below 1; give 1 or more, or null")
     if sources and all(source.weight == 0 for source in sources):
@@ -273,10 +190,7 @@ def ema_forgets(config: Config) -> None:
 
 
 RULES: tuple[Callable[[Config], None], ...] = (
-    known_names,
-    positive_numbers,
-    no_negative_numbers,
-    fractions,
+    values_are_legal,
     layer_kinds_are_known,
     layers_are_whole_cycles,
     heads_divide_the_width,
@@ -317,7 +231,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     deadline_is_a_time,
     guard_sees_enough,
     silence_is_longer_than_heartbeats,
-    faults_are_known,
+    faults_count_from_one,
     time_limit_is_a_time,
     time_limit_leaves_time,
     options_are_options,

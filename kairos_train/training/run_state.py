@@ -18,6 +18,7 @@ from kairos_train.checkpoint.saver import Saver
 from kairos_train.checkpoint.writing import whole_pieces
 from kairos_train.conditioning.interfaces import identities_match
 from kairos_train.config.compose import load_saved, to_yaml
+from kairos_train.config.keys import on_resume
 from kairos_train.config.schema import Config
 from kairos_train.operations.guard import Guard
 from kairos_train.training.budget import Progress
@@ -28,36 +29,6 @@ from kairos_train.training.engine.engine_state import load_full_state, state_pie
 from kairos_train.training.engine.random_state import derive_random_state, random_state, set_random_state
 from kairos_train.training.inputs.feed import Feed
 from parallel.topology import Topology
-
-FREE_TO_CHANGE = (
-    "run_dir",
-    "train.",
-    "parallel.",
-    "cluster.",
-    "kernels.",
-    "data.workers",
-    "data.timeout",
-    "data.cache",
-    "data.validation_shards",
-    "data.on_corrupt",
-    "data.max_corrupt",
-    "data.check_peers",
-    "stage.init",
-    "curriculum.",
-    "prepare",
-    *("guard.", "watch.", "monitor.", "faults."),
-)
-"""Settings that a resumed run may have otherwise than its checkpoint (announced); any other change is refused.
-
-How a run is split, recomputed and written changes its numbers by rounding alone. `train.micro_batch` and
-`train.accumulation` must make up for another number of data ranks: `restore` holds the samples of a step.
-"""
-
-UNTOLD = ("train.deadline",)
-"""Of those, what is another in every life of a job, and not announced."""
-
-NUMBERS = ("train.precision",)
-"""Of those, what decides the numbers after all: not free. (`precision.fp8` is not free either.)"""
 
 
 @dataclass(frozen=True)
@@ -100,12 +71,12 @@ def changed_settings(config: Config, reader: CheckpointReader) -> list[str]:
     old, new = _leaves(asdict(load_saved(reader.path / "config.yaml"))), _leaves(asdict(config))
     changes = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     for key in changes:
-        if key in NUMBERS or not key.startswith(FREE_TO_CHANGE):
+        if on_resume(key) == "fixed":
             raise UserError(
                 f"{key}={new.get(key)}: the run in run_dir={config.run_dir} was started with {old.get(key)}; "
                 "set that to resume it, or choose another run_dir"
             )
-    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in changes if key not in UNTOLD]
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in changes if on_resume(key) == "free"]
 
 
 @dataclass

@@ -1,0 +1,61 @@
+"""One line per setting in a schema dataclass: its default, the rule of its values, whether a resumed run may change it.
+
+    lr: float = setting(1e-4, POSITIVE)  # learning rate after the warm-up
+    precision: str = setting("bf16", one_of("bf16", "fp32"), on_resume="fixed")  # of activations and gradients
+    train: TrainConfig = setting(factory=TrainConfig, on_resume="free")
+
+A setting of whatever value of its type is a plain dataclass field. The comment documents the setting.
+`kairos_train.config.validate` holds values to their rules; `kairos_train.training.run_state` asks for `on_resume`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+ON_RESUME = ("fixed", "free", "silent")
+
+
+@dataclass(frozen=True)
+class ValueRule:
+    """Which values a setting may have.
+
+    Attributes:
+        holds: value → whether it is legal.
+        fault: what is wrong with any other one, and the remedy; messages put "KEY=VALUE " before it.
+    """
+
+    holds: Callable[[Any], bool]
+    fault: str
+
+
+POSITIVE = ValueRule(lambda value: value > 0 and math.isfinite(value), "is not a positive number; give one above 0")
+NOT_NEGATIVE = ValueRule(lambda value: value >= 0 and math.isfinite(value), "is negative or not finite; give 0 or more")
+FRACTION = ValueRule(lambda value: 0 <= value <= 1, "is outside [0, 1]; give a fraction")
+
+
+def one_of(*choices: Any) -> ValueRule:
+    """The rule of a setting that has one of a few values."""
+    return ValueRule(lambda value: value in choices, f"is unknown; use one of {', '.join(map(str, choices))}")
+
+
+def setting(
+    default: Any = MISSING,
+    rule: ValueRule | None = None,
+    *,
+    factory: Callable[[], Any] | Any = MISSING,
+    on_resume: str | None = None,
+) -> Any:
+    """A dataclass field with what its setting needs to be checked and resumed.
+
+    Args:
+        default: of the setting; for lists, mappings and sections give `factory`, which makes it.
+        rule: of its values; null passes always.
+        on_resume: what becomes of another value when a run is resumed: "fixed", refused; "free", allowed and reported;
+            "silent", allowed. Said of a section, it holds for the settings in it that say nothing themselves; of
+            nothing at all, "fixed" holds.
+    """
+    assert on_resume in (None, *ON_RESUME), on_resume
+    return field(default=default, default_factory=factory, metadata={"rule": rule, "on_resume": on_resume})
