@@ -35,8 +35,9 @@ import av
 import numpy as np
 import torch
 
-from dataloaders.config import WindowConfig
+from dataloaders.config import DataConfig, WindowConfig
 from dataloaders.files.video import encode_mp4
+from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader
 from dataloaders.shards import INDEX, ShardIndex, sample_block, write_json, write_shard
 
@@ -133,9 +134,10 @@ def decode_clips(folder: Path) -> Callable[[], int]:
 
 
 @contextmanager
-def open_loader(folder: Path, batch_size: int, **settings) -> Iterator[ShardLoader]:
+def open_loader(folder: Path, batch_size: int, *, with_frames: bool, workers: int = 0) -> Iterator[ShardLoader]:
     """A loader with a shuffle over a few shards."""
-    loader = ShardLoader(folder, batch_size=batch_size, shuffle_buffer=64, **settings)
+    data = DataConfig(shards=str(folder), workers=workers, shuffle_buffer=64)
+    loader = ShardLoader(data, LoaderShard(batch_size, 1, 0, 1), seed=0, with_frames=with_frames)
     yield loader
     loader.close()
 

@@ -37,7 +37,13 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class LoaderShard:
-    """Which part of each global step is read here. `micro_batch` is of no meaning under a token budget."""
+    """Which part of each global step is read here.
+
+    Attributes:
+        micro_batch: samples per batch, all of one shape; of no meaning under a token budget.
+        accumulation: batches that one rank takes per global step.
+        rank, world_size: which data-parallel share is read, of how many.
+    """
 
     micro_batch: int
     accumulation: int

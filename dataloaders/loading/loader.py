@@ -15,7 +15,7 @@ stand-in, another sample of its source drawn from (seed, place), whose meta says
 
 How a trainer uses it:
 
-    loader = ShardLoader(shards, batch_size=…, accumulation=…, rank=data_rank, world_size=data_ranks, gather=…, …)
+    loader = ShardLoader(config.data, LoaderShard(micro_batch, accumulation, data_rank, data_ranks), seed=…, gather=…)
     loader.load_state_dict(state)                         # any rank's state
     batches = [next(loader) for _ in range(accumulation)]  # one global step
     loader.sync()                                         # collective: before state_dict and when reporting
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,29 +52,15 @@ class ShardLoader:
     """Iterator of `Batch` without end over folders of shards; see the module's docstring for the order.
 
     Args:
-        sources: folder written by `pack`, or several sources with weights and repeat limits.
-        batch_size: samples per batch, all of one shape.
-        accumulation: batches that one rank takes per global step.
+        data: the settings of sources, order, damage, workers and cache (`dataloaders.config`).
+        share: the samples of a batch, the batches of a global step, and which data-parallel share of them is read here.
+            Peers that hold parts of the same samples (tensor, context) have the same.
         seed: of the order.
-        rank, world_size: which data-parallel share this loader reads, of how many. Peers that hold parts of the same
-            samples (tensor, context) have the same.
-        workers: loader processes; 0 reads in this process. Of no influence on what comes.
-            tokens_per_micro_batch: instead of `batch_size`, how many video tokens a batch may have
-            (`dataloaders.loading.buckets`).
-        streams: interleaved parts of an epoch (a multiple of the data ranks keeps each one on shards of its own);
-            None: by the number of shards.
-        shuffle_buffer: most places by which a sample is moved within its stream; 0 keeps the order of the shards.
-        temperature: of the sources' weights.
-        on_corrupt: "stop" raises on unreadable shards and samples, "skip" puts stand-ins in their places and counts
-            them in `skipped`.
-        max_corrupt: share of all samples that may be skipped before the run stops.
-        quarantine: file that lists what was skipped, on the one process that writes it.
-        gather: value -> list of the values of all processes; needed by `sync` with more than one rank.
-        check_peers: at the end of every step, compare by `gather` the batches of processes that have the same rank.
         with_frames: decode the clips (off: latents only, frames are None).
+        quarantine: file that lists what was skipped, on the one process that writes it.
+        gather: value -> list of the values of all processes; needed by `sync` with more than one rank. With
+            `data.check_peers` the batches of processes that have the same rank are compared by it in every step.
         pin_memory: batches in page-locked memory, for copies to a GPU.
-        timeout: seconds after which a worker that gives nothing counts as hung.
-        cache_dir, cache_gb: where copies of remote shards lie, and how much they may take on this machine.
 
     Attributes:
         index: of the first source.
@@ -89,58 +75,42 @@ class ShardLoader:
 
     def __init__(
         self,
-        sources: Path | str | Sequence[SourceConfig],
+        data: DataConfig,
+        share: LoaderShard,
         *,
-        batch_size: int,
-        accumulation: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        workers: int = 0,
-        tokens_per_micro_batch: int | None = None,
-        streams: int | None = None,
-        shuffle_buffer: int = 1000,
-        temperature: float = 1.0,
-        on_corrupt: str = "stop",
-        max_corrupt: float = 1.0,
+        seed: int,
+        with_frames: bool = True,
         quarantine: Path | None = None,
         gather: Gather | None = None,
-        check_peers: bool = False,
-        with_frames: bool = True,
         pin_memory: bool = False,
-        timeout: float = 600.0,
-        cache_dir: Path | str = "runs/shard_cache",
-        cache_gb: float = 100.0,
     ):
-        if isinstance(sources, Path | str):
-            sources = [SourceConfig(shards=str(sources))]
+        sources = sources_of(data)
         self.indices = [read_index(source.shards) for source in sources]
+        _check(data, share, self.indices)
         self.index = self.indices[0]
-        self.share = LoaderShard(batch_size, accumulation, rank, world_size)
-        self.workers, self.pin_memory, self.timeout, self._gather = workers, pin_memory, timeout, gather
-        self._budget = tokens_per_micro_batch
-        self._reading = Reading(seed, on_corrupt, with_frames, ShardCache(Path(cache_dir), int(cache_gb * 1e9)))
+        self.data, self.share, self.pin_memory, self._gather = data, share, pin_memory, gather
+        cache = ShardCache(Path(data.cache_dir), int(data.cache_gb * 1e9))
+        self._reading = Reading(seed, data.on_corrupt, with_frames, cache)
         self._order = {
             "seed": seed,
-            "shuffle_buffer": shuffle_buffer,
-            "streams": [streams or default_streams(len(index.shards)) for index in self.indices],
+            "shuffle_buffer": data.shuffle_buffer,
+            "streams": [data.streams or default_streams(len(index.shards)) for index in self.indices],
         }
-        _check(self.share, shuffle_buffer, streams, workers, on_corrupt, self.indices)
         self._shapes = [SourceShapes(index) for index in self.indices]
         counts = [index.samples for index in self.indices]
         self._mixture_of = {
             "samples": counts,
             "weights": [source.weight for source in sources],
             "max_epochs": [source.max_epochs for source in sources],
-            "temperature": temperature,
+            "temperature": data.temperature,
             "seed": seed,
         }
         self._position = Mixture(**self._mixture_of).state_dict()
         self._steps()  # what does not fit the token budget is found now
-        self._quarantine = Quarantine(samples=sum(counts), limit=max_corrupt, file=quarantine)
+        self._quarantine = Quarantine(samples=sum(counts), limit=data.max_corrupt, file=quarantine)
         self._findings: list[CorruptSample] = []
         self._inside_step = 0  # batches given of the step that is not complete
-        self._check_peers = check_peers and gather is not None
+        self._check_peers = data.check_peers and gather is not None
         self._digests: list[str] = []  # of those batches
         self._items: Prefetch[Item] | None = None
         self._under_way: deque[BatchRequest] = deque()
@@ -180,8 +150,9 @@ class ShardLoader:
 
     def largest_batch(self) -> tuple[Bucket, int]:
         """The bucket whose micro-batches have the most video tokens, of equal ones with actions; samples of one."""
+        budget = self.data.tokens_per_micro_batch
         sizes = {
-            bucket: self.share.micro_batch if self._budget is None else self._budget // bucket.tokens
+            bucket: self.share.micro_batch if budget is None else budget // bucket.tokens
             for source in self._shapes
             for bucket in source.buckets
         }
@@ -239,7 +210,7 @@ class ShardLoader:
                     f"loader state: {name} was {state.get(key)} when saved and is {mine[key]} now; the position in the "
                     "data is only defined for the same value: restore it, or start without the loader's state"
                 )
-        if self._budget is None and state["position"].get("waiting"):
+        if self.data.tokens_per_micro_batch is None and state["position"].get("waiting"):
             raise UserError(
                 f"data.tokens_per_micro_batch=null: {len(state['position']['waiting'])} samples wait in buckets since "
                 "the state was saved and would be lost; set a token budget, or start without the loader's state"
@@ -254,9 +225,9 @@ class ShardLoader:
         return Prefetch(
             Fetcher(self.indices, self._shapes, self._reading),
             _Noted(requests(self._steps()), self._under_way),
-            workers=self.workers,
+            workers=self.data.workers,
             pin_memory=self.pin_memory,
-            timeout=self.timeout,
+            timeout=self.data.timeout,
         )
 
     def _steps(self) -> Steps:
@@ -272,10 +243,10 @@ class ShardLoader:
         ]
         mixture = Mixture(**self._mixture_of)
         mixture.load_state_dict(self._position)
-        if self._budget is None:
+        if self.data.tokens_per_micro_batch is None:
             _check_one_shape(self._shapes, self.share)
             return FixedSteps(orders, mixture, self.share)
-        queue = BucketQueue(self._shapes, orders, mixture, budget=self._budget)
+        queue = BucketQueue(self._shapes, orders, mixture, budget=self.data.tokens_per_micro_batch)
         queue.load_waiting(self._position.get("waiting", []))
         return BucketedSteps(queue, self.share)
 
@@ -306,7 +277,7 @@ def fixed_batches(
     skipped. Where the shape of the clips changes, a batch ends and another begins.
     """
     index = read_index(shards)
-    _check(LoaderShard(batch_size, 1, 0, 1), 0, None, 0, on_corrupt, [index])
+    _check(DataConfig(on_corrupt=on_corrupt), LoaderShard(batch_size, 1, 0, 1), [index])
     batches = (
         chunk
         for _, alike in itertools.groupby(_in_packed_order(index, with_frames, on_corrupt), key=_shape_of)
@@ -347,17 +318,15 @@ def check_shards(index: ShardIndex) -> None:
             raise refusal(index, error) from error
 
 
-def _check(
-    share: LoaderShard, shuffle: int, streams: int | None, workers: int, on_corrupt: str, indices: list[ShardIndex]
-) -> None:
-    if on_corrupt not in ("stop", "skip"):
-        raise UserError(f"data.on_corrupt={on_corrupt!r}: must be stop or skip")
+def _check(data: DataConfig, share: LoaderShard, indices: list[ShardIndex]) -> None:
+    if data.on_corrupt not in ("stop", "skip"):
+        raise UserError(f"data.on_corrupt={data.on_corrupt!r}: must be stop or skip")
     for name, value, least in (
         ("train.micro_batch", share.micro_batch, 1),
         ("train.accumulation", share.accumulation, 1),
-        ("data.workers", workers, 0),
-        ("data.shuffle_buffer", shuffle, 0),
-        ("data.streams", 1 if streams is None else streams, 1),
+        ("data.workers", data.workers, 0),
+        ("data.shuffle_buffer", data.shuffle_buffer, 0),
+        ("data.streams", 1 if data.streams is None else data.streams, 1),
     ):
         if value < least:
             raise UserError(f"{name}={value}: must be at least {least}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader, check_shards, sources_of
 from dataloaders.shards import ShardIndex, read_index
 from kairos_train.basics.errors import UserError
@@ -231,29 +232,15 @@ def _open_reports(
 
 def _open_loader(config: Config, topology: Topology, *, with_frames: bool) -> ShardLoader:
     """Batches of this rank's share of the data; ranks that share a sample get the same."""
-    data, rank = config.data, topology.rank
+    train = config.train
     return ShardLoader(
-        sources_of(data),
-        batch_size=config.train.micro_batch,
-        accumulation=config.train.accumulation,
+        config.data,
+        LoaderShard(train.micro_batch, train.accumulation, topology.data_rank, topology.degrees.data),
         seed=config.seed,
-        rank=topology.data_rank,
-        world_size=topology.degrees.data,
-        workers=data.workers,
-        tokens_per_micro_batch=data.tokens_per_micro_batch,
-        streams=data.streams,
-        shuffle_buffer=data.shuffle_buffer,
-        temperature=data.temperature,
-        on_corrupt=data.on_corrupt,
-        max_corrupt=data.max_corrupt,
-        quarantine=Path(config.run_dir) / "quarantine.jsonl" if rank == 0 else None,
-        gather=partial(from_all, topology=topology) if topology.size > 1 else None,
-        check_peers=data.check_peers,
         with_frames=with_frames,
+        quarantine=Path(config.run_dir) / "quarantine.jsonl" if topology.rank == 0 else None,
+        gather=partial(from_all, topology=topology) if topology.size > 1 else None,
         pin_memory=topology.device.type == "cuda",
-        timeout=data.timeout,
-        cache_dir=data.cache_dir,
-        cache_gb=data.cache_gb,
     )
 
 

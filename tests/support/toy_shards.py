@@ -2,14 +2,17 @@
 
 import io
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from dataloaders.config import WindowConfig
+from dataloaders.config import DataConfig, SourceConfig, WindowConfig
 from dataloaders.files.video import encode_mp4
+from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader
 from dataloaders.shards import INDEX, ShardIndex, sample_block, write_json, write_shard
 
@@ -98,8 +101,23 @@ def _write(folder: Path, rows: list[list], members, name: str, changes: dict, ru
     return folder
 
 
-def toy_loader(folder, **changes) -> ShardLoader:
-    return ShardLoader(folder, **{"batch_size": 4, "seed": 1, "shuffle_buffer": 5, "with_frames": False} | changes)
+def toy_loader(
+    source: Path | str | Sequence[SourceConfig],
+    *,
+    batch_size: int = 4,
+    accumulation: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    **changes: Any,
+) -> ShardLoader:
+    """A loader of a folder or of several sources. `changes`: of `DataConfig`, and further arguments of the loader."""
+    where = {"sources": list(source)} if isinstance(source, Sequence) and not isinstance(source, str) else {}
+    settings = {"shards": str(source), "workers": 0, "shuffle_buffer": 5, "max_corrupt": 1.0, **where, **changes}
+    names = {field.name for field in fields(DataConfig)}
+    data = DataConfig(**{name: value for name, value in settings.items() if name in names})
+    others = {name: value for name, value in settings.items() if name not in names}
+    share = LoaderShard(batch_size, accumulation, rank, world_size)
+    return ShardLoader(data, share, **{"seed": 1, "with_frames": False} | others)
 
 
 def take(loader, count: int) -> list:

@@ -10,7 +10,7 @@ import torch
 from support.toy_shards import assert_same, npy, take, toy_key, toy_loader, toy_members, write_clips, write_folder
 
 from dataloaders.files.video import encode_mp4
-from dataloaders.loading.loader import ShardLoader, fixed_batches
+from dataloaders.loading.loader import fixed_batches
 from dataloaders.shards import INDEX, read_index, write_json
 from kairos_train.basics.errors import UserError
 
@@ -253,7 +253,7 @@ def test_how_far_each_source_has_come_is_told(folder):
 
 def test_index_mistakes_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"absent/index\.json: does not exist"):
-        ShardLoader(tmp_path / "absent", batch_size=1)
+        toy_loader(tmp_path / "absent")
     content = json.loads((folder / INDEX).read_text())
     for change, match in (
         ({"format": "kairos-shards-9"}, "kairos-shards-9"),
