@@ -28,11 +28,10 @@ from kairos_train.inference.sampler import (
     Conditions,
     SampledOutput,
     SamplerConfig,
-    action_sigmas,
+    StreamNoise,
     check_request,
     denoise_actions,
     integrate,
-    noise,
     sample,
     tokens_per_frame,
     video_sigmas,
@@ -194,18 +193,17 @@ class StreamingHistory:
         )
         device, actions, cache = conditions.context.device, None, None
         if mode != "video":
-            actions = noise((self.chunk.horizon, self.model.config.action.action_dim), seeds, "action").to(device)
+            actions = StreamNoise((self.chunk.horizon, self.model.config.action.action_dim), seeds, "action", device)
             cache = streaming.history_cache(self.model, self._past)
         if mode == "action":
-            sigmas = action_sigmas(self.config)
-            return SampledOutput(None, denoise_actions(self.model, cache, conditions, actions, sigmas))
+            return SampledOutput(None, denoise_actions(self.model, cache, conditions, self.config, actions))
         return self._denoise(conditions, cache, actions, seeds, size)
 
     def _denoise(
         self,
         conditions: Conditions,
         cache: HistoryCache | None,
-        actions: Tensor | None,
+        actions: StreamNoise | None,
         seeds: Sequence[int],
         size: tuple[int, int],
     ) -> SampledOutput:
@@ -229,7 +227,7 @@ class StreamingHistory:
 
         shape = (self.model.config.video.latent_channels, self.chunk.frames, *size)
         # The noise of the whole window, as with a sliding history, so that both begin with the same.
-        latents = noise(shape, seeds, "video")[:, :, self.latents.shape[2] :].to(conditions.context.device)
+        latents = StreamNoise(shape, seeds, "video", conditions.context.device, skipped=self.latents.shape[2])
         return integrate(
             positive,
             negative,

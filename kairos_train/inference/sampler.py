@@ -1,11 +1,12 @@
-"""Euler sampling of both streams (model specification, "Objective and schedule" and "Modes").
+"""Sampling of both streams (model specification, "Objective and schedule" and "Modes").
 
 Shapes: B batch, C latent channels (16), K history latent frames, F latent frames (history included), H W latent height
 and width, N context tokens, A actions, D action dimensions.
 
-Every stream walks down its own shifted schedule, z ← z + V·(σ_next − σ), the last σ_next being 0. The integration is
-float32 whatever the weights' precision. Noise is drawn per sample on the CPU in float32 from the sample's own seed, so
-it depends neither on the device nor on the batch that a sample happens to sit in.
+Every stream walks down its own shifted schedule, z ← z + V·(σ_next − σ), the last σ_next being 0. A distilled model
+takes fixed steps instead: to x₀ = z − σV and noised again, z ← (1 − σ_next)x₀ + σ_next·ε, the last one to x₀. The
+integration is float32 whatever the weights' precision. Noise is drawn per sample on the CPU in float32 from the
+sample's own seed, so it depends neither on the device nor on the batch that a sample happens to sit in.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from kairos_train.objective import schedule
 
 MODES = ("video", "joint", "action")
 SCHEDULES = ("shifted", "distilled")
+CHOICES = {"schedule": SCHEDULES, "renoise": ("fresh", "same"), "timestep_dtype": ("float32", "bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,19 @@ class SamplerConfig:
     """How a model is sampled; saved as `sampler.json` in an export.
 
     `shifted` takes `steps` uniform steps under the shape-aware shift (video) and `action_shift` (action). `distilled`
-    takes the four fixed times of the distilled model under its constant shift on both streams; `steps` and
-    `action_shift` must then say so.
+    takes the four fixed times of the distilled model under its constant shift on both streams, without guidance;
+    `steps`, `action_shift` and `guidance` must then say so.
     """
 
     schedule: str = "shifted"  # shifted | distilled
     steps: int = 10
     guidance: float = 5.0  # CFG scale of the video; 1: the positive branch alone
     action_shift: float = 5.0
-    negative_prompt: str | None = None  # null: the null form the model was trained with (context zeros, mask kept)
+    negative_prompt: str | None = None  # null: context zeros, mask kept; text: encoded without image, "" included
+    renoise: str = (
+        "fresh"  # fresh | same: noise of each distilled step (the public sampler with a seed: the first again)
+    )
+    timestep_dtype: str = "float32"  # float32 | bfloat16 (as the public pipelines round what the model is given)
 
     def check(self) -> SamplerConfig:
         """Return self.
@@ -48,12 +54,13 @@ class SamplerConfig:
         Raises:
             UserError: a setting that is out of range or does not fit the schedule.
         """
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"sampler.schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"sampler.{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise UserError(f"sampler.steps={self.steps!r}: must be a whole number of at least 1")
         if self.schedule == "distilled":
-            fixed = {"steps": len(schedule.DISTILLED_TIMES), "action_shift": schedule.DISTILLED_SHIFT}
+            fixed = {"steps": len(schedule.DISTILLED_TIMES), "action_shift": schedule.DISTILLED_SHIFT, "guidance": 1.0}
             for name, value in fixed.items():
                 if getattr(self, name) != value:
                     raise UserError(f"sampler.{name}={getattr(self, name)}: a distilled schedule has {value}; set that")
@@ -143,6 +150,28 @@ def noise(shape: Sequence[int], seeds: Sequence[int], stream: str) -> Tensor:
     return torch.stack(rows)
 
 
+@dataclass(frozen=True)
+class StreamNoise:
+    """The noise of one stream of a batch.
+
+    Attributes:
+        shape, seeds, stream: as for `noise`.
+        device: where it is used.
+        skipped: first latent frames that are left out of what is drawn.
+    """
+
+    shape: tuple[int, ...]
+    seeds: Sequence[int]
+    stream: str
+    device: torch.device
+    skipped: int = 0
+
+    def draw(self, step: int = 0) -> Tensor:
+        """What sampling begins with (0), or independent noise for a later step."""
+        drawn = noise(self.shape, self.seeds, self.stream if step == 0 else f"{self.stream}:{step}")
+        return (drawn[:, :, self.skipped :] if self.skipped else drawn).to(self.device)
+
+
 def sample(
     model: nn.Module,
     conditions: Conditions,
@@ -172,14 +201,11 @@ def sample(
     device = conditions.context.device
     actions = None
     if mode != "video":
-        actions = noise((horizon, model.config.action.action_dim), seeds, "action").to(device)
+        actions = StreamNoise((horizon, model.config.action.action_dim), seeds, "action", device)
     with torch.no_grad():
         if mode == "action":
-            return SampledOutput(
-                latents=None, actions=_denoise_actions(model, conditions, actions, action_sigmas(config))
-            )
-        channels = model.config.video.latent_channels
-        latents = noise((channels, *latent_shape), seeds, "video").to(device)
+            return SampledOutput(latents=None, actions=_denoise_actions(model, conditions, config, actions))
+        latents = StreamNoise((model.config.video.latent_channels, *latent_shape), seeds, "video", device)
         return _denoise(model, conditions, config, latents, actions)
 
 
@@ -215,10 +241,11 @@ def check_request(
 
 
 def _denoise(
-    model: nn.Module, conditions: Conditions, config: SamplerConfig, latents: Tensor, actions: Tensor | None
+    model: nn.Module, conditions: Conditions, config: SamplerConfig, latents: StreamNoise, actions: StreamNoise | None
 ) -> SampledOutput:
     """Modes video and joint: the history frames are part of every pass."""
-    history, state = [conditions.history_frames] * len(latents), conditions.state
+    history, state = [conditions.history_frames] * len(latents.seeds), conditions.state
+    _, frames, height, width = latents.shape
 
     def positive(z: Tensor, t: Tensor, a: Tensor | None, t_action: Tensor) -> tuple[Tensor, Tensor | None]:
         times = {} if a is None else {"action": a, "action_timestep": t_action}
@@ -231,7 +258,7 @@ def _denoise(
         positive,
         negative,
         config=config,
-        sigmas=video_sigmas(config, latents.shape[2], tokens_per_frame(model, *latents.shape[-2:])),
+        sigmas=video_sigmas(config, frames, tokens_per_frame(model, height, width)),
         latents=latents,
         actions=actions,
         history=conditions.history,
@@ -244,8 +271,8 @@ def integrate(
     *,
     config: SamplerConfig,
     sigmas: Tensor,
-    latents: Tensor,
-    actions: Tensor | None,
+    latents: StreamNoise,
+    actions: StreamNoise | None,
     history: Tensor | None,
 ) -> SampledOutput:
     """Both streams step together, each at its own σ; only the video is guided.
@@ -255,40 +282,43 @@ def integrate(
             from this branch alone, and no video query sees them.
         negative: latents and their timestep -> velocity of the video without the condition.
         sigmas: of the video.
-        latents, actions: float32 noise; no actions in mode video.
-        history: stands in the first frames of the latents, before every step; None when these are no part of them.
+        latents, actions: their noise; no actions in mode video.
+        history: stands in the first frames of the latents, before every step, and but for a distilled model in what
+            comes out; None when these are no part of them.
     """
-    sigmas_a, batch, device = action_sigmas(config), len(latents), latents.device
-    latents = _put_history_back(latents, history)
+    sigmas_a, last = action_sigmas(config), len(sigmas) - 2
+    z, a = _put_history_back(latents.draw(), history), None if actions is None else actions.draw()
     for step in range(len(sigmas) - 1):
-        t_video = _timestep(sigmas[step], batch, device)
-        velocity, action_velocity = positive(latents, t_video, actions, _timestep(sigmas_a[step], batch, device))
+        t_video, t_action = (_timestep(table[step], z, config) for table in (sigmas, sigmas_a))
+        velocity, action_velocity = positive(z, t_video, a, t_action)
         velocity = velocity.float()
         if config.guidance != 1:
-            velocity = guided(velocity, negative(latents, t_video).float(), config.guidance)
-        latents = _put_history_back(euler(latents, velocity, sigmas, step), history)
-        if actions is not None:
-            actions = euler(actions, action_velocity.float(), sigmas_a, step)
-    return SampledOutput(latents=latents, actions=actions)
+            velocity = guided(velocity, negative(z, t_video).float(), config.guidance)
+        z = _advance(config, z, velocity, sigmas, step, latents)
+        if config.schedule != "distilled" or step < last:  # a student's last step leaves its own frames there
+            z = _put_history_back(z, history)
+        if a is not None:
+            a = _advance(config, a, action_velocity.float(), sigmas_a, step, actions)
+    return SampledOutput(latents=z, actions=a)
 
 
-def _denoise_actions(model: nn.Module, conditions: Conditions, actions: Tensor, sigmas: Tensor) -> Tensor:
+def _denoise_actions(model: nn.Module, conditions: Conditions, config: SamplerConfig, actions: StreamNoise) -> Tensor:
     """Mode action: the video stream once on the history, then the action stream alone at every step."""
     context, mask, state = conditions.context, conditions.context_mask, conditions.state
     cache = model.encode_history(conditions.history, context, mask, state=state)
-    return denoise_actions(model, cache, conditions, actions, sigmas)
+    return denoise_actions(model, cache, conditions, config, actions)
 
 
 def denoise_actions(
-    model: nn.Module, cache: HistoryCache, conditions: Conditions, actions: Tensor, sigmas: Tensor
+    model: nn.Module, cache: HistoryCache, conditions: Conditions, config: SamplerConfig, actions: StreamNoise
 ) -> Tensor:
     """The action stream alone on cached history, at every step."""
     context = model.encode_action_context(conditions.context, conditions.context_mask, state=conditions.state)
+    a, sigmas = actions.draw(), action_sigmas(config)
     for step in range(len(sigmas) - 1):
-        t_action = _timestep(sigmas[step], actions.shape[0], actions.device)
-        velocity = model.forward_action(cache, actions, t_action, context)
-        actions = euler(actions, velocity.float(), sigmas, step)
-    return actions
+        velocity = model.forward_action(cache, a, _timestep(sigmas[step], a, config), context)
+        a = _advance(config, a, velocity.float(), sigmas, step, actions)
+    return a
 
 
 def tokens_per_frame(model: nn.Module, height: int, width: int) -> int:
@@ -302,6 +332,18 @@ def euler(z: Tensor, velocity: Tensor, sigmas: Tensor, step: int) -> Tensor:
     return z + velocity * float(sigmas[step + 1] - sigmas[step])
 
 
+def _advance(
+    config: SamplerConfig, z: Tensor, velocity: Tensor, sigmas: Tensor, step: int, source: StreamNoise
+) -> Tensor:
+    """One step of a stream: Euler, or that of a distilled model with noise out of `source`."""
+    if config.schedule != "distilled":
+        return euler(z, velocity, sigmas, step)
+    clean, following = z - velocity * float(sigmas[step]), float(sigmas[step + 1])
+    if step == len(sigmas) - 2:
+        return clean
+    return (1 - following) * clean + following * source.draw(step + 1 if config.renoise == "fresh" else 0)
+
+
 def guided(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance V_neg + g·(V_pos − V_neg)."""
     return negative + guidance * (positive - negative)
@@ -313,9 +355,10 @@ def _put_history_back(latents: Tensor, history: Tensor | None) -> Tensor:
     return torch.cat([history.to(latents.dtype), latents[:, :, history.shape[2] :]], dim=2)
 
 
-def _timestep(sigma: Tensor, batch: int, device: torch.device) -> Tensor:
-    """σ·1000 as float32 (B,): bf16 would quantise it to steps of 4 near 1000."""
-    return torch.full((batch,), float(sigma) * 1000, dtype=torch.float32, device=device)
+def _timestep(sigma: Tensor, z: Tensor, config: SamplerConfig) -> Tensor:
+    """σ·1000 as float32 (B,); rounded to bfloat16, by option, it comes in steps of 4 near 1000."""
+    t = torch.full((len(z),), float(sigma) * 1000, dtype=torch.float32, device=z.device)
+    return t.to(getattr(torch, config.timestep_dtype)).float()
 
 
 def _with_zero(sigmas: Tensor) -> Tensor:

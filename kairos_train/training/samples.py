@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dataloaders.loading.loader import fixed_batches
 from kairos_train.config.schema import Config
-from kairos_train.inference.sampler import SamplerConfig, integrate, noise, video_sigmas
+from kairos_train.inference.sampler import SamplerConfig, StreamNoise, integrate, video_sigmas
 from kairos_train.model import ModelOutput
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine
@@ -89,8 +89,8 @@ def draw_samples(engine: TrainingEngine, feed: Feed, config: Config) -> Samples 
         lambda z, t: z,  # never asked: unguided
         config=sampler,
         sigmas=video_sigmas(sampler, recorded.shape[2], tokens),
-        latents=noise(recorded.shape[1:], seeds, "video").to(feed.device),
-        actions=None if actions is None else noise(actions.shape[1:], seeds, "action").to(feed.device),
+        latents=StreamNoise(recorded.shape[1:], seeds, "video", feed.device),
+        actions=None if actions is None else StreamNoise(actions.shape[1:], seeds, "action", feed.device),
         history=recorded[:, :, :known] if known else None,
     )
     engine.model.train()

@@ -83,6 +83,55 @@ def test_distilled_schedule_is_the_four_shifted_times_on_both_streams():
     torch.testing.assert_close(sampler.action_sigmas(config), expected, atol=1e-12, rtol=0)
 
 
+def video_pass(model, given, z, t):
+    """Velocity of the video with the first frame given, at timestep `t`."""
+    times = torch.full((len(z),), t, dtype=torch.float32)
+    return model(z, given.context, given.context_mask, times, [1] * len(z), state=given.state).video
+
+
+@pytest.mark.parametrize("renoise", ["fresh", "same"])
+def test_a_distilled_model_goes_to_the_clean_sample_and_is_noised_again(model, renoise):
+    """The released sampler written out: σ(u) = 5u / (1 + 4u), and the last step leaves the model's own first frame."""
+    given = conditions()
+    sigma = [5 * u / (1 + 4 * u) for u in (1.0, 0.8, 0.5, 0.1)]
+    first = sampler.noise((16, FRAMES, *SIZE), (3, 4), "video")
+    z = torch.cat([given.history, first[:, :, 1:]], dim=2)
+    for step, s in enumerate(sigma):
+        clean = z - s * video_pass(model, given, z, s * 1000)
+        if step == 3:
+            break
+        noise = first if renoise == "same" else sampler.noise((16, FRAMES, *SIZE), (3, 4), f"video:{step + 1}")
+        z = (1 - sigma[step + 1]) * clean + sigma[step + 1] * noise
+        z[:, :, :1] = given.history
+    got = run(model, "video", given, schedule="distilled", renoise=renoise).latents
+    torch.testing.assert_close(got, clean, atol=1e-5, rtol=0)
+    assert not torch.equal(got[:, :, :1], given.history)
+
+
+def test_fresh_noise_differs_from_step_to_step_and_belongs_to_the_sample(model):
+    fresh, same = (run(model, "joint", schedule="distilled", renoise=name) for name in ("fresh", "same"))
+    assert (fresh.latents - same.latents).abs().max() > 1e-2
+    assert (fresh.actions - same.actions).abs().max() > 1e-2
+    given = conditions()
+    single = Conditions(*(t[1:] for t in (given.context, given.context_mask, given.history, given.state)))
+    alone = run(model, "joint", single, seeds=(4,), schedule="distilled")
+    torch.testing.assert_close(alone.latents, fresh.latents[1:], atol=1e-5, rtol=0)
+    cached = run(model, "action", schedule="distilled").actions
+    torch.testing.assert_close(cached, fresh.actions, atol=1e-5, rtol=0)
+
+
+def test_timesteps_of_the_public_code_are_rounded_to_bfloat16(model):
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args[3][0], kwargs)), with_kwargs=True)
+    for dtype in ("float32", "bfloat16"):
+        run(model, "joint", schedule="distilled", timestep_dtype=dtype)
+    hook.remove()
+    video = [float(t) for t, _ in seen]
+    assert video[:4] == pytest.approx([1000, 20000 / 21, 2500 / 3, 2500 / 7], abs=1e-3)
+    assert video[4:] == [1000, 952, 832, 358]
+    assert [float(kwargs["action_timestep"][0]) for _, kwargs in seen] == video
+
+
 def test_euler_along_the_true_velocity_of_one_clip_lands_on_it():
     clean, noise = torch.randn(2, 3), torch.randn(2, 3)
     sigmas = sampler.sampling_sigmas(7, 5.0)
@@ -224,6 +273,9 @@ def test_action_mode_is_refused_where_its_cache_would_not_be_exact():
         ({"steps": 2.5}, "sampler.steps=2.5"),
         ({"schedule": "distilled", "steps": 10}, "sampler.steps=10"),
         ({"schedule": "distilled", "steps": 4, "action_shift": 3.0}, "sampler.action_shift=3.0"),
+        ({"schedule": "distilled", "steps": 4, "guidance": 5.0}, "sampler.guidance=5.0"),
+        ({"renoise": "again"}, "sampler.renoise='again'"),
+        ({"timestep_dtype": "float16"}, "sampler.timestep_dtype='float16'"),
         ({"guidance": -1.0}, "sampler.guidance=-1.0"),
         ({"action_shift": 0.0}, "sampler.action_shift=0.0"),
     ],
