@@ -39,7 +39,8 @@ from dataloaders.config import DataConfig, WindowConfig
 from dataloaders.files.video import encode_mp4
 from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader
-from dataloaders.shards import INDEX, ShardIndex, sample_block, write_json, write_shard
+from dataloaders.shards import INDEX, ShardIndex, sample_block, write_shard
+from kairos_train.basics.files import write_json
 
 SMALL_SAMPLES = 50_000
 """Of the memory's measurement."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -151,13 +150,6 @@ def read_index(folder: Path | str) -> ShardIndex:
     if not index.shards or index.samples != sum(shard.samples for shard in index.shards):
         raise UserError(f"{path}: samples={index.samples} is not the sum over its shards; pack again")
     return index
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Sorted keys, indent 1, written beside and renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, sort_keys=True, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def sample_block(key: str, members: dict[str, bytes]) -> bytes:

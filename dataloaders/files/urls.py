@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import io
 import os
+import shutil
 import time
 import urllib.error
 import urllib.parse
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import replacing
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 """Package by scheme, for the remedy of an error."""
@@ -142,14 +144,8 @@ def size_of(path: str | Path, patience: Patience = PATIENT) -> int:
 
 def download(path: str | Path, target: Path, patience: Patience = PATIENT) -> None:
     """Copy a file to `target`, which appears when it is complete. Raises as `open_url` does."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with open_url(path, patience) as source, part.open("wb") as file:
-            while block := source.read(_BUFFER):
-                file.write(block)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(target) as part, open_url(path, patience) as source, part.open("wb") as file:
+        shutil.copyfileobj(source, file, _BUFFER)
 
 
 class _Reader(io.RawIOBase):

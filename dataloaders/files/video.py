@@ -10,7 +10,7 @@ import io
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +20,7 @@ import av
 import numpy as np
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import replacing
 
 TOLERANCE_S = 1e-4  # farthest a frame may lie from the asked time, as LeRobot has it
 _RESEEK_S = 4.0  # a gap between wanted frames from which a new seek is cheaper than decoding through it
@@ -155,18 +156,12 @@ def encode_mp4(
     Raises:
         UserError: unknown codec, wrong shape or dtype, odd height or width.
     """
-    target = file.with_name(f".{file.name}.{os.getpid()}.tmp") if isinstance(file, Path) else file
-    try:
+    with replacing(file) if isinstance(file, Path) else nullcontext(file) as target:
         encoder = Mp4Encoder(target, fps, codec=codec, crf=crf, gop=gop)
         try:
             encoder.add(frames)
         finally:
             encoder.close()
-        if isinstance(file, Path):
-            os.replace(target, file)
-    finally:
-        if isinstance(target, Path):
-            target.unlink(missing_ok=True)
 
 
 def decode_mp4(

@@ -8,16 +8,14 @@ Beyond the limit the files that were opened longest ago go; a reader that has on
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from dataloaders.files.urls import download, join
 from dataloaders.shards import CorruptData, ShardIndex, ShardInfo
+from kairos_train.basics.files import locked, sha256_of
 
 
 class ShardCache:
@@ -42,7 +40,7 @@ class ShardCache:
         if path in self._refused:
             raise self._refused[path]  # not downloaded for each of its samples again
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             # nobody removes it between the two: that takes the same lock
             if absent := not path.exists():
                 try:
@@ -67,9 +65,7 @@ class ShardCache:
         if (size := arriving.stat().st_size) != info.bytes:
             reason = f"has {size} bytes, the index says {info.bytes}: truncated or replaced"
             raise CorruptData(info.name, reason, samples=info.samples)
-        with arriving.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != info.sha256:
+        if (found := sha256_of(arriving)) != info.sha256:
             reason = f"has sha256 {found[:16]}…, the index says {info.sha256[:16]}…"
             raise CorruptData(info.name, reason, samples=info.samples)
         os.replace(arriving, path)
@@ -86,14 +82,6 @@ class ShardCache:
             if total <= self.limit:
                 return
             if path != newest:
-                with _locked(path.with_suffix(".lock")):
+                with locked(path.with_suffix(".lock")):
                     path.unlink(missing_ok=True)
                 total -= size
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone among all processes; the lock of one that dies is free."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

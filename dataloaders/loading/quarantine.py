@@ -7,13 +7,13 @@ lost with it and how often one of them was due. It is written as a whole and ren
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.errors import RunStopped
+from kairos_train.basics.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,4 @@ class Quarantine:
             return
         lines = [json.dumps({"name": name} | self.entries[name], sort_keys=True) for name in sorted(self.entries)]
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_name(self.file.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        os.replace(temporary, self.file)
+        write_whole(self.file, "".join(line + "\n" for line in lines))

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +26,7 @@ from dataloaders.shards import INDEX, CorruptData, ShardIndex, ShardInfo, read_i
 from dataloaders.sources.base import Clip, SourceSettings
 from dataloaders.sources.open import kind_of, open_source
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import new_folder
 
 EPISODES = 1000
 WINDOWS = 2000  # about: whole shards
@@ -57,14 +55,8 @@ def inspect(location: Path | str, out: Path, *, data: DataConfig, samples: int =
     if out.exists():
         raise UserError(f"{out}: exists; remove it or choose another output folder")
     findings = _findings(location, data, samples)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as work:
         write_page(findings, work)
-        work.chmod(0o755)
-        os.rename(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return [f"{name}: {text}" for name, text in findings.facts]
 
 

@@ -13,7 +13,6 @@ Memory holds one episode's pictures and the index of entries; the disk briefly h
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import glob
 import hashlib
@@ -44,12 +43,12 @@ from dataloaders.shards import (
     ShardIndex,
     ShardInfo,
     read_index,
-    write_json,
     write_shard,
 )
 from dataloaders.sources.base import Source, SourceSettings
 from dataloaders.sources.open import open_source
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import locked, sha256_of, write_json, write_whole
 
 VERSION = 2
 """Of what packing makes of a source: another one does not go on with an older one's work."""
@@ -185,7 +184,7 @@ def _work_folder(out: Path, recipe: str) -> Iterator[Path]:
             "finish that one, or remove the folder"
         )
     work.mkdir(parents=True, exist_ok=True)
-    with _locked(work) as mine:
+    with locked(work / "lock", wait=False) as mine:
         if not mine:
             raise UserError(f"{out}: is being packed by another process; wait for it")
         yield work
@@ -196,22 +195,10 @@ def _work_path(out: Path, recipe: str) -> Path:
     return out.parent / f".{out.name}.{recipe[:12]}.packing"
 
 
-@contextmanager
-def _locked(work: Path) -> Iterator[bool]:
-    """Whether the folder is this process's alone while the block runs."""
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by the system, however the process ends
-        except OSError:
-            yield False
-        else:
-            yield True
-
-
 def _sweep(work: Path) -> None:
     """Remove what a packing left that was killed after its last rename; one that still runs removes it itself."""
     if work.is_dir():
-        with _locked(work) as mine:
+        with locked(work / "lock", wait=False) as mine:
             if mine:
                 shutil.rmtree(work, ignore_errors=True)
 
@@ -274,7 +261,7 @@ def _write_folder(
         folder.mkdir()
         notes.mkdir()
     if bad:
-        (folder / QUARANTINE).write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in bad))
+        write_whole(folder / QUARANTINE, "".join(json.dumps(line, sort_keys=True) + "\n" for line in bad))
     shards = _write_shards(folder, notes, spool, entries, shard_samples)
     statistics, rank_error = _statistics(job.settings.window, spool, records)
     write_json(folder / STATISTICS, statistics)
@@ -299,7 +286,7 @@ def _write_folder(
         shapes=_shapes(entries),
         captions=list(dict.fromkeys(name for record in records for name in record.captions)),
         scores=sorted({name for record in records for name in record.scores}),
-        statistics_sha256=hashlib.sha256((folder / STATISTICS).read_bytes()).hexdigest(),
+        statistics_sha256=sha256_of(folder / STATISTICS),
     )
     return index.to_dict()
 

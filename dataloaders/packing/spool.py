@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from dataloaders.packing.members import MemberWriter, npy
 from dataloaders.shards import sample_block
 from dataloaders.sources.base import Bad, Clip, Source, Unit
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import replacing, write_whole
 
 _FOLDER_UNITS = 1000  # units of a folder
 
@@ -73,15 +73,9 @@ class Spool:
         """
         spool = self._path(unit, "spool")
         spool.parent.mkdir(parents=True, exist_ok=True)
-        temporary = spool.with_name(f"{spool.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                record = _pack(unit, source, writer, file, skip_bad)
-            os.replace(temporary, spool)
-            temporary.write_text(json.dumps(asdict(record)))
-            os.replace(temporary, self._path(unit, "json"))
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(spool) as temporary, temporary.open("wb") as file:
+            record = _pack(unit, source, writer, file, skip_bad)
+        write_whole(self._path(unit, "json"), json.dumps(asdict(record)))
 
     def blocks(self, rows: np.ndarray) -> Iterator[bytes]:
         """The tar entries of samples: int64 (n, 3) of unit, offset and size, in the order given."""

@@ -7,7 +7,6 @@ from its start on, so that what lies before damage is still looked at.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from dataloaders.shards import STATISTICS, CorruptData, ShardIndex, ShardInfo, r
 from dataloaders.sources.tars import tar_samples
 from dataloaders.windows import action_count
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,7 @@ def _look(folder: Path | str, index: ShardIndex, info: ShardInfo, decode: bool) 
     if not path.is_file():
         return _ShardVerdict([], 0, [ShardFault(info.name, "is missing")])
     size, faults, keys = path.stat().st_size, [], []
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(path)
     if size != info.bytes:
         faults.append(ShardFault(info.name, f"has {size} bytes, the index says {info.bytes}"))
     elif digest != info.sha256:

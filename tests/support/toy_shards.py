@@ -14,7 +14,8 @@ from dataloaders.config import DataConfig, SourceConfig, WindowConfig
 from dataloaders.files.video import encode_mp4
 from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader
-from dataloaders.shards import INDEX, ShardIndex, sample_block, write_json, write_shard
+from dataloaders.shards import INDEX, ShardIndex, sample_block, write_shard
+from kairos_train.basics.files import write_json
 
 WINDOW = WindowConfig(frames=5, action_video_freq_ratio=1, height=32, width=32)
 

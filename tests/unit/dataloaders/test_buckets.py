@@ -12,8 +12,9 @@ from support.toy_shards import keys_of, take, toy_key, toy_loader, write_clips, 
 
 from dataloaders.config import SourceConfig
 from dataloaders.loading.buckets import Bucket, SourceShapes
-from dataloaders.shards import INDEX, read_index, write_json
+from dataloaders.shards import INDEX, read_index
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import write_json
 
 RUNS = [
     [(1, 32, 64, 9), (5, 32, 32, 4)],

@@ -11,8 +11,9 @@ from support.toy_shards import assert_same, npy, take, toy_key, toy_loader, toy_
 
 from dataloaders.files.video import encode_mp4
 from dataloaders.loading.loader import fixed_batches
-from dataloaders.shards import INDEX, read_index, write_json
+from dataloaders.shards import INDEX, read_index
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import write_json
 
 
 @pytest.fixture

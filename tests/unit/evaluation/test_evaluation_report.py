@@ -12,7 +12,7 @@ from PIL import Image
 from support.tiny_export import tiny_config, write_tiny_checkpoint
 
 from dataloaders.config import ClipConfig
-from dataloaders.shards import read_index, write_json
+from dataloaders.shards import read_index
 from evaluation.compare import compare
 from evaluation.held_out import open_shards
 from evaluation.report import write_page
@@ -20,6 +20,7 @@ from evaluation.run import Settings, evaluate, obstacles
 from evaluation.video import DriftSettings
 from kairos_train import cli
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import write_json
 from kairos_train.inference.load import load
 from kairos_train.weights.export import export
 
