@@ -16,7 +16,6 @@ import argparse
 import datetime
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -25,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_sections.harness import Entry, Setting, Worker
+
+from kairos_train.basics.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,9 +85,7 @@ class GpuReport:
 
     def write(self) -> None:
         """Replace the file whole."""
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text(json.dumps(finite(self.found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_whole(self.path, json.dumps(finite(self.found), indent=1, ensure_ascii=False) + "\n")
 
     def _section(self, name: str) -> Entry:
         return self.found["sections"].setdefault(name, {"status": "running", "entries": {}})

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from evaluation.open_loop import format_table
+from kairos_train.basics.files import write_whole
 from kairos_train.config.compose import load_config
 from kairos_train.model.golden import verify_files
 from kairos_train.model.summary import summarize
@@ -155,9 +156,7 @@ def write(out: Path, measured: dict[str, list[str]]) -> None:
     texts |= {heading: "\n".join([f"*{machine()}*", "", *lines]) for heading, lines in measured.items()}
     head = "# Numbers\n\nWritten by `benchmarks/numerics.py`; run it to see yours. Each section says where and when.\n"
     page = [head, *(f"## {heading}\n\n{texts[heading]}\n" for heading in SECTIONS if heading in texts)]
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text("\n".join(page))
-    os.replace(temporary, out)
+    write_whole(out, "\n".join(page))
 
 
 def main() -> None:

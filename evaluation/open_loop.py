@@ -17,8 +17,6 @@ Shapes: B batch, A actions of a chunk, D action dimensions, W windows.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from dataloaders.shards import ShardIndex
 from evaluation.held_out import given_frames, mean_of, observe, open_shards, spread_batches, window_seed
 from evaluation.intervals import ratio_half_width
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import write_json
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
 from kairos_train.inference.sampler import Conditions
@@ -180,9 +179,7 @@ def write(out: Path, result: dict[str, Any]) -> None:
     from evaluation.pictures import horizon_errors
 
     out.mkdir(parents=True, exist_ok=True)
-    part = out / ".open_loop.json.part"
-    part.write_text(json.dumps(result, sort_keys=True, indent=1, allow_nan=False) + "\n")
-    os.replace(part, out / "open_loop.json")
+    write_json(out / "open_loop.json", result)
     curves = {name: row["mse_per_step"] for name, row in result["rows"].items()}
     title = f"open-loop error, {result['windows']} windows of {result['episodes']} episodes"
     horizon_errors(out / "open_loop.png", curves, title=title)

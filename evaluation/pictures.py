@@ -5,15 +5,16 @@ Frames are uint8 RGB, channels last: T frames, H height, W width. A actions, D a
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+from kairos_train.basics.files import replacing
 
 GAP = 4  # pixels between pictures; even, because H.264 wants even sizes
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
@@ -49,7 +50,8 @@ def contact_sheet(path: Path, rows: Mapping[str, np.ndarray], *, title: str, col
             sheet.paste(Image.fromarray(clip[frame]), (x, 2 * line + row * (height + GAP)))
     for row, label in enumerate(rows):
         draw.text((GAP, 2 * line + row * (height + GAP) + height // 2 - line // 2), label, fill=BLACK, font=font)
-    write_whole(path, lambda file: sheet.save(file, format="PNG"))
+    with replacing(path) as part:
+        sheet.save(part, format="PNG")
 
 
 def action_curves(
@@ -104,18 +106,11 @@ def horizon_errors(path: Path, curves: Mapping[str, Sequence[float | None]], *, 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG."""
-    write_whole(path, lambda file: draw(figure, file))
+    with replacing(path) as part, part.open("wb") as file:
+        draw(figure, file)
 
 
 def draw(figure: Figure, file: BinaryIO) -> None:
     """Draw a figure as a PNG at 100 dots per inch."""
     FigureCanvasAgg(figure)
     figure.savefig(file, format="png", dpi=100)
-
-
-def write_whole(path: Path, write: Callable[[Any], None]) -> None:
-    """Write through a temporary name in the same folder, so that a file is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        write(file)
-    os.replace(part, path)

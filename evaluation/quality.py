@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kairos_train.basics.errors import UserError
-from kairos_train.inference.load import one_line
+from kairos_train.basics.errors import UserError, one_line
 
 WINDOW, SIGMA = 11, 1.5
 K1, K2, RANGE = 0.01, 0.03, 255.0

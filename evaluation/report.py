@@ -8,16 +8,16 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from evaluation.pictures import draw, write_whole
+from evaluation.pictures import draw
 from evaluation.plots import LABELS, OPEN_LOOP_ROWS, STREAMS, VIDEO_ROWS
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import read_json, write_whole
 
 FORMAT = "kairos-evaluation-1"
 EVALUATION, CLOSED_LOOP, PAGE = "evaluation.json", "closed_loop.json", "report.html"
@@ -76,11 +76,11 @@ def read(folder: Path) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in (EVALUATION, CLOSED_LOOP)):
         raise UserError(f"{folder}: holds no {EVALUATION} and no {CLOSED_LOOP}; write one with `kairos-train evaluate`")
     if (folder / EVALUATION).is_file():
-        found = _json(folder / EVALUATION)
+        found = read_json(folder / EVALUATION, remedy="evaluate again")
         if found.get("format") != FORMAT:
             raise UserError(f"{folder / EVALUATION}: format is {found.get('format')!r}, not {FORMAT!r}; evaluate again")
     if (folder / CLOSED_LOOP).is_file():
-        played = _json(folder / CLOSED_LOOP)
+        played = read_json(folder / CLOSED_LOOP, remedy="evaluate again")
         if not isinstance(played.get("policies"), dict):
             raise UserError(f"{folder / CLOSED_LOOP}: has no policies; play the episodes again")
         found["parts"]["closed_loop"] = played
@@ -145,7 +145,7 @@ def write_html(path: Path, title: str, sections: Sequence[str]) -> None:
     """Write a page through a temporary name."""
     page = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
     page += f"<title>{_escape(title)}</title><style>{STYLE}</style><body>{''.join(sections)}</body></html>\n"
-    write_whole(path, lambda file: file.write(page.encode()))
+    write_whole(path, page)
 
 
 # --- the parts ---
@@ -262,13 +262,3 @@ def _file(path: Path, about: str) -> str:
 
 def _escape(text: object) -> str:
     return html.escape(str(text))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())}); evaluate again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, must be an object; evaluate again")
-    return value

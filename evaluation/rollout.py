@@ -5,8 +5,6 @@ Shapes: B batch, T video frames, H W pixels, A actions, D action dimensions.
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from dataloaders.loading.batch import Batch
 from evaluation.held_out import given_frames, observe, open_shards, spread_batches, window_seed
 from evaluation.pictures import action_curves, contact_sheet, side_by_side
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import write_json
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
 from kairos_train.inference.sampler import MODES
@@ -100,9 +99,7 @@ def rollout(
         "samples": entries,
         "mean": _means(entries),
     }
-    part = out / ".summary.json.part"
-    part.write_text(json.dumps(summary, sort_keys=True, indent=1, allow_nan=False) + "\n")
-    os.replace(part, out / "summary.json")
+    write_json(out / "summary.json", summary)
     return summary
 
 

@@ -13,7 +13,6 @@ A `closed_loop.json` that lies in the folder is shown on the page too.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,10 +23,11 @@ from typing import Any
 from dataloaders.shards import ShardIndex
 from evaluation import losses, memory_probe, open_loop, plots, video
 from evaluation.held_out import open_shards
-from evaluation.pictures import contact_sheet, save_figure, write_whole
+from evaluation.pictures import contact_sheet, save_figure
 from evaluation.quality import QualityModel
 from evaluation.report import EVALUATION, FORMAT, write_page
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import write_json
 from kairos_train.inference.load import Policy, load
 from kairos_train.inference.predict import Predictor
 from kairos_train.model.capture import gated_layers
@@ -126,8 +126,7 @@ def evaluate(
         "parts": found,
         "left_out": left_out,
     }
-    text = json.dumps(result, sort_keys=True, indent=1, allow_nan=False) + "\n"
-    write_whole(out / EVALUATION, lambda file: file.write(text.encode()))
+    write_json(out / EVALUATION, result)
     write_page(out)
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import shutil
@@ -13,6 +12,8 @@ import time
 from pathlib import Path
 
 from chaos_parts.faults import SETTINGS, FaultOutcome
+
+from kairos_train.basics.files import sha256_of
 
 SHARD_SAMPLES = 16
 EPISODES = 4  # of each of the two tasks
@@ -67,8 +68,4 @@ def _shards_written(home: Path, name: str) -> int:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}

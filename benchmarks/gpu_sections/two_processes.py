@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from gpu_sections.harness import Entry, Setting, absent, check, max_ratio, rms_ratio
 
+from kairos_train.basics.files import replacing
+
 TIMEOUT = 100.0
 """Seconds for both processes, their start and the compilation of kernels included."""
 
@@ -91,8 +93,8 @@ def _rank(rank: int, folder: str, setting: Setting, cut: int, tokens: int, backe
             grads = torch.autograd.grad(out, tuple(leaves.values()), cotangent[:, part])
             result = {"output": out, "state": state, **{f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}}
             path = os.path.join(folder, f"{method}.{rank}.pt")
-            torch.save({name: t.detach().cpu() for name, t in result.items()}, path + ".part")
-            os.replace(path + ".part", path)
+            with replacing(path) as part:
+                torch.save({name: t.detach().cpu() for name, t in result.items()}, part)
         except Exception as error:  # the other method may still work
             with open(os.path.join(folder, f"{method}.{rank}.error"), "w", encoding="utf-8") as file:
                 file.write(traceback.format_exception_only(error)[-1].strip().splitlines()[0])

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
 from kairos_train.basics.files import replacing
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
@@ -201,7 +201,7 @@ class _Reader(io.RawIOBase):
                 raise type(error)(f"{_shown(self._url)}: {error}") from None
             except (OSError, http.client.HTTPException, EOFError) as error:
                 self._drop()
-                failed, last = failed + 1, " ".join(str(error).split()) or type(error).__name__
+                failed, last = failed + 1, one_line(error)
         place = f"{_shown(self._url)}: cannot be read at byte {self._position}"
         raise OSError(f"{place} after {failed} attempts ({last})")
 

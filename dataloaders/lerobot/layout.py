@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataloaders.files.urls import join
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.files import read_json
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 INFO_PATH = "meta/info.json"
@@ -82,11 +83,8 @@ def read_info(root: Path) -> Info:
         raise UserError(
             f"{root}: {INFO_PATH} is missing; give the folder that holds meta/ and data/ of a LeRobot dataset"
         )
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); restore it") from error
-    version = raw.get("codebase_version") if isinstance(raw, dict) else None
+    raw = read_json(path, remedy="restore it")
+    version = raw.get("codebase_version")
     if version not in VERSIONS:
         raise UserError(
             f"{path}: codebase_version is {version!r}; it must be one of {', '.join(VERSIONS)}: convert the "
@@ -161,7 +159,7 @@ def read_table(path: Path, **kwargs: Any) -> pa.Table:
         # The file alone: a folder like `chunk-000` beside it must not be taken for a partition column.
         return pq.ParquetFile(path).read(**kwargs)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is not a readable parquet file ({_one_line(error)}); restore it") from error
+        raise UserError(f"{path}: is not a readable parquet file ({one_line(error)[:200]}); restore it") from error
 
 
 def _entries_v2(info: Info, video_keys: list[str]) -> list[EpisodeEntry]:
@@ -237,7 +235,7 @@ def pq_names(path: Path) -> list[str]:
     try:
         return pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is not a readable parquet file ({_one_line(error)}); restore it") from error
+        raise UserError(f"{path}: is not a readable parquet file ({one_line(error)[:200]}); restore it") from error
 
 
 def _fill(info: Info, template: str, **values: Any) -> Path:
@@ -268,7 +266,3 @@ def _read_jsonl(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
             )
         rows.append(row)
     return rows
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

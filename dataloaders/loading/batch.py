@@ -22,7 +22,7 @@ from dataloaders.loading.access import NPY_HEADER, Apart
 from dataloaders.loading.memory import Rows
 from dataloaders.shards import CorruptData, ShardIndex
 from dataloaders.windows import action_count
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
 
 Context = tuple[torch.Tensor, torch.Tensor]
 """float (B, N, C), zeros where the mask is False, and the mask, bool (B, N)."""
@@ -157,7 +157,7 @@ def decode_sample(
     except KeyError as error:
         raise CorruptData(key, f"lacks {error.args[0]}") from error
     except Exception as error:  # decoders raise whatever they like on damaged bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise CorruptData(key, f"cannot be decoded ({reason})") from error
     return Sample(key, pictures, latents, contexts, actions, state, meta, source)
 

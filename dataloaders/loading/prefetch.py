@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kairos_train.basics.errors import MachineFault
+from kairos_train.basics.errors import MachineFault, one_line
 
 AHEAD = 2  # requests per process
 
@@ -76,8 +76,7 @@ class Prefetch(Generic[Item]):
                 ) from error
             if any(ended):
                 raise MachineFault(
-                    f"data: a loader worker died ({' '.join(str(error).split())}); if memory is short, lower "
-                    "data.workers"
+                    f"data: a loader worker died ({one_line(error)}); if memory is short, lower data.workers"
                 ) from error
             raise
         finally:

@@ -14,7 +14,7 @@ import warnings
 import numpy as np
 
 from dataloaders.simulators.base import CAMERA_KEY, TASKS, SimulatorObservation
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
 
 _CAMERA = "corner2"
 _CAMERA_POSITION = (0.75, 0.075, 0.7)  # LeRobot's: nearer than the scene file has it
@@ -140,7 +140,7 @@ def choose_gl() -> str:
 
 
 def _no_rendering(backend: str, error: Exception | None) -> UserError:
-    reason = f" ({type(error).__name__}: {' '.join(str(error).split())[:120]})" if error is not None else ""
+    reason = f" ({type(error).__name__}: {one_line(error)[:120]})" if error is not None else ""
     packages = _PACKAGES.get(backend, _PACKAGES["egl"])
     alternative = "" if backend == "osmesa" else " (or libosmesa6 and set MUJOCO_GL=osmesa)"
     return UserError(

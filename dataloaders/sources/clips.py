@@ -26,7 +26,7 @@ from dataloaders.files.video import decode_mp4, frame_times
 from dataloaders.sources.base import Clip
 from dataloaders.sources.rows import Row
 from dataloaders.windows import cover
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi")
@@ -92,7 +92,7 @@ def read_image(data: bytes, row: Row, clips: ClipConfig, *, key: str, name: str,
         with Image.open(io.BytesIO(data)) as image:
             picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: cannot be decoded ({' '.join(str(error).split())}); restore it") from error
+        raise UserError(f"{name}: cannot be decoded ({one_line(error)}); restore it") from error
     frames = cover(picture[None], *clip_size(*picture.shape[:2], clips))
     return Clip(f"{key}-000000", frames, clips.fps, row.captions, dict(meta), scores=row.scores)
 

@@ -18,7 +18,7 @@ from dataloaders.files.urls import base_name, is_url, open_url, parent, reason_o
 from dataloaders.sources.base import Bad, Clip, SourceSettings, Unit
 from dataloaders.sources.clips import IMAGES, VIDEOS, cut_video, read_image
 from dataloaders.sources.rows import Row, plain_name, row_of
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]+)")
 _MEDIA = tuple(suffix[1:] for suffix in (*VIDEOS, *IMAGES))
@@ -146,5 +146,5 @@ def tar_samples(path: Path | str) -> Iterator[tuple[str, dict[str, bytes] | str]
         if key is not None:
             yield key, members
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         yield key or "its start", f"this and what follows cannot be read ({reason}): restore the tar"

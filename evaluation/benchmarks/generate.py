@@ -22,12 +22,10 @@ from evaluation.benchmarks.interface import (
     VideoJob,
     listed,
     noise_seed,
-    sha256,
-    write_file,
-    write_json,
 )
 from evaluation.held_out import mean_of
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import sha256_of, write_json, write_whole
 from kairos_train.conditioning.interfaces import TIME_STRIDE
 from kairos_train.inference.load import Policy, load
 from kairos_train.inference.predict import Predictor
@@ -93,7 +91,8 @@ def write(
         encode_mp4(path, _video(predictor, job, noise_seed(seed, benchmark.name, job.name), chunks), fps)
         written += 1
     for name, content in benchmark.companions(out, jobs).items():
-        write_file(out / name, content)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out / name, content)
     return {"videos": len(jobs), "written": written, "kept": len(jobs) - written, "manifest": manifest}
 
 
@@ -153,7 +152,7 @@ def _manifest(
     """All that decides what the videos show."""
     policy, window = predictor.policy, predictor.policy.config.data.window
     new = TIME_STRIDE * (policy.latent_frames - policy.history_frames)
-    entries = [[job.name, job.instruction, None if job.image is None else sha256(job.image)] for job in jobs]
+    entries = [[job.name, job.instruction, None if job.image is None else sha256_of(job.image)] for job in jobs]
     return {
         "benchmark": benchmark.name,
         "jobs_sha256": hashlib.sha256(json.dumps(entries).encode()).hexdigest(),
@@ -179,7 +178,7 @@ def _claim(out: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
         if there := [name for name in names if (out / name).exists()]:
             raise UserError(f"{out}: holds {listed(there)} without a {MANIFEST}; give an empty folder")
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / MANIFEST, manifest)
+        write_json(out / MANIFEST, manifest, sort_keys=False)
         return
     now = json.loads(json.dumps(manifest))
     if other := [key for key in now if before.get(key) != now[key]]:

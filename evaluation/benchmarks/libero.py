@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.benchmarks.interface import listed, read_json, read_text, same_set, sha256, write_json
+from evaluation.benchmarks.interface import listed, read_json, read_text, same_set
 from evaluation.benchmarks.libero_client import FORMAT
 from evaluation.benchmarks.scores import rate
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import sha256_of, write_json
 
 STANDARD = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 """The four suites that are averaged by everybody; LIBERO-Plus has these alone."""
@@ -111,10 +112,11 @@ def import_libero(
         "complete": not needs,
         "total_needs": needs,
         "settings": {key: value for key, value in first.items() if key not in OF_A_SUITE},
-        "sources": [{"file": str(path), "sha256": sha256(path)} for path in files],
+        "sources": [{"file": str(path), "sha256": sha256_of(path)} for path in files],
         "scores": scores,
     }
-    write_json(out, content)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, content, sort_keys=False)
     return content
 
 

@@ -17,9 +17,10 @@ from statistics import fmean
 from typing import Any
 
 from evaluation.benchmarks.completeness import check
-from evaluation.benchmarks.interface import VideoBenchmark, VideoJob, listed, sha256, write_json
+from evaluation.benchmarks.interface import VideoBenchmark, VideoJob, listed
 from evaluation.benchmarks.scores import grouped, mean, rate
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import sha256_of, write_json
 
 Judge = Callable[[Path, VideoJob], Mapping[str, bool | int | float]]
 """(video, job) -> names and scores of this video. True and False make a rate, numbers a mean."""
@@ -54,7 +55,7 @@ def import_results(
         raise UserError(f"results: none given; {benchmark.name} has {_kinds(benchmark)}")
     jobs = benchmark.jobs(prompts, images=images, samples=samples)
     read = benchmark.read_results(files, jobs)
-    sources = {kind: {"file": str(path), "sha256": sha256(path)} for kind, path in files.items()}
+    sources = {kind: {"file": str(path), "sha256": sha256_of(path)} for kind, path in files.items()}
     return _save(out, {"benchmark": benchmark.name, "complete": True, "jobs": len(jobs), "sources": sources, **read})
 
 
@@ -145,5 +146,6 @@ def _kinds(benchmark: VideoBenchmark) -> str:
 
 
 def _save(out: Path, content: dict[str, Any]) -> dict[str, Any]:
-    write_json(out, content)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, content, sort_keys=False)
     return content

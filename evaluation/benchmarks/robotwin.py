@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.benchmarks.interface import listed, read_text, sha256, write_file, write_json
+from evaluation.benchmarks.interface import listed, read_text
 from evaluation.benchmarks.scores import counted
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import sha256_of, write_json, write_whole
 
 CONFIGS = ("demo_clean", "demo_randomized")
 EPISODES = 100  # test_num of the script
@@ -74,8 +75,9 @@ def write_policy(
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items())  # JSON values are YAML
     script = _EVALUATE.format(configs=" ".join(CONFIGS), tasks=" ".join(TASKS), name=name, setting=setting, seed=seed)
     files = {"__init__.py": _INIT, "deploy_policy.yml": lines, "evaluate.sh": script}
+    out.mkdir(parents=True, exist_ok=True)
     for file, content in files.items():
-        write_file(out / file, content.encode())
+        write_whole(out / file, content)
     return {"policy": name, "files": [str(out / file) for file in files]}
 
 
@@ -133,10 +135,11 @@ def import_robotwin(
     }
     content = {
         **{"benchmark": "robotwin", "complete": True, "policy": policy, "setting": setting},
-        "sources": [{"file": str(path), "sha256": sha256(path)} for path in cells.values()],
+        "sources": [{"file": str(path), "sha256": sha256_of(path)} for path in cells.values()],
         "scores": scores,
     }
-    write_json(out, content)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, content, sort_keys=False)
     return content
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from dataloaders.simulators.base import Simulator
 from evaluation.closed_loop.episode import Episode, EpisodeOutcome
+from kairos_train.basics.errors import one_line
 
 if TYPE_CHECKING:
     from evaluation.closed_loop.policies import EpisodePolicy
@@ -46,7 +47,7 @@ def play(simulator: Simulator, policy: EpisodePolicy, episode: Episode, *, repla
                 if policy.looks_every is not None and steps % policy.looks_every == 0:
                     seen.append(simulator.observe())
     except Exception as error:  # whatever it is: the episode was not solved
-        return EpisodeOutcome(False, steps, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return EpisodeOutcome(False, steps, f"{type(error).__name__}: {one_line(error)}")
 
 
 def _checked(plan: np.ndarray, action_dim: int) -> np.ndarray:

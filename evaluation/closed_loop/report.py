@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from matplotlib.figure import Figure
 
 from evaluation.closed_loop.episode import Episode, EpisodeOutcome
 from evaluation.intervals import wilson
-from evaluation.pictures import save_figure, write_whole
+from evaluation.pictures import save_figure
+from kairos_train.basics.files import write_json
 
 JSON_FILE, CHART_FILE = "closed_loop.json", "closed_loop.png"
 
@@ -80,9 +80,8 @@ def format_table(result: Mapping[str, Any]) -> str:
 
 def write(out: Path, result: Mapping[str, Any]) -> None:
     """Write closed_loop.json and closed_loop.png into the folder, each whole or not at all."""
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     save_figure(_chart(result), out / CHART_FILE)
-    write_whole(out / JSON_FILE, lambda file: file.write(text.encode()))
+    write_json(out / JSON_FILE, result, sort_keys=False)
 
 
 def _chart(result: Mapping[str, Any]) -> Figure:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.errors import RunStopped, UserError
-from kairos_train.inference.load import CONFIG_FILE, STATISTICS_FILE, read_json
+from kairos_train.basics.files import read_json
+from kairos_train.inference.load import CONFIG_FILE, EXPORT, STATISTICS_FILE
 from kairos_train.serving.client import PolicyClient, PolicyLost
 
 GREET_SECONDS = 10.0  # in which a server must answer
@@ -64,7 +65,7 @@ def served(
 
 def names_cameras(export: Path) -> bool:
     """Whether the server knows an export's cameras without being told. UserError for a folder that is no export."""
-    described = read_json(Path(export), CONFIG_FILE)
+    described = read_json(Path(export) / CONFIG_FILE, remedy=EXPORT)
     try:
         return bool((described.get("robot") or described["run"]["data"]["window"])["cameras"])
     except (KeyError, TypeError) as error:
@@ -73,7 +74,7 @@ def names_cameras(export: Path) -> bool:
 
 def picture_side(export: Path) -> int:
     """Pixels of the square pictures that an export was trained on."""
-    window = read_json(Path(export), CONFIG_FILE)["run"]["data"]["window"]
+    window = read_json(Path(export) / CONFIG_FILE, remedy=EXPORT)["run"]["data"]["window"]
     return max(window["height"], window["width"])
 
 
@@ -92,7 +93,7 @@ def ask_metadata(url: str, token: str | None) -> dict[str, Any]:
 
 def check_same(metadata: dict[str, Any], export: Path) -> None:
     """UserError unless a server serves this export."""
-    described = read_json(Path(export), CONFIG_FILE)
+    described = read_json(Path(export) / CONFIG_FILE, remedy=EXPORT)
     pairs = {key: (value, described.get(key)) for key, value in metadata["model"].items()}
     pairs[STATISTICS_FILE] = (metadata.get("statistics_sha256"), described.get("statistics_sha256"))
     for name, (there, here) in pairs.items():

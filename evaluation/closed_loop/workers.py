@@ -22,7 +22,7 @@ from evaluation.closed_loop import policies
 from evaluation.closed_loop.demonstrations import Demonstrations
 from evaluation.closed_loop.episode import Episode, EpisodeOutcome
 from evaluation.closed_loop.episodes import Game, play
-from kairos_train.basics.errors import RunStopped
+from kairos_train.basics.errors import RunStopped, one_line
 from kairos_train.serving.client import PolicyClient
 
 REPLY_SECONDS = 600.0  # for one plan: a large model on a CPU, behind the requests of others
@@ -174,7 +174,7 @@ class Table:
         try:
             simulator = self._simulator(episode)
         except Exception as error:
-            return [(number, EpisodeOutcome(False, 0, f"{type(error).__name__}: {' '.join(str(error).split())}"))]
+            return [(number, EpisodeOutcome(False, 0, f"{type(error).__name__}: {one_line(error)}"))]
         client = self._client() if episode.policy in policies.SERVED else None
         policy = _policy(episode.policy, client, self.setup)
         game = play(simulator, policy, episode, replan_every=self.setup.replan_every)

@@ -38,3 +38,8 @@ class Interrupted(RuntimeError):
 
 
 EXIT_CODES: dict[type[Exception], int] = {UserError: 2, RunStopped: 3, MachineFault: 4, Interrupted: 75}
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, without line breaks; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

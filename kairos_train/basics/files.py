@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
 
 _LONGEST_STEM = 200  # characters of a temporary name that come from the file's: systems allow 255 bytes
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
@@ -101,7 +101,7 @@ def read_json(path: str | Path, *, remedy: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {remedy}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is not JSON ({' '.join(str(error).split())}); {remedy}") from error
+        raise UserError(f"{path}: is not JSON ({one_line(error)}); {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, must be an object; {remedy}")
     return value

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import sha256_of
 from kairos_train.checkpoint import boxes
 from kairos_train.checkpoint.boxes import Box
 from kairos_train.checkpoint.tensor_file import TensorFile
@@ -206,7 +207,7 @@ def find_problem(path: Path, *, deep: bool = False, share: tuple[int, int] = (0,
             return f"{name} is missing"
         if file.stat().st_size != recorded["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, not {recorded['bytes']}"
-        if deep and number % share[1] == share[0] and file_digest(file) != recorded["sha256"]:
+        if deep and number % share[1] == share[0] and sha256_of(file) != recorded["sha256"]:
             return f"{name} is damaged (its SHA-256 is not the recorded one)"
     return find_untiled(manifest) if deep else None
 
@@ -218,12 +219,6 @@ def find_untiled(manifest: Mapping[str, Any]) -> str | None:
             if not boxes.tiles(info["shape"], map(box_of, info["pieces"])):
                 return f"the pieces of {section}/{name} do not tile it"
     return None
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_manifest(path: Path) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     *,
     two_threads: bool = True,
-    sync: bool = True,
+    wait: bool = True,
 ) -> dict:
     """Write a file and wait until it is on the disk.
 
@@ -168,7 +168,7 @@ def write_tensors(
         tensors: by name, of any device.
         metadata: text for the header.
         two_threads: hash beside the writing, which is faster; without, one core is enough for both.
-        sync: wait; without, `sync_file` is to be called when all of several files are written.
+        wait: without, `kairos_train.basics.files.sync` is to be called when all of several files are written.
 
     Returns:
         {"bytes": size of the file, "sha256": its digest}.
@@ -190,19 +190,9 @@ def write_tensors(
             size += len(data)
             while sum(nbytes for _, nbytes in hashed) > AHEAD:
                 hashed.popleft()[0].result()
-        if sync:
+        if wait:
             os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file is on the disk.
-
-    Raises:
-        OSError: it can not be written.
-    """
-    with open(path, "rb+", buffering=0) as file:
-        os.fsync(file.fileno())
 
 
 def _write(file: io.FileIO, offset: int, data: memoryview) -> None:

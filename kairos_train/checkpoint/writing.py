@@ -11,7 +11,6 @@ Nothing is gathered: a part costs its rank what it holds. A checkpoint of one pr
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,19 +24,19 @@ from torch import Tensor
 
 import kairos_train
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import describe_file, sync, write_whole
 from kairos_train.checkpoint.canonical import (
     FORMAT,
     MANIFEST,
     TEMPORARY,
     CheckpointReader,
     checkpoint_path,
-    file_digest,
     find_problem,
     find_untiled,
     manifest_digest,
     to_json,
 )
-from kairos_train.checkpoint.tensor_file import Stored, sync_file, write_tensors
+from kairos_train.checkpoint.tensor_file import Stored, write_tensors
 
 FILE_BYTES = 2 * 1024**3
 
@@ -137,7 +136,7 @@ def write_part(
         for number, group in enumerate(_split(pieces, file_bytes), 1):
             file = f"{section}-{rank:05d}-{number:05d}.safetensors"
             tensors_of = {piece.key: Stored.of(piece.tensor) for piece in group}
-            files[file] = write_tensors(folder / file, tensors_of, two_threads=two_threads, sync=False)
+            files[file] = write_tensors(folder / file, tensors_of, two_threads=two_threads, wait=False)
             for piece in group:
                 dtype = str(piece.tensor.dtype).removeprefix("torch.")
                 info = tensors.setdefault(piece.name, {"dtype": dtype, "shape": list(piece.shape), "pieces": []})
@@ -145,7 +144,7 @@ def write_part(
                 info["pieces"].append({"file": file, "key": piece.key, **box})
     # Once all are written: waiting for one file after the other leaves the disk idle in between.
     for file in files:
-        sync_file(folder / file)
+        sync(folder / file)
     return {"sections": described, "files": files}
 
 
@@ -176,7 +175,8 @@ def publish(
         if (folder / file).stat().st_size != info["bytes"]:
             raise OSError(f"{folder / file}: has not the {info['bytes']} bytes that were written to it")
     for file, text in files.items():
-        described[file] = _write_text(folder / file, text)
+        _write_text(folder / file, text)
+        described[file] = describe_file(folder / file)
     manifest = {
         "format": FORMAT,
         "step": int(target.name.removeprefix("step-")),
@@ -190,15 +190,13 @@ def publish(
     for path in folder.iterdir():
         if path.name not in described and path.name != MANIFEST:
             path.unlink()
-    _sync_folder(folder)
+    sync(folder)
     _rename(folder, target, manifest)
 
 
 def leave_part(folder: Path, rank: int, content: Mapping[str, Any]) -> None:
     """Put a rank's part, or its failure, where rank 0 looks for it; all of it at once."""
-    path = part_path(folder, rank)
-    _write_text(path.with_suffix(".tmp"), to_json(content))
-    path.with_suffix(".tmp").rename(path)
+    write_whole(part_path(folder, rank), to_json(content), durable=True)
 
 
 def read_part(folder: Path, rank: int) -> dict[str, Any] | None:
@@ -247,7 +245,7 @@ def _rename(folder: Path, target: Path, manifest: Mapping[str, Any]) -> None:
         shutil.rmtree(damaged)
     else:
         folder.rename(target)
-    _sync_folder(target.parent)
+    sync(target.parent)
 
 
 def _split(pieces: Iterable[Piece], file_bytes: int) -> Iterator[list[Piece]]:
@@ -264,17 +262,6 @@ def _split(pieces: Iterable[Piece], file_bytes: int) -> Iterator[list[Piece]]:
         yield group
 
 
-def _write_text(path: Path, text: str) -> dict[str, Any]:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+    sync(path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import os
 import re
 import types
 import typing
@@ -29,6 +28,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dataloaders.config import DataConfig, WindowConfig
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import write_whole
 from kairos_train.basics.plain import from_dict
 from kairos_train.config.keys import MAPPINGS, annotation_of, describe, nearest, type_of, walk
 from kairos_train.config.schema import MISSING, ActionStreamConfig, Config, ModelConfig, StageConfig
@@ -98,10 +98,7 @@ def to_yaml(config: Config) -> str:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration; the file appears complete or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, to_yaml(config))
 
 
 def load_saved(path: str | Path, *, sections: Sequence[str] | None = None) -> Config:

@@ -8,7 +8,6 @@ fingerprint (`kairos_train.inference.fingerprint`): files from elsewhere are fou
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.files import read_json, sha256_of
 from kairos_train.basics.plain import from_dict
 from kairos_train.config.schema import Config, ModelConfig
 from kairos_train.inference.fingerprint import fingerprint
@@ -32,6 +32,8 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 SAMPLER_FILE = "sampler.json"
 STATISTICS_FILE = "dataset_stats.json"
+EXPORT = "write the folder again with `kairos-train export`"
+"""The remedy where a file of an export folder is unreadable."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -94,7 +96,7 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: str | None = N
         UserError: a file is missing or damaged, or weights, configuration and sampler do not belong together.
     """
     folder, device = Path(folder), torch.device(device)
-    described = read_json(folder, CONFIG_FILE)
+    described = read_json(folder / CONFIG_FILE, remedy=EXPORT)
     if described.get("format") != FORMAT:
         raise UserError(
             f"{folder / CONFIG_FILE}: format is {described.get('format')!r}, not {FORMAT!r}; export again, standalone"
@@ -174,7 +176,7 @@ def read_index(folder: Path) -> dict[str, str]:
     Raises:
         UserError: there is none, or it names files elsewhere.
     """
-    names = read_json(folder, INDEX_FILE).get("weight_map")
+    names = read_json(folder / INDEX_FILE, remedy=EXPORT).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
         raise UserError(f"{folder / INDEX_FILE}: has no weight_map from tensors to files beside it; export again")
     return names
@@ -253,7 +255,7 @@ def read_sampler(folder: Path, described: Mapping[str, Any]) -> SamplerConfig:
         UserError: unreadable, of another export, or a distilled schedule for a model that is not distilled, or the
             other way round.
     """
-    values, distilled = read_json(folder, SAMPLER_FILE), described["distilled"]
+    values, distilled = read_json(folder / SAMPLER_FILE, remedy=EXPORT), described["distilled"]
     whose = values.pop("fingerprint", None)
     sampler = from_dict(SamplerConfig, values).check()
     if (sampler.schedule == "distilled") != distilled:
@@ -271,32 +273,14 @@ def read_statistics(folder: Path, described: Mapping[str, Any]) -> dict[str, Any
     Raises:
         UserError: unreadable, or not those that it was exported with.
     """
-    statistics = read_json(folder, STATISTICS_FILE)
-    digest = hashlib.sha256((folder / STATISTICS_FILE).read_bytes()).hexdigest()
+    statistics = read_json(folder / STATISTICS_FILE, remedy=EXPORT)
+    digest = sha256_of(folder / STATISTICS_FILE)
     if digest != described.get("statistics_sha256"):
         raise UserError(
             f"{folder / STATISTICS_FILE}: is not the one that was exported (sha256 {digest[:12]}, not"
             f" {str(described.get('statistics_sha256'))[:12]}): actions would be in other units; export again"
         )
     return statistics
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of an export folder.
-
-    Raises:
-        UserError: missing, not JSON, or not an object.
-    """
-    file = folder / name
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: not found; write an export folder with `kairos-train export`") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: is not JSON ({one_line(error)}); export again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: holds a {type(value).__name__}, must be an object; export again")
-    return value
 
 
 def _first_difference(found: Any, expected: Any, path: str = "") -> tuple[str, Any, Any] | None:
@@ -307,8 +291,3 @@ def _first_difference(found: Any, expected: Any, path: str = "") -> tuple[str, A
                 return difference
         return None
     return None if found == expected else (path, found, expected)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception without line breaks."""
-    return " ".join(str(error).split())

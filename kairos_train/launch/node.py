@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.errors import Interrupted, MachineFault
+from kairos_train.basics.files import write_whole
 from kairos_train.launch.environment import NodeLaunch
 from kairos_train.launch.farewell import hold_store, leave_together
 from kairos_train.launch.outcome import MACHINE_FAULT, Ended, describe, exit_code
@@ -125,7 +126,7 @@ def run_node(node: NodeLaunch, command: Sequence[str], *, logs: Path) -> int:
         signal.signal(number, signal.SIG_IGN)  # the end of another node's task must not take this one's exit code away
     ended: dict[int, Ended] = result.get("ended", {})
     code = exit_code(ended) if "ended" in result else MACHINE_FAULT
-    _write(logs / f"node-{node.node}", f"{code}\n")
+    write_whole(logs / f"node-{node.node}", f"{code}\n")
     if ended:
         ends = "; ".join(describe(rank, ended[rank]) for rank in sorted(ended))
         print(f"{node.name}: {ends}: exit code {code}", file=sys.stderr, flush=True)
@@ -164,9 +165,3 @@ def _run_agent(node: NodeLaunch, command: Sequence[str], logs: Path, result: dic
         result["ended"] = {rank: Ended(failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
     except (MachineFault, RendezvousError, torch.distributed.DistError) as error:  # told by the main thread
         result["error"] = error
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

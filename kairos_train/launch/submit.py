@@ -9,7 +9,6 @@ JOBS_DIR/NAME-TIME/  job.sbatch       what Slurm runs
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tarfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import kairos_train
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import new_folder, replacing
 from kairos_train.config.operation_schema import ClusterConfig
 from kairos_train.config.schema import Config
 from kairos_train.launch.script import BESIDE, SlurmJob, render
@@ -88,19 +88,14 @@ def submit(
     if shutil.which(sbatch) is None:
         raise UserError(f"{sbatch} is not found; submit where Slurm is installed, or look at the script with --print")
     script = script_of(job, cluster, job_dir, workdir=workdir, python=python)
-    building = job_dir.with_name(f".{job_dir.name}.{os.getpid()}.tmp")
-    (building / "logs").mkdir(parents=True)
-    try:
+    with new_folder(job_dir) as building:
+        (building / "logs").mkdir()
         for name in BESIDE:
             shutil.copy(project() / "slurm" / name, building / name)
         for name, text in job.files.items():
             (building / name).write_text(text, encoding="utf-8")
         (building / SCRIPT).write_text(script, encoding="utf-8")
         pack_code(building / "code.tar.gz")
-        os.rename(building, job_dir)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     dependency = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after is not None else []
     command = [sbatch, "--parsable", *dependency, str(job_dir / SCRIPT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -113,11 +108,9 @@ def submit(
 
 def pack_code(path: Path) -> None:
     """Write the project's packages as a tar; the file appears complete or not at all."""
-    root, temporary = project(), path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with tarfile.open(temporary, "w:gz", compresslevel=6) as tar:
+    with replacing(path) as temporary, tarfile.open(temporary, "w:gz", compresslevel=6) as tar:
         for name in CODE:
-            tar.add(root / name, arcname=name, filter=_source_only)
-    os.replace(temporary, path)
+            tar.add(project() / name, arcname=name, filter=_source_only)
 
 
 def _source_only(member: tarfile.TarInfo) -> tarfile.TarInfo | None:

@@ -11,7 +11,6 @@ metric with a label, as `FAMILIES` says.
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import write_whole
 
 PREFIX = "kairos_train_"
 SUFFIX = ".prom"
@@ -98,10 +98,8 @@ class TextFile:
         self._write()
 
     def _write(self) -> None:
-        part = self.path.with_name(f".{self.path.name}.part")
         try:
-            part.write_text(exposition(self._values, self._counts, labels=self.labels), encoding="utf-8")
-            os.replace(part, self.path)
+            write_whole(self.path, exposition(self._values, self._counts, labels=self.labels))
         except OSError as error:
             if not self._failed:
                 self._say(f"monitor.prometheus_file={self.path} cannot be written ({error.strerror}); the run goes on")

@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
 
 MAX_CONTAINERS = 256  # maps and lists of one message; an array counts as two
 MAX_DEPTH = 8  # of containers within each other
@@ -70,7 +70,7 @@ def decode(data: bytes) -> Any:
     except msgpack.StackError as error:
         raise UserError(_TOO_DEEP) from error
     except (ValueError, TypeError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"message: is not readable msgpack ({reason}); send one map, packed as openpi does") from error
     _check_depth(value, MAX_DEPTH)
     return value

@@ -9,7 +9,6 @@ Shapes: B requests, T given frames, H W pixels of the picture made of all camera
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from dataloaders.config import WindowConfig
 from dataloaders.windows import action_offset, compose, picture_size
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import sha256_of
 from kairos_train.conditioning.interfaces import TIME_STRIDE
 from kairos_train.inference.load import STATISTICS_FILE, load
 from kairos_train.inference.predict import Predictor, Request
@@ -118,7 +118,7 @@ class ServedPolicy:
             "observation_keys": {layout.name: [*layout.keys, "prompt"] for layout in layouts},
             "given_frames": self.given_frames,
             "action_video_freq_ratio": self._window.action_video_freq_ratio,
-            "statistics_sha256": hashlib.sha256((Path(folder) / STATISTICS_FILE).read_bytes()).hexdigest(),
+            "statistics_sha256": sha256_of(Path(folder) / STATISTICS_FILE),
             "model": {key: policy.about.get(key) for key in ("weights", "step", "checkpoint_sha256")},
             "sampling_steps": self._predictor.sampler.steps,
         }

@@ -17,9 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ import torch
 
 import kairos_train
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import describe_file, new_folder, write_json, write_whole
 from kairos_train.checkpoint.adapters import MergedWeights
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.resolve import resolve_checkpoint
@@ -119,14 +117,8 @@ def export(
     dtype = dtype or ("stored" if "imported" in reader.state else "bf16")
     source = ExportTensors(merged, section, dtype=DTYPES[dtype], method=quantize)
     writer = _Export(reader, source, config, form=form, weights=weights, distilled=distilled, file_bytes=file_bytes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp makes it private to its owner
+    with new_folder(out, durable=True) as folder:
         summary = writer.write(folder)
-        os.rename(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # gone already when it was published
     return {"out": str(out), **summary}
 
 
@@ -220,15 +212,16 @@ class _Export:
             described["quantization_error"] = self._error(written)
             summary |= {key: described[key] for key in ("quantization", "quantization_error")}
         settings = sampler_settings(self.config, distilled=self.distilled)
-        _write_text(folder / CONFIG_FILE, _to_json(described))
-        _write_text(folder / SAMPLER_FILE, _to_json({**settings, "fingerprint": described["fingerprint"]}))
+        write_json(folder / CONFIG_FILE, described, durable=True)
+        settings["fingerprint"] = described["fingerprint"]
+        write_json(folder / SAMPLER_FILE, settings, durable=True)
         if self.statistics is not None:
-            _write_text(folder / STATISTICS_FILE, self.statistics)
+            write_whole(folder / STATISTICS_FILE, self.statistics, durable=True)
         statistics = None if self.statistics is None else json.loads(self.statistics)
-        _write_text(folder / "README.md", model_card(described, summary, statistics))
+        write_whole(folder / "README.md", model_card(described, summary, statistics), durable=True)
         others = [path for path in folder.iterdir() if path.name not in files]
-        contents = {**files, **{path.name: _describe_file(path) for path in others}}
-        _write_text(folder / "manifest.json", _to_json({"format": described["format"], "files": contents}))
+        contents = {**files, **{path.name: describe_file(path) for path in others}}
+        write_json(folder / "manifest.json", {"format": described["format"], "files": contents}, durable=True)
         return summary
 
     def _write_weights(self, folder: Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -241,7 +234,7 @@ class _Export:
             weight_map = {key: name for name, part in groups.items() for key in part}
             total = sum(tensor.nbytes for tensor in self.tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_text(folder / INDEX_FILE, _to_json(index))
+            write_json(folder / INDEX_FILE, index, durable=True)
         return {name: write_tensors(folder / name, part, metadata) for name, part in groups.items()}
 
     def _summarize(self, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -290,7 +283,7 @@ def _check_files(reader: CheckpointReader, section: str) -> None:
         file, recorded = reader.path / name, reader.manifest["files"].get(name)
         if not file.is_file() or recorded is None:
             raise UserError(f"checkpoint {reader.path}: {name} is missing; use another checkpoint")
-        if _describe_file(file) != recorded:
+        if describe_file(file) != recorded:
             raise UserError(f"checkpoint {reader.path}: {name} is damaged (not the recorded SHA-256); use another one")
 
 
@@ -307,18 +300,5 @@ def _check_fit(reader: MergedWeights, section: str, config: ModelConfig) -> None
             )
 
 
-def _describe_file(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _to_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"

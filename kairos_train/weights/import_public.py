@@ -13,9 +13,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -27,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import new_folder
 from kairos_train.checkpoint.canonical import TEMPORARY, checkpoint_path
 from kairos_train.checkpoint.tensor_file import Stored, split_by_size, write_tensors
 from kairos_train.checkpoint.writing import FILE_BYTES, publish
@@ -235,10 +233,7 @@ def _write(
     """Write the checkpoint; returns the bytes of its tensors' files."""
     from kairos_train.config.compose import to_yaml
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    parent = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        parent.chmod(0o755)  # mkdtemp makes it private to its owner
+    with new_folder(out, durable=True) as parent:
         target = checkpoint_path(parent, 0)
         folder = parent / f"{TEMPORARY}{target.name}"
         folder.mkdir()
@@ -252,9 +247,6 @@ def _write(
         texts = {"config.yaml": to_yaml(config)} | ({} if statistics is None else {STATISTICS: statistics})
         part = {"sections": {"model": described, "ema": copy.deepcopy(described)}, "files": files}
         publish(folder, target, [part], state=state, files=texts)
-        os.rename(parent, out)
-    finally:
-        shutil.rmtree(parent, ignore_errors=True)  # gone already when it was published
     return sum(info["bytes"] for info in files.values())
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kairos_train.basics.errors import MachineFault
+from kairos_train.basics.errors import MachineFault, one_line
 from kairos_train.operations.preflight.agreement import different_versions, versions
 from kairos_train.operations.preflight.collective import Collective, clock_offsets, try_all_reduce
 from kairos_train.operations.preflight.devices import Gpu, list_gpus
@@ -150,7 +150,7 @@ def _join(patience: float) -> tuple[int, int]:
         except (RuntimeError, ValueError) as error:
             who = f"rank {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)} on {socket.gethostname()}"
             raise MachineFault(
-                f"{who}: the processes did not come together within {patience:g} s ({_one_line(error)}); "
+                f"{who}: the processes did not come together within {patience:g} s ({one_line(error)}); "
                 "see that all were started and that MASTER_ADDR and MASTER_PORT can be reached"
             ) from None
     return dist.get_rank(), dist.get_world_size()
@@ -277,7 +277,7 @@ def _noted(me: RankHealth, check: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        me.problems.append((check, _one_line(error)))
+        me.problems.append((check, one_line(error)))
 
 
 @contextlib.contextmanager
@@ -287,10 +287,6 @@ def _named(me: RankHealth) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise MachineFault(
-            f"rank {me.rank} on {me.host}: the processes cannot talk to each other ({_one_line(error)}); one of them "
+            f"rank {me.rank} on {me.host}: the processes cannot talk to each other ({one_line(error)}); one of them "
             "may have died, or the network between the hosts fails"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

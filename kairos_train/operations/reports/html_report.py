@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import write_whole
 from kairos_train.basics.format import clock, describe, gigabytes, many, number, span
 from kairos_train.operations.reports import plots
 from kairos_train.operations.reports.diagnosis import HEALTHY, LOOK, TROUBLE
@@ -94,9 +94,7 @@ def write_report(histories: Sequence[RunHistory], out: Path) -> None:
             sections += [f"<h2>{heading}</h2>", f'<p class="note">{_escape(note)}</p>' if note else "", content]
     page = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
     page += f"<title>{title}</title><style>{STYLE}</style><body>{''.join(sections)}</body></html>\n"
-    part = out.with_name(f".{out.name}.part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, out)
+    write_whole(out, page)
 
 
 # --- the parts ---

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
 from kairos_train.operations.events import EVENTS, read_events
 
 LOSSES, METRICS, CONFIG, CHECKPOINTS = "losses.jsonl", "metrics.jsonl", "config.yaml", "checkpoints"
@@ -269,7 +269,7 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: is no YAML ({' '.join(str(error).split())}); restore it from a checkpoint") from error
+        raise UserError(f"{path}: is no YAML ({one_line(error)}); restore it from a checkpoint") from error
     return values if isinstance(values, dict) else {}
 
 

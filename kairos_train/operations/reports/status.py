@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from kairos_train.basics.files import write_whole
 from kairos_train.basics.format import QUIET, clock, describe, gigabytes, many, number, span
 from kairos_train.operations.reports.curves import sparkline
 from kairos_train.operations.reports.diagnosis import HEALTHY, LOOK, TROUBLE
@@ -60,9 +60,7 @@ def write_svg(histories: Sequence[RunHistory], path: Path) -> None:
     """Draw the status as it looks in a terminal."""
     console = Console(record=True, file=io.StringIO(), width=WIDTH, force_terminal=True, color_system="truecolor")
     console.print(render(histories))
-    part = Path(path).with_name(f".{Path(path).name}.part")
-    part.write_text(console.export_svg(title="kairos-train status"), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, console.export_svg(title="kairos-train status"))
 
 
 def summary(history: RunHistory) -> dict[str, Any]:

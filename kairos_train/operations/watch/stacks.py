@@ -8,6 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+from kairos_train.basics.files import replacing, write_whole
+
 RECORD_SECONDS = 10.0  # a record that takes longer is left
 
 
@@ -30,13 +32,11 @@ def write_stacks(folder: Path, *, rank: int, heading: str) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{rank:05d}.txt"
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         names = ", ".join(f"{thread.name} 0x{thread.ident:016x}" for thread in threading.enumerate() if thread.ident)
         file.write(f"{heading}\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}, pid {os.getpid()}\nthreads: {names}\n\n")
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
-    os.replace(part, path)
     # Collectives come afterwards: where they hang, the record may hang with them.
     files, lines = [path], []
     for name, dump in (("collectives", "_dump_fr_trace"), ("nccl", "_dump_nccl_trace")):
@@ -45,9 +45,7 @@ def write_stacks(folder: Path, *, rank: int, heading: str) -> list[Path]:
             lines.append(f"no record {name}_{rank}: {why}")
             continue
         target = folder / f"{name}_{rank}"
-        part = folder / f"{name}_{rank}.part"
-        part.write_bytes(content)
-        os.replace(part, target)
+        write_whole(target, content)
         files.append(target)
         lines.append(f"record of collectives: {target.name}")
     with path.open("a", encoding="utf-8") as file:

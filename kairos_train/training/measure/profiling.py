@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from kairos_train.basics.files import replacing
 
 PROFILES = "profiles"
 
@@ -82,14 +82,11 @@ class ProfilerWindow:
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         path = self._folder / f"step-{self._first:07d}-rank-{self._rank}.json.gz"
-        temporary = path.with_name(f".{path.name.removesuffix('.json.gz')}.tmp.json.gz")  # its end says how to write
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(temporary))
-            os.replace(temporary, path)
+            with replacing(path, ending=".json.gz") as temporary:  # by which the profiler knows how to write
+                profiler.export_chrome_trace(str(temporary))
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             return Profile(self._first, step, path, f"{path}: {error.strerror or error}; nothing was written")
         return Profile(self._first, step, path)
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from kairos_train.basics.errors import MachineFault
+from kairos_train.basics.files import write_whole
 from kairos_train.training.samples import Samples, show
 from kairos_train.training.step import SIGMA_BINS, StepReport
 
@@ -287,9 +288,7 @@ def drop_later_lines(path: Path, last_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             break
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(kept))
 
 
 def memory_gb() -> float:

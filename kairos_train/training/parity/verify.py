@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import replacing
 from kairos_train.config.compose import load_saved, save_config
 from kairos_train.config.schema import Config
 from kairos_train.training.engine.deepspeed_engine import stop_processes
@@ -87,9 +88,8 @@ def main() -> None:
     config, steps, out = sys.argv[1:]
     trace = run_steps(load_saved(config), int(steps))
     if trace is not None:
-        temporary = Path(out).with_suffix(".tmp")
-        trace.save(temporary)
-        temporary.rename(out)
+        with replacing(out) as temporary:
+            trace.save(temporary)
     stop_processes()
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import describe_file
 from kairos_train.checkpoint import canonical
 from kairos_train.checkpoint.canonical import CheckpointReader, find_latest
 from kairos_train.checkpoint.retention import prune
@@ -110,7 +111,7 @@ def write_pieces(parent: Path, whole: torch.Tensor, boxes: list[tuple[slice, ...
         name = f"model-{number}.safetensors"
         part = whole[box].clone()
         save_file({"part": part}, folder / name)
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": canonical.file_digest(folder / name)}
+        files[name] = describe_file(folder / name)
         offset = [s.indices(n)[0] for s, n in zip(box, whole.shape)]
         pieces.append({"file": name, "key": "part", "offset": offset, "shape": list(part.shape)})
     info = {"dtype": "float32", "shape": list(whole.shape), "pieces": pieces}
