@@ -21,25 +21,17 @@ def any_rank(flags: Sequence[bool], topology: Topology) -> list[bool]:
     return [bool(value) for value in values.tolist()]
 
 
-def from_first(value: Any, topology: Topology) -> Any:
-    """Rank 0's plain value, on all ranks. Collective."""
-    if topology.size == 1:
+def from_first(value: Any, size: int) -> Any:
+    """Rank 0's plain value, on all ranks. Collective; `size` as for `from_all`."""
+    if size == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
 
 
-def from_all(value: Any, topology: Topology) -> list[Any]:
-    """The plain values of all ranks, on all ranks. Collective."""
-    return gather(value, topology.size)
-
-
-Result = TypeVar("Result")
-
-
-def gather(value: Any, size: int) -> list[Any]:
-    """The values of all ranks, by rank. Collective.
+def from_all(value: Any, size: int) -> list[Any]:
+    """The plain values of all ranks, by rank, on all ranks. Collective.
 
     Args:
         value: this rank's, picklable.
@@ -50,6 +42,9 @@ def gather(value: Any, size: int) -> list[Any]:
     values: list[Any] = [None] * size
     dist.all_gather_object(values, value)
     return values
+
+
+Result = TypeVar("Result")
 
 
 def first_does(action: Callable[[], Result], *, rank: int, size: int) -> Result | None:
@@ -72,13 +67,11 @@ def first_does(action: Callable[[], Result], *, rank: int, size: int) -> Result 
             result = action()
         except Exception as raised:
             error = raised
-    told = [None if error is None else (_kind_of(error), str(error))]
-    if size > 1:
-        dist.broadcast_object_list(told)
+    told = from_first(None if error is None else (_kind_of(error), str(error)), size)
     if error is not None:
         raise error
-    if told[0] is not None:
-        kind, text = told[0]
+    if told is not None:
+        kind, text = told
         raise next(known for known in EXIT_CODES if known.__name__ == kind)(text)
     return result
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from kairos_train.checkpoint.canonical import checkpoint_path, find_problem, list_checkpoints, step_of
+from parallel.consensus import from_all
 from parallel.topology import Topology
 
 
@@ -27,23 +25,14 @@ def find_intact(parent: Path, topology: Topology, *, before: int | None = None) 
     while True:
         # As rank 0 sees the folder: views of a shared file system may differ for a moment.
         steps = [step_of(path) for path in list_checkpoints(parent)]
-        steps = _everyones(steps, topology)[0]
+        steps = from_all(steps, topology.size)[0]
         steps = [step for step in steps if before is None or step < before]
         if not steps:
             return None, warnings
         path = checkpoint_path(parent, steps[-1])
         problem = find_problem(path, deep=True, share=(topology.rank, topology.size))
-        problems = [found for found in _everyones(problem, topology) if found is not None]
+        problems = [found for found in from_all(problem, topology.size) if found is not None]
         if not problems:
             return path, warnings
         warnings.append(f"checkpoint {path} is skipped: {problems[0]}")
         before = steps[-1]
-
-
-def _everyones(value: Any, topology: Topology) -> list[Any]:
-    """The values of all ranks."""
-    values = [value]
-    if topology.size > 1:
-        values = [None] * topology.size
-        dist.all_gather_object(values, value)
-    return values

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kairos_train.basics.errors import MachineFault
@@ -33,6 +32,7 @@ from kairos_train.checkpoint.writing import (
     remove_leftovers,
     write_part,
 )
+from parallel.consensus import from_all, from_first
 
 PATIENCE = 300.0  # seconds in which nothing grows in the folder, after which rank 0 takes a missing rank for dead
 GRACE = 10.0  # the same when the run has failed: others may have died with it
@@ -131,10 +131,7 @@ class Saver:
         self._failure: BaseException | None = None
         if rank == 0:
             remove_leftovers(self.parent)  # before anybody knows the name to write under
-        token = [secrets.token_hex(4)]  # so that two runs never write into one folder
-        if size > 1:
-            dist.broadcast_object_list(token)
-        self._token = token[0]
+        self._token = from_first(secrets.token_hex(4), size)  # so that two runs never write into one folder
 
     def save(
         self,
@@ -214,11 +211,7 @@ class Saver:
 
     def _gather(self, problem: str | None) -> list[str]:
         """The problems of all ranks, rank 0's first."""
-        problems = [problem]
-        if self.size > 1:
-            problems = [None] * self.size
-            dist.all_gather_object(problems, problem)
-        return [text for text in problems if text is not None]
+        return [text for text in from_all(problem, self.size) if text is not None]
 
     def _run(self, job: _Save) -> None:
         """The thread's work."""

@@ -118,7 +118,7 @@ def _take_ground(config: Config, topology: Topology, outer: ExitStack) -> _Groun
     if lock is not None:
         outer.enter_context(lock)
     versions = agree(config, checkpoint_bytes=_checkpoint_bytes(config), size=topology.size)
-    past, life = from_first((read_events(run_dir), next_life(run_dir)), topology)
+    past, life = from_first((read_events(run_dir), next_life(run_dir)), topology.size)
     prometheus = None
     if first and config.monitor.prometheus_file is not None:
         prometheus = TextFile(

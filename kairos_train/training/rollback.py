@@ -45,4 +45,4 @@ def _drop_later(checkpoints: Path, step: int, topology: Topology) -> None:
                 doomed = path.with_name(f"{TEMPORARY}rolled-back-{path.name}")
                 path.rename(doomed)
                 shutil.rmtree(doomed)
-    from_all(None, topology)
+    from_all(None, topology.size)

@@ -184,7 +184,9 @@ class Run:
         self.guard.note(self.step, report.loss, good=report.stepped)
         if report.stepped:
             return
-        keys = sorted({key for rank in from_all([k for b in batches for k in b.keys], self.topology) for key in rank})
+        keys = sorted(
+            {key for rank in from_all([k for b in batches for k in b.keys], self.topology.size) for key in rank}
+        )
         why = "a loss spike" if self.guard.is_spike(report.loss) else "not finite"
         text = f"step {self.step}: loss {report.loss}, gradient norm {report.grad_norm}: {why}, the update was dropped"
         self.telemetry.say(f"{text}; samples {', '.join(keys)}")
@@ -274,7 +276,7 @@ class Run:
             yield
 
     def _stop_as_asked(self) -> None:
-        why = next(reason for reason in from_all(self.requests.why, self.topology) if reason)
+        why = next(reason for reason in from_all(self.requests.why, self.topology.size) if reason)
         self.events.write("stop_requested", step=self.step, why=why)
         if problem := self.checkpointing.settle():
             raise MachineFault(f"asked to stop ({why}), but {problem}")

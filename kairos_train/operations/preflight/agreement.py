@@ -26,7 +26,7 @@ from kairos_train.basics.errors import MachineFault, UserError
 from kairos_train.checkpoint.canonical import list_checkpoints
 from kairos_train.config.schema import Config
 from kairos_train.operations.preflight.disk import free_bytes
-from parallel.consensus import gather
+from parallel.consensus import from_all
 
 PACKAGES = ("deepspeed", "megatron-core", "flash-linear-attention", "transformer-engine")
 SOURCES = ("kairos_train", "parallel", "dataloaders")
@@ -55,13 +55,13 @@ def agree(config: Config, *, checkpoint_bytes: float, size: int) -> dict[str, st
         MachineFault: likewise, when a rank cannot tell.
     """
     settings = leaves(asdict(config))
-    ranks = gather(_facts(config, settings), size)
+    ranks = from_all(_facts(config, settings), size)
     hosts = [rank["host"] for rank in ranks]
     for number, rank in enumerate(ranks):
         if "problem" in rank:
             raise MachineFault(f"rank {number} on host {rank['host']}: {rank['problem']}")
     if len({rank["digest"] for rank in ranks}) > 1:  # seen by all, so that all take part in this
-        raise UserError(_different_settings(gather(settings, size), hosts))
+        raise UserError(_different_settings(from_all(settings, size), hosts))
     if problem := different_versions([rank["versions"] for rank in ranks], hosts):
         raise UserError(problem)
     kept = ranks[0]["kept"]

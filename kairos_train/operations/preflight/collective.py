@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from parallel.consensus import gather
+from parallel.consensus import from_all
 
 REPEATS = 5
 ROUNDS = 5  # of comparing clocks
@@ -79,7 +79,7 @@ def clock_offsets(size: int) -> list[float]:
     """
     least = [float("inf")] * size
     for _ in range(ROUNDS):
-        times = gather(time.time(), size)
+        times = from_all(time.time(), size)
         least = [min(old, now - times[0], key=abs) for old, now in zip(least, times)]
     return least
 

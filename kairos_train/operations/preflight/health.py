@@ -30,7 +30,7 @@ from kairos_train.operations.preflight.agreement import different_versions, vers
 from kairos_train.operations.preflight.collective import Collective, clock_offsets, try_all_reduce
 from kairos_train.operations.preflight.devices import Gpu, list_gpus
 from kairos_train.operations.preflight.disk import DiskSpeed, existing_folder, free_bytes, measure_speed
-from parallel.consensus import gather
+from parallel.consensus import from_all
 
 PATIENCE = 120.0  # seconds for processes to join, for their own checks, and for a collective
 LEAST_FREE = 10**9  # bytes in the run directory's file system
@@ -121,7 +121,7 @@ def check_health(
     rank, size = _join(patience)
     me = RankHealth(rank, socket.gethostname())
     with _named(me):
-        hosts = gather(me.host, size)
+        hosts = from_all(me.host, size)
     _look_at_device(me, device)
     _look_at_disk(me, folder, disk_bytes if hosts.index(me.host) == rank else 0)
     with _noted(me, "versions"):
@@ -129,14 +129,14 @@ def check_health(
     _await_all(me, hosts, patience)
     with _named(me):
         me.offset = clock_offsets(size)[rank]
-        ready = gather(None if _failed(me, "device") else me.device, size)
+        ready = from_all(None if _failed(me, "device") else me.device, size)
         group = None
         if set(ready) == {"cuda"}:
             # Talk goes by gloo, which works where GPUs do not. No layout: this group has all processes.
             group = dist.new_group(backend="nccl")
         if set(ready) in ({"cuda"}, {"cpu"}):
             _reduce(me, size, group, patience)
-        ranks = gather(me, size)
+        ranks = from_all(me, size)
     return HealthReport(str(folder), ranks, find_failures(ranks))
 
 

@@ -337,31 +337,32 @@ def open_liveness(
     """
     import torch.distributed as dist
 
+    from parallel.consensus import from_all, from_first
+
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Liveness(watch, roster=[this_member(0, host=host)], rank=0, store=None, stacks=stacks, on_fault=on_fault)
     rank, size = dist.get_rank(), dist.get_world_size()
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     store, problem = None, ""
-    port = [0]
+    port = 0
     if rank == 0:
         try:
             store = open_store(address, holds=True, seconds=CONNECT_SECONDS)
             store.set("finding", "")
-            port = [store.port]
+            port = store.port
         except RuntimeError as error:
             problem = str(error).splitlines()[0]
-    dist.broadcast_object_list(port, src=0)
-    if rank and port[0]:
+    port = from_first(port, size)
+    if rank and port:
         try:
-            store = open_store(address, port=port[0], seconds=CONNECT_SECONDS)
+            store = open_store(address, port=port, seconds=CONNECT_SECONDS)
         except RuntimeError as error:
             problem = str(error).splitlines()[0]
-    told: list[tuple[Member, str]] = [None] * size  # type: ignore[list-item]
-    dist.all_gather_object(told, (this_member(rank, host=host), problem))
+    told: list[tuple[Member, str]] = from_all((this_member(rank, host=host), problem), size)
     problems = [f"{member}: {text}" for member, text in told if text]
     if problems:
         raise MachineFault(
-            f"the watch of rank 0 at {address}:{port[0]} cannot be reached: {'; '.join(problems)}; check that "
+            f"the watch of rank 0 at {address}:{port} cannot be reached: {'; '.join(problems)}; check that "
             "processes may connect to it on any port, and start the run again"
         )
     liveness = Liveness(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from parallel.consensus import from_all
 from parallel.topology import Topology
 
 
@@ -60,10 +61,7 @@ class BusyTimes:
 
     def __init__(self, topology: Topology, *, factor: float) -> None:
         self._topology, self._factor = topology, factor
-        self._hosts = [socket.gethostname()]
-        if topology.size > 1:
-            self._hosts *= topology.size
-            dist.all_gather_object(self._hosts, socket.gethostname())
+        self._hosts = from_all(socket.gethostname(), topology.size)
 
     def compare(self, busy: float) -> Comparison:
         """Collective.
