@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import plots
-from evaluation.report import SECTIONS, drawn, heading, note, ordered, read, successes, table, text_of, write_html
+from evaluation.report import SECTIONS, heading, ordered, read, successes, write_html
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.format import number
+from kairos_train.basics.pages import drawn, table
 
 PLOTS = {"open_loop": plots.open_loop, "losses": plots.losses, "video": plots.drift, "memory": plots.memory}
 
@@ -78,10 +80,10 @@ def compare(folders: Sequence[Path], *, out: Path, mixed: bool = False) -> dict[
         inside = {name: run["parts"][part] for name, run in runs.items() if part in run["parts"]}
         rows = _rows(inside, part)
         values[part] = {name: [None if n is None else n.value for n in row] for name, row in rows.items()}
-        sections += [heading(part), note(part), _table(inside, rows, unlike.get(part, {}))]
+        sections += [heading(part), _table(inside, rows, unlike.get(part, {}))]
         if part in PLOTS:
             named = {f"{name} ≠" if name in unlike.get(part, {}) else name: found for name, found in inside.items()}
-            sections.append(drawn(PLOTS[part](named), f"{part} of all runs"))
+            sections.append(drawn(f"{part} of all runs", PLOTS[part](named)))
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_html(out, "Evaluations side by side", sections)
@@ -147,10 +149,10 @@ def _losses(found: Mapping[str, Any]) -> Iterator[Number]:
 def _video(found: Mapping[str, Any]) -> Iterator[Number]:
     yield Number("frames ahead that beat the copy", float(found["beats_copy_frames"]), None, "higher")
     for metric in ordered(found["metrics"], plots.LABELS):
-        for number, chunk in enumerate(found["chunks"], 1):
+        for i, chunk in enumerate(found["chunks"], 1):
             for row in plots.VIDEO_ROWS:
                 better = ("lower" if metric == "lpips" else "higher") if row == "model" else ""
-                yield Number(f"{metric.upper()}, chunk {number}, {row}", chunk[metric][row], None, better)
+                yield Number(f"{metric.upper()}, chunk {i}, {row}", chunk[metric][row], None, better)
     if found["fvd"]:
         yield Number("FVD, model", found["fvd"]["model"], None, "lower")
 
@@ -202,11 +204,11 @@ def _table(runs: Mapping[str, Any], rows: Mapping[str, list[Number | None]], unl
     return table(lines, marked=marked)
 
 
-def _cell(number: Number | None) -> str:
-    if number is None:
+def _cell(found: Number | None) -> str:
+    if found is None:
         return "–"
-    half = "" if number.half is None else f" ± {number.half:.2g}"
-    return number.shown or text_of(number.value) + half
+    half = "" if found.half is None else f" ± {found.half:.2g}"
+    return found.shown or number(found.value) + half
 
 
 def _difference(first: Number | None, other: Number | None) -> str:
@@ -222,7 +224,7 @@ def _facts(runs: Mapping[str, Any]) -> str:
         "model": lambda run: run["model_name"],
         "weights": lambda run: f"{run['model']['weights']}, step {run['model']['step']}, {run['model']['dtype']}",
         "held-out shards": lambda run: f"{run['shards']['dataset'] or 'unnamed'} {run['shards']['fingerprint']}",
-        "seed": lambda run: run["seed"],
+        "seed": lambda run: str(run["seed"]),
         "sampling steps": lambda run: next((p["steps"] for p in run["parts"].values() if "steps" in p), None),
         "guidance": lambda run: run["parts"].get("video", {}).get("guidance"),
         "chunks": lambda run: run["parts"].get("video", {}).get("settings", {}).get("chunks"),

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from kairos_train.basics.files import replacing
+from kairos_train.basics.files import replacing, write_whole
+from kairos_train.basics.pages import png_of
 
 GAP = 4  # pixels between pictures; even, because H.264 wants even sizes
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
@@ -106,11 +105,4 @@ def horizon_errors(path: Path, curves: Mapping[str, Sequence[float | None]], *, 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG."""
-    with replacing(path) as part, part.open("wb") as file:
-        draw(figure, file)
-
-
-def draw(figure: Figure, file: BinaryIO) -> None:
-    """Draw a figure as a PNG at 100 dots per inch."""
-    FigureCanvasAgg(figure)
-    figure.savefig(file, format="png", dpi=100)
+    write_whole(path, png_of(figure))

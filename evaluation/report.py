@@ -5,32 +5,21 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from evaluation.pictures import draw
 from evaluation.plots import LABELS, OPEN_LOOP_ROWS, STREAMS, VIDEO_ROWS
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import read_json, write_whole
+from kairos_train.basics.format import number
+from kairos_train.basics.pages import escape, image, note, page, table
 
 FORMAT = "kairos-evaluation-1"
 EVALUATION, CLOSED_LOOP, PAGE = "evaluation.json", "closed_loop.json", "report.html"
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1c2430; }
-h1 { font-size: 1.35rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-size: 0.9rem; margin: 0.6rem 0; }
-td, th { padding: 0.15rem 1rem 0.15rem 0; text-align: right; vertical-align: top; font-variant-numeric: tabular-nums; }
-td:first-child, th:first-child { text-align: left; overflow-wrap: anywhere; }
-th { color: #667; font-weight: 600; } tr { border-bottom: 1px solid #e6e9ee; }
-img { max-width: 100%; height: auto; display: block; margin: 0.6rem 0; }
-.wide { overflow-x: auto; } .note { color: #556; max-width: 46rem; } .other { background: #fdf0d5; }
+td, th { text-align: right; } td:first-child, th:first-child { text-align: left; } .other { background: #fdf0d5; }
 """
 
 NOTES = {
@@ -56,10 +45,10 @@ def write_page(folder: Path) -> Path:
     """
     folder = Path(folder)
     found = read(folder)
-    sections = [f"<h1>Evaluation of {_escape(found.get('experiment') or folder.name)}</h1>", _facts(found)]
+    sections = [f"<h1>Evaluation of {escape(found.get('experiment') or folder.name)}</h1>", _facts(found)]
     for part, show in SECTIONS.items():
         if part in found["parts"]:
-            sections += [heading(part), note(part), show(found["parts"][part], folder)]
+            sections += [heading(part), show(found["parts"][part], folder)]
     if left_out := found.get("left_out"):
         sections += ["<h2>Left out</h2>", table([["part", "why"], *([k, v] for k, v in left_out.items())])]
     write_html(folder / PAGE, f"Evaluation of {found.get('experiment') or folder.name}", sections)
@@ -91,30 +80,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def heading(part: str) -> str:
-    """The heading of a part."""
-    return f'<h2 id="{part}">{part.replace("_", " ").capitalize()}</h2>'
-
-
-def note(part: str) -> str:
-    """What the numbers of a part mean."""
-    return f'<p class="note">{_escape(NOTES[part])}</p>'
-
-
-def table(rows: Sequence[Sequence[Any]], *, marked: Mapping[tuple[int, int], str] | None = None) -> str:
-    """An HTML table, its first row the head.
-
-    Args:
-        rows: of cells; text is escaped, numbers are shortened.
-        marked: (row, column) → class of cells.
-    """
-    lines = []
-    for i, row in enumerate(rows):
-        tag, cells = "td" if i else "th", []
-        for j, cell in enumerate(row):
-            name = (marked or {}).get((i, j))
-            cells.append(f"<{tag}{f' class={name}' if name else ''}>{_escape(text_of(cell))}</{tag}>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    """The heading of a part, and what its numbers mean."""
+    return f'<h2 id="{part}">{part.replace("_", " ").capitalize()}</h2>{note(NOTES[part])}'
 
 
 def ordered(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -122,30 +89,9 @@ def ordered(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}
 
 
-def text_of(cell: Any) -> str:
-    """A cell as text: four significant digits, "–" for nothing."""
-    if cell is None:
-        return "–"
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-
-
-def image(content: bytes, about: str) -> str:
-    """A PNG inside the page."""
-    return f'<img alt="{_escape(about)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
-
-
-def drawn(figure: Figure, about: str) -> str:
-    """A figure inside the page."""
-    content = io.BytesIO()
-    draw(figure, content)
-    return image(content.getvalue(), about)
-
-
 def write_html(path: Path, title: str, sections: Sequence[str]) -> None:
     """Write a page through a temporary name."""
-    page = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    page += f"<title>{_escape(title)}</title><style>{STYLE}</style><body>{''.join(sections)}</body></html>\n"
-    write_whole(path, page)
+    write_whole(path, page(title, sections, style=STYLE))
 
 
 # --- the parts ---
@@ -160,7 +106,7 @@ def _facts(found: Mapping[str, Any]) -> str:
         ["weights", f"{found['model_name']}, {model['weights']} of step {model['step']}, {model['dtype']}"],
         ["export's fingerprint", str(model["fingerprint"])[:16]],
         ["held-out shards", f"{shards['dataset'] or 'unnamed'}, {shards['samples']} windows, {shards['fingerprint']}"],
-        ["seed", found["seed"]],
+        ["seed", str(found["seed"])],
     ]
     return table(rows)
 
@@ -179,25 +125,25 @@ def _losses(part: Mapping[str, Any], folder: Path) -> str:
     for stream, values in ordered(part["streams"], STREAMS).items():
         datasets = values["datasets"] if len(values["datasets"]) > 1 else {}
         for name, row in ({stream: values} | {f"{stream}, {name}": v for name, v in datasets.items()}).items():
-            cells = [f"{text_of(b['loss'])} ({b['draws']})" for b in row["bins"]]
+            cells = [f"{number(b['loss'])} ({b['draws']})" for b in row["bins"]]
             rows.append([name, row["loss"], row["ci95"], *cells])
     about = f"{part['windows']} windows, noises of each: {part['draws']}, weighting: {part['weighting']}. "
     about += f"Weighted sum of the streams: {part['total']:.4g}"
-    return f"<p>{_escape(about)}</p>" + table(rows) + _file(folder / "losses.png", "loss by noise level")
+    return f"<p>{escape(about)}</p>" + table(rows) + _file(folder / "losses.png", "loss by noise level")
 
 
 def _video(part: Mapping[str, Any], folder: Path) -> str:
     names, settings = list(ordered(part["metrics"], LABELS)), part["settings"]
     rows = [["chunk", "frames ahead", "videos", *(f"{name.upper()} {row}" for name in names for row in VIDEO_ROWS)]]
-    for number, chunk in enumerate(part["chunks"], 1):
+    for i, chunk in enumerate(part["chunks"], 1):
         cells = [chunk[name][row] for name in names for row in VIDEO_ROWS]
-        rows.append([number, "{}–{}".format(*chunk["frames"]), chunk["videos"], *cells])
+        rows.append([i, "{}–{}".format(*chunk["frames"]), chunk["videos"], *cells])
     about = (
         f"{len(part['videos'])} rollouts of {settings['chunks']} chunks, {part['steps']} steps, guidance "
         f"{part['guidance']:g}, {'carried' if settings['carried'] else 'sliding'} history (K = {settings['history']} "
         f"latent frames). Frames ahead at which the mean PSNR is above the copy's: {part['beats_copy_frames']}."
     )
-    pieces = [f"<p>{_escape(about)}</p>", table(rows), _file(folder / "video_drift.png", "closeness against horizon")]
+    pieces = [f"<p>{escape(about)}</p>", table(rows), _file(folder / "video_drift.png", "closeness against horizon")]
     if fvd := part["fvd"]:
         pieces.append(table([["", *VIDEO_ROWS], [f"FVD of {fvd['clips']} clips", *(fvd[row] for row in VIDEO_ROWS)]]))
     return "".join(
@@ -207,23 +153,15 @@ def _video(part: Mapping[str, Any], folder: Path) -> str:
 
 def _memory(part: Mapping[str, Any], folder: Path) -> str:
     second = part["seconds_per_frame"]
-    head = [
-        "layer, head",
-        "horizon, frames",
-        "5 %–95 %",
-        "in seconds",
-        "per token, 5 %–95 %",
-        "log10 bound",
-        "log10 norm",
-    ]
-    rows = [head]
+    heads = ["layer, head", "horizon, frames", "5 %–95 %", "in seconds", "per token, 5 %–95 %"]
+    rows = [[*heads, "log10 bound", "log10 norm"]]
     for layer in part["layers"]:
-        for number, values in enumerate(layer["heads"]):
+        for head, values in enumerate(layer["heads"]):
             spans = [values["horizon_frames"], values["token_horizon_frames"]]
-            whole, token = (f"{text_of(s['q05'])}–{text_of(s['q95'])}" for s in spans)
+            whole, token = (f"{number(s['q05'])}–{number(s['q95'])}" for s in spans)
             middle = spans[0]["median"]
             bounds = [values["log10_bound"]["median"], values["log10_norm"]["median"]]
-            rows.append([f"{layer['layer']}, {number}", middle, whole, middle * second, token, *bounds])
+            rows.append([f"{layer['layer']}, {head}", middle, whole, middle * second, token, *bounds])
     about = f"{part['windows']} windows of {part['frames']} latent frames, {part['tokens_per_frame']} tokens each"
     details = f"<details><summary>every head</summary>{table(rows)}</details>"
     return f"<p>{about}</p>" + _file(folder / "memory.png", "effective horizons of the GATED heads") + details
@@ -235,7 +173,7 @@ def _closed_loop(part: Mapping[str, Any], folder: Path) -> str:
     for name, policy in part["policies"].items():
         rows.append([name, *(successes(policy["tasks"].get(task)) for task in tasks), successes(policy["all"])])
     about = f"{part.get('env')}, {part.get('episodes_per_task')} episodes a task, seeds from {part.get('seed_start')}"
-    return f"<p>{_escape(about)}</p>" + table(rows) + _file(folder / "closed_loop.png", "success rates")
+    return f"<p>{escape(about)}</p>" + table(rows) + _file(folder / "closed_loop.png", "success rates")
 
 
 def successes(row: Mapping[str, Any] | None) -> str:
@@ -258,7 +196,3 @@ SECTIONS = {
 
 def _file(path: Path, about: str) -> str:
     return image(path.read_bytes(), about) if path.is_file() else ""
-
-
-def _escape(text: object) -> str:
-    return html.escape(str(text))

@@ -26,11 +26,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kairos_train.basics.format import number
+
 EVENTS = "events.jsonl"
+QUIET = ("start", "stop", "checkpoint", "memory")
+"""Kinds of events that every run has; the rest is worth a line."""
 
 
 class EventLog:
@@ -90,6 +94,33 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 def next_life(run_dir: Path) -> int:
     """The number of a life of a run that starts now."""
     return 1 + max((event["life"] for event in read_events(run_dir)), default=0)
+
+
+def describe(event: Mapping[str, Any]) -> str:
+    """One line about an event; fields that it does not have are left out."""
+
+    def field(name: str, text: str = "{}") -> str:
+        value = event.get(name)
+        return "" if value in (None, "") else text.format(number(value))
+
+    place = [field("world", "{} process(es)"), field("host", "on {}"), field("job", "job {}")]
+    others = [f"{key} {number(value)}" for key, value in event.items() if key not in ("time", "life", "kind", "step")]
+    parts = {
+        "start": [*place, field("step", "from step {}")],
+        "passed_over": [f"checkpoint {event.get('checkpoint')}:", field("problem")],
+        "changed": ["resumed with a changed setting:", field("setting")],
+        "memory": [field("text") or f"{field('used_gb')} of {field('total_gb')} GB used"],
+        "checkpoint": [field("stall_seconds", "the loop waited {} s,"), field("write_seconds", "written in {} s")],
+        "checkpoint_failed": [field("error")],
+        "skipped": [field("why", "{}:"), field("loss", "loss {},"), field("grad_norm", "gradient norm {}")],
+        "rollback": [field("step", "from step {}"), field("to", "to step {}"), field("rollbacks", "(number {})")],
+        "straggler": [field("rank", "rank {}"), field("host", "on {}"), field("factor", "takes {} times the median")],
+        "loader_stall": [field("seconds", "no batch for {} s")],
+        "profile": [field("path", "written to {}")],
+        "stop_requested": [field("why")],
+        "stop": [field("outcome"), field("text")],
+    }.get(event["kind"], others)
+    return " ".join(filter(None, parts))
 
 
 def _ends_a_line(path: Path) -> bool:

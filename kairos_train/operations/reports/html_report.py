@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import write_whole
-from kairos_train.basics.format import clock, describe, gigabytes, many, number, span
+from kairos_train.basics.format import clock, gigabytes, many, span
+from kairos_train.basics.pages import Html, drawn, escape, image, note, page, table
+from kairos_train.operations.events import describe
 from kairos_train.operations.reports import plots
 from kairos_train.operations.reports.diagnosis import HEALTHY, LOOK, TROUBLE
 from kairos_train.operations.reports.goodput import KINDS
@@ -27,21 +25,12 @@ COLOURS = {HEALTHY: "#2e8b57", LOOK: "#b8860b", TROUBLE: "#c0392b"}
 WORDS = {HEALTHY: "healthy", LOOK: "needs a look", TROUBLE: "in trouble"}
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 74rem; padding: 0 1rem; color: #1c2430; }
-h1 { font-size: 1.35rem; overflow-wrap: anywhere; margin-bottom: 0.2rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-h3 { font-size: 0.95rem; margin: 1rem 0 0.2rem; overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-size: 0.9rem; margin: 0.6rem 0; }
-td, th { padding: 0.15rem 1.2rem 0.15rem 0; text-align: left; vertical-align: top; font-variant-numeric: tabular-nums; }
-td { overflow-wrap: anywhere; } td:first-child { color: #556; white-space: nowrap; }
-th { color: #1c2430; font-weight: 600; } tr { border-bottom: 1px solid #e6e9ee; }
-img { max-width: 100%; height: auto; display: block; margin: 0.6rem 0; }
+td:first-child, summary { color: #556; } td:first-child { white-space: nowrap; }
 figure { display: inline-block; margin: 0.4rem 1rem 0.4rem 0; vertical-align: top; }
-.moving { min-width: 12rem; image-rendering: pixelated; }
-figcaption { color: #556; font-size: 0.85rem; }
+.moving { min-width: 12rem; image-rendering: pixelated; } figcaption { color: #556; font-size: 0.85rem; }
 pre { font-size: 0.8rem; line-height: 1.35; background: #f6f7f9; padding: 0.8rem; overflow-x: auto; }
-.wide { overflow-x: auto; } .note { color: #556; max-width: 52rem; margin: 0.2rem 0; }
 .tag { color: white; border-radius: 0.6rem; padding: 0.05rem 0.6rem; font-size: 0.85rem; white-space: nowrap; }
-ul { margin: 0.3rem 0; padding-left: 1.2rem; } summary { cursor: pointer; color: #556; }
+ul { margin: 0.3rem 0; padding-left: 1.2rem; }
 """
 
 LOSSES = {"loss, all streams": ["loss/total"], "video loss": ["loss/video"], "action loss": ["loss/action"]}
@@ -88,13 +77,11 @@ def write_report(histories: Sequence[RunHistory], out: Path) -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: {out.parent} is no folder; make it, or name another file")
     title = "Training run" if len(histories) == 1 else "Training runs"
-    sections = [f"<h1>{title}</h1>", f'<p class="note">as of {clock(histories[0].now)}</p>', _facts(histories)]
-    for heading, note, show in SECTIONS:
+    sections = [f"<h1>{title}</h1>", note(f"as of {clock(histories[0].now)}"), _facts(histories)]
+    for heading, about, show in SECTIONS:
         if content := show(histories):
-            sections += [f"<h2>{heading}</h2>", f'<p class="note">{_escape(note)}</p>' if note else "", content]
-    page = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    page += f"<title>{title}</title><style>{STYLE}</style><body>{''.join(sections)}</body></html>\n"
-    write_whole(out, page)
+            sections += [f"<h2>{heading}</h2>", note(about) if about else "", content]
+    write_whole(out, page(title, sections, style=STYLE))
 
 
 # --- the parts ---
@@ -103,7 +90,7 @@ def write_report(histories: Sequence[RunHistory], out: Path) -> None:
 def _facts(runs: Sequence[RunHistory]) -> str:
     rows: list[tuple[str, Callable[[RunHistory], Any]]] = [
         ("folder", lambda run: run.record.run_dir),
-        ("health", lambda run: _Html(_health(run))),
+        ("health", lambda run: Html(_health(run))),
         ("state", lambda run: f"{run.state.name}, last sign of life {span(run.state.since)} ago"),
         ("stage", lambda run: f"{run.record.setting('stage.name')} of {run.record.setting('experiment')}"),
         ("model", lambda run: run.record.setting("model.name")),
@@ -125,12 +112,12 @@ def _facts(runs: Sequence[RunHistory]) -> str:
         cells = [value(run) for run in runs]
         if any(cell is not None for cell in cells):
             table.append([name, *cells])
-    return _table(table)
+    return table(table)
 
 
 def _health(run: RunHistory) -> str:
     level = run.health.level
-    reasons = "".join(f"<li>{_escape(reason.text)}</li>" for reason in run.health.reasons)
+    reasons = "".join(f"<li>{escape(reason.text)}</li>" for reason in run.health.reasons)
     tag = f'<span class="tag" style="background: {COLOURS[level]}">{WORDS[level]}</span>'
     return tag + (f"<ul>{reasons}</ul>" if reasons else "")
 
@@ -169,7 +156,7 @@ def _checkpoint(run: RunHistory) -> str:
 
 
 def _timeline(runs: Sequence[RunHistory]) -> str:
-    return _drawn("attempts of the runs and what happened in them", plots.timeline(runs))
+    return _figures("attempts of the runs and what happened in them", plots.timeline(runs))
 
 
 def _goodput(runs: Sequence[RunHistory]) -> str:
@@ -182,39 +169,39 @@ def _goodput(runs: Sequence[RunHistory]) -> str:
             cells = [f"{span(run.goodput.seconds[kind])} ({_percent(_share(run, kind))})" for run in known]
             rows.append([label, *cells])
     rows.append(["total", *(span(run.goodput.total) for run in known)])
-    return _drawn("where the time went", plots.goodput(runs)) + _table(rows)
+    return _figures("where the time went", plots.goodput(runs)) + table(rows)
 
 
 def _losses(runs: Sequence[RunHistory]) -> str:
-    return _drawn("losses", plots.curves(runs, LOSSES), plots.families(runs, BY_SIGMA))
+    return _figures("losses", plots.curves(runs, LOSSES), plots.families(runs, BY_SIGMA))
 
 
 def _validation(runs: Sequence[RunHistory]) -> str:
     streams = sorted({name.split("/")[1] for run in runs for name in run.record.names(VALIDATION)}, reverse=True)
     panels = {f"{stream} loss": [f"{VALIDATION}ema/{stream}", f"{VALIDATION}raw/{stream}"] for stream in streams}
-    return _drawn("validation losses", plots.curves(runs, panels))
+    return _figures("validation losses", plots.curves(runs, panels))
 
 
 def _gradients(runs: Sequence[RunHistory]) -> str:
     dropped = any(sum(run.record.curve(OPTIMIZER[DROPPED][0])[1]) for run in runs)
     panels = {title: names for title, names in OPTIMIZER.items() if dropped or title != DROPPED}
     kinds = plots.families(runs, {"gradient norm by kind of block": ("grad_norm/", "")})
-    return _drawn("gradients and learning rate", plots.curves(runs, panels, log=[NORM]), kinds)
+    return _figures("gradients and learning rate", plots.curves(runs, panels, log=[NORM]), kinds)
 
 
 def _speed(runs: Sequence[RunHistory]) -> str:
-    return _drawn("speed and memory", plots.curves(runs, SPEED), plots.families(runs, SECONDS))
+    return _figures("speed and memory", plots.curves(runs, SPEED), plots.families(runs, SECONDS))
 
 
 def _decay(runs: Sequence[RunHistory]) -> str:
-    return _drawn("decays of Gated DeltaNet layers", plots.families(runs, DECAYS))
+    return _figures("decays of Gated DeltaNet layers", plots.families(runs, DECAYS))
 
 
 def _others(runs: Sequence[RunHistory]) -> str:
     """Whatever else was measured, a panel for each family."""
     heads = sorted({name.partition("/")[0] for run in runs for name in run.record.names()})
     unseen = [head for head in heads if head not in (*PLACED, *UNPLOTTED) and not head.startswith(VALIDATION)]
-    return _drawn("further measurements", plots.families(runs, {head: (f"{head}/", "") for head in unseen}))
+    return _figures("further measurements", plots.families(runs, {head: (f"{head}/", "") for head in unseen}))
 
 
 def _samples(runs: Sequence[RunHistory]) -> str:
@@ -224,7 +211,7 @@ def _samples(runs: Sequence[RunHistory]) -> str:
             moving_first = sorted(run.samples, key=lambda sample: sample.kind)
             pictures = [_picture(sample.content(), sample.kind, sample.tag.split("/")[-1]) for sample in moving_first]
             name = f"{run.name}, " if len(runs) > 1 else ""
-            pieces.append(f"<h3>{_escape(name)}step {run.samples[0].step:,}</h3>{''.join(pictures)}")
+            pieces.append(f"<h3>{escape(name)}step {run.samples[0].step:,}</h3>{''.join(pictures)}")
     return "".join(pieces)
 
 
@@ -241,8 +228,8 @@ def _events(runs: Sequence[RunHistory]) -> str:
         left_out = f", the newest {MOST_EVENTS} of {len(told)}" if len(told) > MOST_EVENTS else ""
         written = len(run.record.of("checkpoint"))
         pieces.append(
-            f"<details{'' if len(told) > 40 else ' open'}><summary>{_escape(run.name)}: {many(len(told), 'event')}"
-            f"{left_out}, and {many(written, 'checkpoint')} written</summary>{_table(rows)}</details>"
+            f"<details{'' if len(told) > 40 else ' open'}><summary>{escape(run.name)}: {many(len(told), 'event')}"
+            f"{left_out}, and {many(written, 'checkpoint')} written</summary>{table(rows)}</details>"
         )
     return "".join(pieces)
 
@@ -252,7 +239,7 @@ def _changes(runs: Sequence[RunHistory]) -> str:
     if not changes:
         return ""
     rows = [["run", "life", "time", "setting"]]
-    return _table([*rows, *([run.name, e["life"], clock(e["time"]), e.get("setting")] for run, e in changes)])
+    return table([*rows, *([run.name, e["life"], clock(e["time"]), e.get("setting")] for run, e in changes)])
 
 
 def _differences(runs: Sequence[RunHistory]) -> str:
@@ -261,13 +248,13 @@ def _differences(runs: Sequence[RunHistory]) -> str:
     names = sorted({name for leaves in flat for name in leaves})
     rows = [[name, *(leaves.get(name) for leaves in flat)] for name in names]
     unlike = [row for row in rows if any(cell != row[1] for cell in row[2:])]
-    return _table([["", *(run.name for run in runs)], *unlike]) if unlike else ""
+    return table([["", *(run.name for run in runs)], *unlike]) if unlike else ""
 
 
 def _settings(runs: Sequence[RunHistory]) -> str:
     texts = [(run, yaml.safe_dump(run.record.config, sort_keys=False)) for run in runs if run.record.config]
     return "".join(
-        f"<details><summary>{_escape(run.name)}</summary><pre>{_escape(text)}</pre></details>" for run, text in texts
+        f"<details><summary>{escape(run.name)}</summary><pre>{escape(text)}</pre></details>" for run, text in texts
     )
 
 
@@ -297,40 +284,14 @@ SECTIONS: tuple[tuple[str, str, Callable[[Sequence[RunHistory]], str]], ...] = (
 # --- pieces of a page ---
 
 
-class _Html(str):
-    """Text that is HTML already."""
-
-
-def _table(rows: Sequence[Sequence[Any]]) -> str:
-    lines = []
-    for i, row in enumerate(rows):
-        tag = "td" if i else "th"
-        cells = (cell if isinstance(cell, _Html) else _escape(number(cell)) for cell in row)
-        lines.append(f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
-def _drawn(about: str, *figures: Figure | None) -> str:
-    """Figures inside the page; nothing for None."""
-    pieces = []
-    for figure in figures:
-        if figure is not None:
-            content = io.BytesIO()
-            FigureCanvasAgg(figure)
-            figure.savefig(content, format="png", dpi=DOTS)
-            width = round(100 * figure.get_size_inches()[0])
-            pieces.append(f'<img width="{width}" alt="{_escape(about)}" src="{_inside(content.getvalue(), "png")}">')
-    return "".join(pieces)
+def _figures(about: str, *figures: Figure | None) -> str:
+    return drawn(about, *figures, dots=DOTS)
 
 
 def _picture(content: bytes, kind: str, about: str) -> str:
-    name = ' class="moving"' if kind == "gif" else ""
-    img = f'<img{name} alt="{_escape(about)}" src="{_inside(content, kind)}">'
-    return f"<figure>{img}<figcaption>{_escape(about.replace('_', ' '))}</figcaption></figure>"
-
-
-def _inside(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    name = 'class="moving"' if kind == "gif" else ""
+    img = image(content, about, kind=kind, attributes=name)
+    return f"<figure>{img}<figcaption>{escape(about.replace('_', ' '))}</figcaption></figure>"
 
 
 def _latest(run: RunHistory, name: str) -> float | None:
@@ -351,7 +312,3 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves
-
-
-def _escape(text: object) -> str:
-    return html.escape(str(text))

@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kairos_train.basics.files import write_whole
-from kairos_train.basics.format import QUIET, clock, describe, gigabytes, many, number, span
+from kairos_train.basics.format import clock, gigabytes, many, number, span
+from kairos_train.operations.events import QUIET, describe
 from kairos_train.operations.reports.curves import sparkline
 from kairos_train.operations.reports.diagnosis import HEALTHY, LOOK, TROUBLE
 from kairos_train.operations.reports.goodput import KINDS
