@@ -41,6 +41,7 @@ from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader
 from dataloaders.shards import INDEX, ShardIndex, sample_block, write_shard
 from kairos_train.basics.files import write_json
+from kairos_train.basics.geometry import LATENT_CHANNELS, latent_frames, latent_sides
 
 SMALL_SAMPLES = 50_000
 """Of the memory's measurement."""
@@ -89,7 +90,7 @@ def write_shards(
 def latent_members(window: WindowConfig, tokens: int, width: int) -> Callable[[int], dict[str, bytes]]:
     """Random latents of the window and a context of `tokens` x `width`, as packed: float16."""
     rng = np.random.default_rng(0)
-    shape = (16, (window.frames - 1) // 4 + 1, window.height // 8, window.width // 8)
+    shape = (LATENT_CHANNELS, latent_frames(window.frames), *latent_sides(window.height, window.width))
     latents, context = rng.standard_normal(shape), rng.standard_normal((tokens, width))
     members = {"latents.npy": npy(latents.astype(np.float16)), "context.npy": npy(context.astype(np.float16))}
     return lambda number: members

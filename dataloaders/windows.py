@@ -20,6 +20,7 @@ import numpy as np
 
 from dataloaders.config import WindowConfig
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.geometry import PIXEL_MULTIPLE, TIME_STRIDE, whole_frames
 
 LAYOUTS = ("side_by_side", "head_over_wrists")
 ACTION_VALUES = ("recorded", "minus_state")
@@ -42,9 +43,9 @@ class Window:
 def check_window(window: WindowConfig) -> None:
     """Raise UserError unless the window's numbers are usable (the VAE wants 4k + 1 frames, the patches sides of 32)."""
     frames, least = window.frames, 5 if window.action_key else 1  # without actions, a window may be an image
-    if frames < least or (frames - 1) % 4:
-        low = (frames - 1) // 4 * 4 + 1
-        legal = str(least) if low < least else f"{low} or {low + 4}"
+    low = whole_frames(frames)
+    if frames < least or low != frames:
+        legal = str(least) if low < least else f"{low} or {low + TIME_STRIDE}"
         raise UserError(
             f"data.window.frames={frames}: must be 4k+1 and at least {least}; the nearest legal value is {legal}"
         )
@@ -53,10 +54,11 @@ def check_window(window: WindowConfig) -> None:
             raise UserError(f"data.window.{name}={getattr(window, name)}: must be at least 1")
     for name in ("height", "width"):
         value = getattr(window, name)
-        if value < 32 or value % 32:
-            low = max(value // 32 * 32, 32)
-            legal = "32" if value < 32 else f"{low} or {low + 32}"
-            raise UserError(f"data.window.{name}={value}: must be a multiple of 32; the nearest legal value is {legal}")
+        if value < PIXEL_MULTIPLE or value % PIXEL_MULTIPLE:
+            low = value // PIXEL_MULTIPLE * PIXEL_MULTIPLE
+            legal = f"{low} or {low + PIXEL_MULTIPLE}" if low > 0 else str(PIXEL_MULTIPLE)
+            rule = f"must be a multiple of {PIXEL_MULTIPLE}; the nearest legal value is {legal}"
+            raise UserError(f"data.window.{name}={value}: {rule}")
     if window.layout not in LAYOUTS:
         raise UserError(f"data.window.layout={window.layout}: must be one of {', '.join(LAYOUTS)}")
     if window.layout == "head_over_wrists" and window.height % 96:

@@ -14,7 +14,8 @@ from dataloaders.loading.batch import Batch, Sample, collate, decode_sample
 from dataloaders.shards import CorruptData, ShardIndex, read_index, read_shard
 from dataloaders.windows import POLICY_FIELDS
 from kairos_train.basics.errors import UserError
-from kairos_train.conditioning.interfaces import TIME_STRIDE, identities_match
+from kairos_train.basics.geometry import video_frames
+from kairos_train.conditioning.interfaces import identities_match
 from kairos_train.inference.load import Policy
 from kairos_train.inference.predict import Predictor
 from kairos_train.inference.sampler import Conditions
@@ -79,7 +80,7 @@ def observe(predictor: Predictor, batch: Batch) -> Conditions:
 
 def given_frames(history_frames: int) -> int:
     """Video frames that K history latent frames stand for."""
-    return TIME_STRIDE * (history_frames - 1) + 1 if history_frames else 0
+    return video_frames(history_frames) if history_frames else 0
 
 
 def mean_of(policy: Policy, group: str) -> torch.Tensor:

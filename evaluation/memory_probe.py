@@ -36,7 +36,7 @@ from torch import Tensor
 from dataloaders.shards import ShardIndex
 from evaluation.held_out import spread_batches
 from evaluation.losses import conditioned, objective_of
-from kairos_train.conditioning.interfaces import TIME_STRIDE
+from kairos_train.basics.geometry import TIME_STRIDE
 from kairos_train.inference.predict import Predictor
 from kairos_train.model.capture import listening
 from kairos_train.model.kernels.delta_rule import gated_delta_rule

@@ -30,7 +30,7 @@ from evaluation.intervals import ratio_half_width
 from evaluation.quality import QualityModel, frechet, ssim
 from evaluation.rollout import psnr
 from kairos_train.basics.errors import UserError
-from kairos_train.conditioning.interfaces import TIME_STRIDE
+from kairos_train.basics.geometry import TIME_STRIDE
 from kairos_train.inference.predict import Predictor
 
 BATCH = 8

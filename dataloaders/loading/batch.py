@@ -23,6 +23,7 @@ from dataloaders.loading.memory import Rows
 from dataloaders.shards import CorruptData, ShardIndex
 from dataloaders.windows import action_count
 from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.geometry import latent_frames, latent_sides
 
 Context = tuple[torch.Tensor, torch.Tensor]
 """float (B, N, C), zeros where the mask is False, and the mask, bool (B, N)."""
@@ -283,9 +284,10 @@ def _frames(
 
 def _latents(raw: dict[str, Any], index: ShardIndex, shape: tuple[int, int, int] | None) -> np.ndarray:
     frames, height, width = shape or (index.window.frames, index.window.height, index.window.width)
-    latents = _array(raw, "latents.npy", (None, (frames - 1) // 4 + 1, height // 8, None))
-    if latents.shape[3] % (width // 8) or (shape and latents.shape[3] != width // 8):
-        raise ValueError(f"latents.npy has shape {latents.shape}, expected a width of {width // 8}")
+    rows, columns = latent_sides(height, width)
+    latents = _array(raw, "latents.npy", (None, latent_frames(frames), rows, None))
+    if latents.shape[3] % columns or (shape and latents.shape[3] != columns):
+        raise ValueError(f"latents.npy has shape {latents.shape}, expected a width of {columns}")
     return latents
 
 

@@ -22,8 +22,7 @@ from dataloaders.loading.mixture import Mixture
 from dataloaders.loading.streams import Slot, SourceOrder
 from dataloaders.shards import ShardIndex
 from kairos_train.basics.errors import UserError
-
-TOKEN_PIXELS = 16  # side of a token's square: 8 of the VAE, 2 of the patches
+from kairos_train.basics.geometry import TOKEN_PIXELS, latent_frames
 
 
 class Bucket(NamedTuple):
@@ -37,7 +36,7 @@ class Bucket(NamedTuple):
     @property
     def tokens(self) -> int:
         """Video tokens of a sample."""
-        return ((self.frames - 1) // 4 + 1) * (self.height // TOKEN_PIXELS) * (self.width // TOKEN_PIXELS)
+        return latent_frames(self.frames) * (self.height // TOKEN_PIXELS) * (self.width // TOKEN_PIXELS)
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}{' with actions' if self.has_actions else ''}"

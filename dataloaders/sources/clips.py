@@ -27,18 +27,18 @@ from dataloaders.sources.base import Clip
 from dataloaders.sources.rows import Row
 from dataloaders.windows import cover
 from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.geometry import PIXEL_MULTIPLE, whole_frames
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi")
-_MULTIPLE = 32
 
 
 def clip_size(height: int, width: int, clips: ClipConfig) -> tuple[int, int]:
     """(H, W) of the samples of a picture of height x width pixels, both multiples of 32."""
     wanted = math.log(max(height, width) / min(height, width))
     aspect = min(clips.aspects, key=lambda a: (abs(math.log(a) - wanted), a))
-    short = clips.short_side // _MULTIPLE * _MULTIPLE
-    long = int(clips.short_side * aspect + 1e-6) // _MULTIPLE * _MULTIPLE
+    short = clips.short_side // PIXEL_MULTIPLE * PIXEL_MULTIPLE
+    long = int(clips.short_side * aspect + 1e-6) // PIXEL_MULTIPLE * PIXEL_MULTIPLE
     return (short, long) if height <= width else (long, short)
 
 
@@ -48,7 +48,7 @@ def pieces(frames: int, clips: ClipConfig) -> tuple[list[tuple[int, int]], int]:
     while frames - first >= clips.most_frames:
         out.append((first, clips.most_frames))
         first += clips.most_frames
-    rest = (frames - first - 1) // 4 * 4 + 1 if frames > first else 0
+    rest = whole_frames(frames - first) if frames > first else 0
     if rest >= clips.least_frames:
         out.append((first, rest))
         first += rest

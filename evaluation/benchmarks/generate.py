@@ -26,7 +26,7 @@ from evaluation.benchmarks.interface import (
 from evaluation.held_out import mean_of
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import sha256_of, write_json, write_whole
-from kairos_train.conditioning.interfaces import TIME_STRIDE
+from kairos_train.basics.geometry import TIME_STRIDE
 from kairos_train.inference.load import Policy, load
 from kairos_train.inference.predict import Predictor
 

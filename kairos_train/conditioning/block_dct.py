@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kairos_train.conditioning.interfaces import LATENT_CHANNELS, SPACE_STRIDE, TIME_STRIDE, latent_shape
+from kairos_train.basics.geometry import LATENT_CHANNELS, SPACE_STRIDE, TIME_STRIDE
+from kairos_train.conditioning.interfaces import latent_shape
 
 BLOCK = SPACE_STRIDE
 ZIGZAG = ((0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (0, 2), (0, 3), (1, 2), (2, 1), (3, 0))

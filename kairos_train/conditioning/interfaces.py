@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError
-
-LATENT_CHANNELS = 16
-TIME_STRIDE = 4
-SPACE_STRIDE = 8
+from kairos_train.basics.geometry import SPACE_STRIDE, TIME_STRIDE, latent_frames, latent_sides
 
 
 @runtime_checkable
@@ -109,7 +106,7 @@ def latent_shape(frames: Tensor) -> tuple[int, int, int]:
     for name, size in (("height", height), ("width", width)):
         if size < SPACE_STRIDE or size % SPACE_STRIDE:
             raise UserError(f"{name}: {size} pixels cannot be encoded; it must be a multiple of {SPACE_STRIDE}; resize")
-    return (count - 1) // TIME_STRIDE + 1, height // SPACE_STRIDE, width // SPACE_STRIDE
+    return latent_frames(count), *latent_sides(height, width)
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError
-from kairos_train.conditioning.interfaces import LATENT_CHANNELS, config_sha256, latent_shape, weights_sha256
+from kairos_train.basics.geometry import LATENT_CHANNELS
+from kairos_train.conditioning.interfaces import config_sha256, latent_shape, weights_sha256
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.geometry import LATENT_CHANNELS, PIXEL_MULTIPLE, SPACE_STRIDE
 from kairos_train.config.schema import ATTENTION_KINDS, Config
-
-LATENT_CHANNELS = 16
-"""Of the Wan2.1 VAE and of the weight-free codec alike."""
-
-PIXEL_MULTIPLE = 32
-"""Recipe: both sides of a picture are multiples of this many pixels."""
 
 
 def layers_are_whole_cycles(config: Config) -> None:
@@ -64,7 +59,7 @@ def latents_fit_the_encoders(config: Config) -> None:
 
 def patches_tile_the_latents(config: Config) -> None:
     patch = config.model.video.patch_size
-    sides = PIXEL_MULTIPLE // 8
+    sides = PIXEL_MULTIPLE // SPACE_STRIDE
     if len(patch) != 3 or patch[0] != 1 or any(p < 1 or sides % p for p in patch[1:]):
         raise UserError(
             f"model.video.patch_size={patch} does not tile the latents; use [1, 2, 2] (frames, height, width)"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.geometry import latent_frames, video_frames
 from kairos_train.config.schema import CONDITIONS, IMAGE_CONDITIONS, MISSING, Config
 
 LENGTHS = ("steps", "epochs", "samples", "tokens")
@@ -99,7 +100,7 @@ def _gives_frames(config: Config) -> bool:
 
 def history_leaves_a_frame_to_generate(config: Config) -> None:
     history, frames = config.stage.history_frames, config.data.window.frames
-    latents = (frames - 1) // 4 + 1
+    latents = latent_frames(frames)
     if not _gives_frames(config):
         return
     if history < 1:
@@ -110,7 +111,8 @@ def history_leaves_a_frame_to_generate(config: Config) -> None:
     if history >= latents:
         raise UserError(
             f"stage.history_frames={history} leaves nothing to generate of the {latents} latent frames of "
-            f"data.window.frames={frames}; use data.window.frames={4 * history + 1} or more, or fewer history frames"
+            f"data.window.frames={frames}; use data.window.frames={video_frames(history + 1)} or more, "
+            "or fewer history frames"
         )
 
 

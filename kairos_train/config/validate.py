@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.geometry import PIXEL_MULTIPLE, TIME_STRIDE, whole_frames
 from kairos_train.config.cluster_rules import (
     container_or_venv,
     environment_has_names,
@@ -28,7 +29,6 @@ from kairos_train.config.layout_rules import (
     tensor_ranks_share_heads_and_channels,
 )
 from kairos_train.config.model_rules import (
-    PIXEL_MULTIPLE,
     causal_history_is_restricted,
     heads_divide_the_width,
     latents_fit_the_encoders,
@@ -101,9 +101,8 @@ def values_are_legal(config: Config) -> None:
 def frames_are_4k_plus_1(config: Config) -> None:
     for key in ("data.window.frames", "data.clips.most_frames", "data.clips.least_frames"):
         frames = value_of(config, key)
-        if frames % 4 != 1:
-            below = (frames - 1) // 4 * 4 + 1
-            raise UserError(f"{key}={frames} is not 4k+1; use {max(below, 1)} or {below + 4}")
+        if (below := whole_frames(frames)) != frames:
+            raise UserError(f"{key}={frames} is not 4k+1; use {max(below, 1)} or {below + TIME_STRIDE}")
 
 
 def some_clips_are_long_enough(config: Config) -> None:

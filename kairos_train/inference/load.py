@@ -20,6 +20,7 @@ from torch import nn
 
 from kairos_train.basics.errors import UserError, one_line
 from kairos_train.basics.files import read_json, sha256_of
+from kairos_train.basics.geometry import latent_frames
 from kairos_train.basics.plain import from_dict
 from kairos_train.config.schema import Config, ModelConfig
 from kairos_train.inference.fingerprint import fingerprint
@@ -75,7 +76,7 @@ class Policy:
     @property
     def latent_frames(self) -> int:
         """Latent frames of one window, F = (frames − 1)/4 + 1, history included."""
-        return (self.config.data.window.frames - 1) // 4 + 1
+        return latent_frames(self.config.data.window.frames)
 
     @property
     def history_frames(self) -> int:

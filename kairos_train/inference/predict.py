@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.geometry import LATENT_CHANNELS, TIME_STRIDE, latent_sides, video_frames
 from kairos_train.conditioning.build import build_encoders
-from kairos_train.conditioning.interfaces import LATENT_CHANNELS, SPACE_STRIDE, TIME_STRIDE, Encoders, identities_match
+from kairos_train.conditioning.interfaces import Encoders, identities_match
 from kairos_train.inference.compiled import CompiledModel
 from kairos_train.inference.load import Policy
 from kairos_train.inference.normalization import Normalizer, from_statistics
@@ -291,7 +292,7 @@ class Predictor:
             if carried:
                 memory.observe(sampled.latents, conditions)
                 continue
-            clip = pictures[:, -(TIME_STRIDE * (keep - 1) + 1) :]
+            clip = pictures[:, -video_frames(keep) :]
             memory.observe(self.encoders.video.encode(clip), conditions)
             if texts is not None and self.encoders.text.identity.get("image", True):
                 context, mask = self.encoders.text.encode(list(texts), clip[:, 0])
@@ -320,7 +321,7 @@ class Predictor:
         if frames is None:
             raise UserError(f"frames=None: this model is given {history_frames} history latent frames; pass pictures")
         clip = torch.as_tensor(frames)
-        count = TIME_STRIDE * (history_frames - 1) + 1
+        count = video_frames(history_frames)
         window = self.policy.config.data.window
         if clip.dtype != torch.uint8 or clip.ndim != 5 or clip.shape[-1] != 3:
             raise UserError(f"frames: {clip.dtype} of shape {list(clip.shape)}; must be uint8 (…, T, H, W, 3)")
@@ -354,7 +355,7 @@ class Predictor:
             return tuple(history.shape[-2:])
         window = self.policy.config.data.window
         beside = max(1, len(window.cameras)) if window.layout == "side_by_side" else 1
-        return window.height // SPACE_STRIDE, window.width * beside // SPACE_STRIDE
+        return latent_sides(window.height, window.width * beside)
 
 
 def _clip(frames: np.ndarray | Tensor) -> np.ndarray:

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from math import prod
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.geometry import latent_frames, latent_sides
 from kairos_train.config.schema import ActionStreamConfig, Config, ModelConfig, VideoStreamConfig, stage_model
 from kairos_train.model.flops import forward_flops
 from kairos_train.model.kernels.windows import WindowSpec, frames_read, key_frames
@@ -24,9 +25,6 @@ from parallel.exchange.frame_plan import FramePlan, plan_frames
 from parallel.fp8 import Fp8Policy
 from parallel.sharding import ShardingError
 from parallel.topology import Degrees, split_frames
-
-LATENT_FRAMES, LATENT_PIXELS = 4, 8
-"""The VAE's strides in time (after the first frame) and in height and width."""
 
 FRAME_CONDITIONS = ("ti2v", "i2v")
 """The conditions that give history frames."""
@@ -61,8 +59,8 @@ class SampleShape:
         height, width = window.height, window.width * max(beside, 1)
         acting = config.stage.streams == "joint" and window.action_key
         given = any(config.stage.conditions.get(name, 0) > 0 for name in FRAME_CONDITIONS)
-        frames = (window.frames - 1) // LATENT_FRAMES + 1
-        tokens = (height // LATENT_PIXELS // patch[1]) * (width // LATENT_PIXELS // patch[2])
+        frames, (rows, columns) = latent_frames(window.frames), latent_sides(height, width)
+        tokens = (rows // patch[1]) * (columns // patch[2])
         actions = (window.frames - 1) * window.action_video_freq_ratio if acting else 0
         history = config.stage.history_frames if given else 0
         shape, model = (frames, tokens, context_tokens), stage_model(config)

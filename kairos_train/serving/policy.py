@@ -20,7 +20,7 @@ from dataloaders.config import WindowConfig
 from dataloaders.windows import action_offset, compose, picture_size
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import sha256_of
-from kairos_train.conditioning.interfaces import TIME_STRIDE
+from kairos_train.basics.geometry import video_frames
 from kairos_train.inference.load import STATISTICS_FILE, load
 from kairos_train.inference.predict import Predictor, Request
 from kairos_train.serving.observation import Observation, ObservationReader, layouts_of
@@ -101,7 +101,7 @@ class ServedPolicy:
         self._policy, self._data = policy, policy.config.data
         self._predictor = Predictor(policy, sampler=policy.sampler.replaced(steps=steps))
         self._window = self._data.window
-        self.given_frames = TIME_STRIDE * (policy.history_frames - 1) + 1
+        self.given_frames = video_frames(policy.history_frames)
         self._past = (self.given_frames - 1) * self._window.action_video_freq_ratio
         robot = policy.about.get("robot") or {}  # imported weights do not know theirs
         cameras = _cameras(folder, robot.get("cameras") or self._window.cameras, cameras)

@@ -14,6 +14,7 @@ import torch
 from dataloaders.loading.buckets import Bucket
 from dataloaders.windows import action_count
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.geometry import latent_frames, latent_sides
 from kairos_train.config.schema import Config
 from kairos_train.objective.flow_matching import ConditionedBatch
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine
@@ -64,7 +65,7 @@ def _batch(
 ) -> ConditionedBatch:
     """A batch of that size, of zeros."""
     device, model = engine.topology.device, config.model
-    frames, sides = (bucket.frames - 1) // 4 + 1, (bucket.height // 8, bucket.width // 8)
+    frames, sides = latent_frames(bucket.frames), latent_sides(bucket.height, bucket.width)
     context = like.context[:1].expand(samples, -1, -1)
     inputs = {
         "latents": torch.zeros(samples, model.video.latent_channels, frames, *sides, device=device),

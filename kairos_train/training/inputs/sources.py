@@ -8,6 +8,7 @@ from dataloaders.config import WindowConfig
 from dataloaders.shards import ShardIndex
 from dataloaders.windows import POLICY_FIELDS
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.geometry import latent_frames, video_frames
 from kairos_train.config.schema import Config
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
 from kairos_train.training.inputs.contexts import check_captions
@@ -68,9 +69,9 @@ def _check_history(config: Config, indices: Sequence[ShardIndex]) -> None:
         return
     for index in indices:
         for shape in index.shapes:
-            latents = (shape["frames"] - 1) // 4 + 1
+            latents = latent_frames(shape["frames"])
             if 1 < latents <= known:
                 raise UserError(
                     f"stage.history_frames={known} leaves nothing of the {latents} latent frames of clips in "
-                    f"{index.folder}; use fewer, or pack with data.clips.least_frames={4 * known + 1}"
+                    f"{index.folder}; use fewer, or pack with data.clips.least_frames={video_frames(known + 1)}"
                 )

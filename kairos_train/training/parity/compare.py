@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kairos_train.basics.geometry import LATENT_CHANNELS, latent_frames, latent_sides
 from kairos_train.config.schema import Config
 from kairos_train.model.initialise import generator
 from kairos_train.model.layout import full_shapes, model_table
@@ -130,9 +131,11 @@ def make_batch(
     joint, images = config.stage.streams == "joint", number % 4 == 3
     acting = joint and number % 4 in (0, 2)
     samples, window, text = config.train.micro_batch, config.data.window, config.model.text_dim
-    frames = 1 if images else (window.frames - 1) // 4 + 1
+    frames = 1 if images else latent_frames(window.frames)
     inputs = {
-        "latents": torch.randn(samples, 16, frames, window.height // 8, window.width // 8, generator=rng),
+        "latents": torch.randn(
+            samples, LATENT_CHANNELS, frames, *latent_sides(window.height, window.width), generator=rng
+        ),
         "context": torch.randn(samples, TEXT_TOKENS, text, generator=rng),
         "context_mask": torch.arange(TEXT_TOKENS) < torch.randint(1, TEXT_TOKENS + 1, (samples, 1), generator=rng),
     }
