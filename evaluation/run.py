@@ -13,7 +13,6 @@ A `closed_loop.json` that lies in the folder is shown on the page too.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from evaluation.quality import QualityModel
 from evaluation.report import EVALUATION, FORMAT, write_page
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import write_json
+from kairos_train.basics.log import logger
 from kairos_train.inference.load import Policy, load
 from kairos_train.inference.predict import Predictor
 from kairos_train.model.capture import gated_layers
@@ -205,5 +205,5 @@ def _sheets(clips: Sequence[video.ComparedClip], given: int, out: Path) -> list[
 def _timed(part: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     begun = time.perf_counter()
     result = measure()
-    print(f"{part}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    logger.info(f"{part}: {time.perf_counter() - begun:.0f} s")
     return result

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from kairos_train import __version__
 from kairos_train.basics.errors import EXIT_CODES, MachineFault, UserError
+from kairos_train.basics.log import log_to_stderr
 from kairos_train.commands import (
     benchmarks,
     closed_loop,
@@ -35,6 +36,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    log_to_stderr()
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
         return args.run(args)

@@ -6,7 +6,6 @@ of them once; an episode that crashes has failed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from evaluation.closed_loop.episode import Episode, EpisodeOutcome
 from evaluation.closed_loop.policies import POLICIES, SERVED, ServedKeys, served_keys
 from evaluation.closed_loop.workers import Setup, play_all
 from kairos_train.basics.errors import RunStopped, UserError
+from kairos_train.basics.log import logger
 
 VALIDATION_SEEDS, EVALUATION_SEEDS = 5_000, 10_000  # first ones; demonstrations have those below
 SIZE = 128  # pixels, where neither demonstrations nor an export say
@@ -226,11 +226,11 @@ def _play(protocol: Protocol, tasks: list[str], setup: Setup) -> Iterator[tuple[
         ended[name] += 1
         solved[name] += outcome.success
         if outcome.error is not None:
-            print(f"{name}, {episode.task}, seed {episode.seed} crashed: {outcome.error}", file=sys.stderr)
+            logger.warning(f"{name}, {episode.task}, seed {episode.seed} crashed: {outcome.error}")
             if outcome.error.startswith("PolicyLost"):
                 _still_there(setup)
         if ended[name] == each:
-            print(f"{name}: {solved[name]} of {each} episodes solved", file=sys.stderr, flush=True)
+            logger.info(f"{name}: {solved[name]} of {each} episodes solved")
         yield episode, outcome
 
 

@@ -7,13 +7,13 @@ node that still writes down how its ranks ended, would be cut off.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from kairos_train.basics.errors import MachineFault
+from kairos_train.basics.log import logger
 from kairos_train.launch.environment import NodeLaunch
 
 if TYPE_CHECKING:
@@ -56,11 +56,9 @@ def leave_together(node: NodeLaunch, store: TCPStore | None, *, seconds: float) 
     thread.start()
     thread.join(seconds + CONNECT_SECONDS)
     if seen[0] < node.nodes:
-        print(
+        logger.warning(
             f"{node.name}: the ranks of only {seen[0]} of {node.nodes} nodes are known to have ended after "
-            f"{seconds:g} s; not waiting any longer",
-            file=sys.stderr,
-            flush=True,
+            f"{seconds:g} s; not waiting any longer"
         )
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 from kairos_train.basics.errors import Interrupted, MachineFault
 from kairos_train.basics.files import write_whole
+from kairos_train.basics.log import logger
 from kairos_train.launch.environment import NodeLaunch
 from kairos_train.launch.farewell import hold_store, leave_together
 from kairos_train.launch.outcome import MACHINE_FAULT, Ended, describe, exit_code
@@ -129,7 +129,7 @@ def run_node(node: NodeLaunch, command: Sequence[str], *, logs: Path) -> int:
     write_whole(logs / f"node-{node.node}", f"{code}\n")
     if ended:
         ends = "; ".join(describe(rank, ended[rank]) for rank in sorted(ended))
-        print(f"{node.name}: {ends}: exit code {code}", file=sys.stderr, flush=True)
+        logger.warning(f"{node.name}: {ends}: exit code {code}")
     leave_together(node, result.get("store"), seconds=LEAVE_SECONDS)
     if "ended" not in result:
         raise MachineFault(

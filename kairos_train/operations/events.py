@@ -24,13 +24,13 @@ A life that was killed has no `stop`; `metrics.jsonl`, whose lines have a `time`
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.format import number
+from kairos_train.basics.log import logger
 
 EVENTS = "events.jsonl"
 QUIET = ("start", "stop", "checkpoint", "memory")
@@ -74,7 +74,7 @@ class EventLog:
                 # A life that was killed, or a full disk, may have left half a line.
                 file.write(line + "\n" if _ends_a_line(self.path) else "\n" + line + "\n")
         except OSError as error:
-            print(f"{self.path}: {error.strerror}; not noted: {line}", file=sys.stderr, flush=True)
+            logger.warning(f"{self.path}: {error.strerror}; not noted: {line}")
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:

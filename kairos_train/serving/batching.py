@@ -8,7 +8,6 @@ connected client has asked: one client alone never waits.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kairos_train.basics.log import logger
 from kairos_train.serving.metrics import Metrics
 from kairos_train.serving.observation import Observation
 from kairos_train.serving.policy import ModelInput, ObservationHistory
@@ -120,7 +120,7 @@ class Batcher:
             return [row if np.isfinite(row).all() else FloatingPointError("actions are not finite") for row in together]
         if len(windows) == 1:
             return [together]
-        logging.getLogger(__name__).warning("a batch of %d failed (%r); trying each alone", len(windows), together)
+        logger.warning("a batch of %d failed (%r); trying each alone", len(windows), together)
         return [result for window in windows for result in self._act_on([window])]
 
 

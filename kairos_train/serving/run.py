@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 from pathlib import Path
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.log import log_to_stderr, logger
 from kairos_train.serving.policy import ServedPolicy
 from kairos_train.serving.server import ServerSettings, run_server
 
@@ -52,9 +52,9 @@ def run(
         batch_window=batch_window_ms / 1000,
         max_connections=max_connections,
     )
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    log_to_stderr(dated=True)
     if settings.token is None and not is_local(host):
-        logging.warning("host=%s is reachable by others and no --token-file is given: anyone may ask the policy", host)
+        logger.warning("host=%s is reachable by others and no --token-file is given: anyone may ask the policy", host)
     policy = ServedPolicy(export, steps=steps, cameras=[c for c in cameras.split(",") if c], fps=fps, device=device)
     for batch in sorted({1, max_batch}):
         policy.warm_up(batch)

@@ -29,6 +29,7 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.log import logger
 from kairos_train.serving.batching import Batcher
 from kairos_train.serving.codec import decode, encode
 from kairos_train.serving.metrics import CONTENT_TYPE, Metrics
@@ -37,8 +38,6 @@ from kairos_train.serving.policy import ObservationHistory, ServedPolicy
 ENDPOINT, RESET = "endpoint", "reset"
 SCHEMES = ("bearer ", "api-key ")  # the second is what openpi's client sends
 CLOSE_SECONDS = 5  # for a client to answer the closing handshake
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class PolicyServer:
             UserError: the address cannot be listened on.
         """
         settings = self._settings
-        quiet = logging.getLogger(f"{__name__}.websockets")
+        quiet = logger.getChild("websockets")
         quiet.setLevel(logging.CRITICAL)  # its errors are clients' broken handshakes, with tracebacks
         self._stopped = asyncio.create_task(stop.wait())
         batches = asyncio.create_task(self._batcher.run())

@@ -19,6 +19,7 @@ from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader, check_shards, sources_of
 from dataloaders.shards import ShardIndex, read_index
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.log import logger
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.intact import find_intact
 from kairos_train.config.compose import save_config
@@ -47,7 +48,7 @@ from kairos_train.training.inputs.feed import Feed
 from kairos_train.training.inputs.sources import check_sources, check_window, policy_source
 from kairos_train.training.measure.monitor import Monitor
 from kairos_train.training.measure.sample_log import SampleLog
-from kairos_train.training.measure.telemetry import StagePosition, Telemetry, say
+from kairos_train.training.measure.telemetry import StagePosition, Telemetry
 from kairos_train.training.run import Reports, Run
 from kairos_train.training.run_state import RunState
 from parallel.consensus import first_does, from_all, from_first
@@ -114,7 +115,7 @@ def _take_ground(config: Config, topology: Topology, outer: ExitStack) -> _Groun
             events.write("stop", outcome="fault", text=finding.text)
 
     watch = outer.enter_context(open_liveness(config.watch, stacks=run_dir / "stacks", on_fault=note))
-    lock = first_does(lambda: RunLock(run_dir, say=say), rank=topology.rank, size=topology.size)
+    lock = first_does(lambda: RunLock(run_dir, say=logger.info), rank=topology.rank, size=topology.size)
     if lock is not None:
         outer.enter_context(lock)
     versions = agree(config, checkpoint_bytes=_checkpoint_bytes(config), size=topology.size)
@@ -125,7 +126,7 @@ def _take_ground(config: Config, topology: Topology, outer: ExitStack) -> _Groun
             Path(config.monitor.prometheus_file),
             labels={"run": config.run_dir, "stage": config.stage.name},
             counts=Counter(event["kind"] for event in past),
-            say=say,
+            say=logger.info,
         )
     rollbacks = sum(event["kind"] == "rollback" for event in past)
     heard = (lambda kind: None) if prometheus is None else prometheus.count
@@ -272,12 +273,12 @@ def _tell(
         **start,
     )
     for problem in damaged:
-        run.telemetry.say(problem)
+        logger.info(problem)
         events.write("passed_over", problem=problem)
     for change in changes:
-        run.telemetry.say(f"resumed with a changed setting: {change}")
+        logger.info(f"resumed with a changed setting: {change}")
         events.write("changed", setting=change)
-    run.telemetry.say(_headline(run.state, indices, run.budget, place))
+    logger.info(_headline(run.state, indices, run.budget, place))
 
 
 def _headline(state: RunState, indices: Sequence[ShardIndex], budget: Budget, place: StagePosition | None) -> str:

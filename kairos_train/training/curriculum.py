@@ -9,13 +9,14 @@ import torch.distributed as dist
 from dataloaders.loading.loader import sources_of
 from dataloaders.shards import read_index
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.log import logger
 from kairos_train.checkpoint.canonical import CheckpointReader, checkpoint_path, find_latest
 from kairos_train.config.curriculum import Curriculum
 from kairos_train.config.schema import Config
 from kairos_train.training import run_state
 from kairos_train.training.budget import Budget
 from kairos_train.training.loop import train
-from kairos_train.training.measure.telemetry import StagePosition, say
+from kairos_train.training.measure.telemetry import StagePosition
 
 
 def train_curriculum(curriculum: Curriculum) -> Path:
@@ -34,7 +35,7 @@ def train_curriculum(curriculum: Curriculum) -> Path:
         place = StagePosition(number + 1, curriculum.names) if curriculum.names else None
         last = finished(config) if place else None
         if last is not None:
-            say(f"{config.run_dir}: stage {place} is finished")
+            logger.info(f"{config.run_dir}: stage {place} is finished")
             continue
         _refuse_to_outdate(curriculum, number)
         last = train(config, place)

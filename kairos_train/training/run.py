@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 from kairos_train.basics.errors import Interrupted, MachineFault, RunStopped
+from kairos_train.basics.log import logger
 from kairos_train.config.schema import Config
 from kairos_train.objective.flow_matching import ConditionedBatch
 from kairos_train.operations.events import EventLog
@@ -121,7 +122,7 @@ class Run:
 
     def _tell_profile(self, profile: Profile | None) -> None:
         if profile is not None:
-            self.telemetry.say(str(profile))
+            logger.info(str(profile))
             self.events.write("profile", step=profile.last, path=profile.path)
 
     def before_update(self) -> None:
@@ -148,7 +149,7 @@ class Run:
             raw = [next(self.loader) for _ in range(self.config.train.accumulation)]
         waited = time.perf_counter() - begin
         if waited > LONG_WAIT:
-            self.telemetry.say(f"step {self.step + 1}: waited {waited:.0f} s for data")
+            logger.info(f"step {self.step + 1}: waited {waited:.0f} s for data")
             self.events.write("loader_stall", step=self.step + 1, seconds=waited)
         share = self.budget.share(self.state.progress)
         batches = [self.feed.condition(batch, step=self.step, progress=share) for batch in raw]
@@ -164,7 +165,7 @@ class Run:
         begin = time.perf_counter()
         with self.watch.paused("dry run"):
             memory = dry_run(self.engine, self.feed, self.config, like=like, largest=self.loader.largest_batch())
-        self.telemetry.say(memory["text"])
+        logger.info(memory["text"])
         self.events.write("memory", **memory)
         self.telemetry.pause(time.perf_counter() - begin)
 
@@ -189,7 +190,7 @@ class Run:
         )
         why = "a loss spike" if self.guard.is_spike(report.loss) else "not finite"
         text = f"step {self.step}: loss {report.loss}, gradient norm {report.grad_norm}: {why}, the update was dropped"
-        self.telemetry.say(f"{text}; samples {', '.join(keys)}")
+        logger.info(f"{text}; samples {', '.join(keys)}")
         self.events.write(
             "skipped", step=self.step, why=why, loss=report.loss, grad_norm=report.grad_norm, samples=keys
         )
@@ -210,7 +211,7 @@ class Run:
         self.guard.rollbacks += 1
         self.reports.close()
         self.reports = self.open_reports(reader.step)
-        self.telemetry.say(f"{bad}: back to step {reader.step}, and on with the data behind step {here}")
+        logger.info(f"{bad}: back to step {reader.step}, and on with the data behind step {here}")
         self.events.write("rollback", step=here, to=reader.step, rollbacks=self.guard.rollbacks)
         self._went_back, self._reported = True, self.step
 
@@ -227,7 +228,7 @@ class Run:
         train, telemetry = self.config.train, self.telemetry
         stopping, failed = any_rank([self.requests.why is not None, self.checkpointing.failed], self.topology)
         if failed and (problem := self.checkpointing.settle()):
-            telemetry.say(f"{problem}; training goes on, the next checkpoint is tried in its turn")
+            logger.info(f"{problem}; training goes on, the next checkpoint is tried in its turn")
         if self._due(train.log_every):
             self._report()
         begin = time.perf_counter()
@@ -244,7 +245,7 @@ class Run:
             with self._pause("checkpoint"):
                 problem = self.checkpointing.save(self.state)
             if problem:
-                telemetry.say(problem)
+                logger.info(problem)
         telemetry.pause(time.perf_counter() - begin)
         if stopping and not self.finished:
             self._stop_as_asked()
@@ -256,7 +257,7 @@ class Run:
             measured = self.monitor.report(steps=self.step - self._reported)
         self._reported = self.step
         for straggler in measured.stragglers:
-            self.telemetry.say(f"step {self.step}: {straggler}")
+            logger.info(f"step {self.step}: {straggler}")
             self.events.write("straggler", step=self.step, **asdict(straggler))
         values = self.telemetry.report(
             self.step,
@@ -304,7 +305,7 @@ class Run:
         losses = validate(self.engine, self.feed, self.config)
         self.telemetry.scalars(self.step, {f"validation_{weights}/{stream}": loss for stream, loss in losses.items()})
         text = "  ".join(f"{stream} {loss:.4f}" for stream, loss in losses.items())
-        self.telemetry.say(f"step {self.step}  validation with {weights} weights  {text}")
+        logger.info(f"step {self.step}  validation with {weights} weights  {text}")
         return weighted_loss(self.config.stage, losses["video"], losses.get("action"))
 
     # --- begin and end ---

@@ -10,9 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ import torch
 
 from kairos_train.basics.errors import MachineFault
 from kairos_train.basics.files import write_whole
+from kairos_train.basics.log import logger
 from kairos_train.training.samples import Samples, show
 from kairos_train.training.step import SIGMA_BINS, StepReport
 
@@ -44,12 +43,6 @@ class StagePosition:
 
     def __str__(self) -> str:
         return f"{self.number} of {len(self.names)}: {self.names[self.number - 1]}"
-
-
-def say(text: str) -> None:
-    """One line to the person who watches, from the one process that speaks."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, file=sys.stderr, flush=True)
 
 
 class Telemetry:
@@ -186,14 +179,12 @@ class Telemetry:
         self.scalars(step, values)
         left = self._seconds_left(share)
         action = f" action {values['loss/action']:.4f}" if "loss/action" in values else ""
-        print(
+        logger.info(
             f"step {step}  {share:.0%} of {self.length}"
             f"  loss {values['loss/total']:.4f}  video {values['loss/video']:.4f}{action}"
             f"  |g| {self._last['grad_norm']:.3f}  lr {self._last['lr']:.2e}"
             f"  {values['speed/seconds_per_step']:.2f} s/step  {values['speed/samples_per_second']:.1f} samples/s"
-            + ("" if left is None else f"  {left / 60:.0f} min left"),
-            file=sys.stderr,
-            flush=True,
+            + ("" if left is None else f"  {left / 60:.0f} min left")
         )
         self._reset()
         return values
@@ -214,11 +205,6 @@ class Telemetry:
         if self.enabled:
             with self._writing(BOARD):
                 show(samples, self._board, step)
-
-    def say(self, text: str) -> None:
-        """One line to the person who watches."""
-        if self.enabled:
-            print(text, file=sys.stderr, flush=True)
 
     def pause(self, seconds: float) -> None:
         """Take `seconds` (of saving or validating) out of the speed of training."""

@@ -1,0 +1,35 @@
+"""The one logger: what a program reports while it goes, in lines on stderr.
+
+A program calls `log_to_stderr` once. Where the packages are imported by another, its own `logging` decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+logger = logging.getLogger("kairos_train")
+
+
+def log_to_stderr(*, dated: bool = False) -> None:
+    """Show what is logged on stderr: all of rank 0's, of other ranks warnings and worse.
+
+    Args:
+        dated: with time and level, for programs that serve others for weeks.
+    """
+    if not logger.handlers:
+        logger.addHandler(_ToStderr())
+    logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s" if dated else None))
+    logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+    logger.propagate = False  # libraries give the root logger handlers of their own
+
+
+class _ToStderr(logging.Handler):
+    """To what `sys.stderr` is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except OSError:
+            self.handleError(record)
