@@ -57,7 +57,7 @@ def run_serve(args: argparse.Namespace) -> int:
         from kairos_train.serving.run import run
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        if package not in ("websockets", "msgpack", "prometheus_client"):
+        if package not in ("websockets", "msgpack"):
             raise
         raise UserError(f"serve: {package} is not installed; run `pip install kairos-train[serve]`") from error
 

@@ -1,8 +1,7 @@
 """A run's numbers for Prometheus: a file in the text format that node_exporter's textfile collector reads.
 
-The format is lines of `name{label="value"} number`, which this file writes itself: the prometheus-client package serves
-programs that are asked over HTTP, and is not among those that training needs. node_exporter accepts no times in such
-files, so `kairos_train_last_report_timestamp_seconds` tells how old the numbers are.
+node_exporter accepts no times in such files, so `kairos_train_last_report_timestamp_seconds` tells how old the numbers
+are.
 
 Metrics are named as in TensorBoard, `speed/mfu` → `kairos_train_speed_mfu`; what TensorBoard has as a family is one
 metric with a label, as `FAMILIES` says.
@@ -10,16 +9,17 @@ metric with a label, as `FAMILIES` says.
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kairos_train.basics.errors import UserError
-from kairos_train.basics.files import write_whole
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 PREFIX = "kairos_train_"
 SUFFIX = ".prom"
@@ -97,9 +97,29 @@ class TextFile:
         self._values["running"] = 0
         self._write()
 
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, as the prometheus_client package asks for them."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        gauges: dict[str, GaugeMetricFamily] = {}
+        for name, value in self._values.items():
+            metric, own = _named(name)
+            if metric not in gauges:
+                about = HELP.get(metric, "See docs/monitoring.md")
+                gauges[metric] = GaugeMetricFamily(PREFIX + metric, about, labels=[*self.labels, *own])
+            gauges[metric].add_metric([*self.labels.values(), *own.values()], value)
+        yield from gauges.values()
+        counter = CounterMetricFamily(f"{PREFIX}events", HELP["events_total"], labels=[*self.labels, "kind"])
+        for kind in sorted(self._counts):
+            counter.add_metric([*self.labels.values(), kind], self._counts[kind])
+        if self._counts:
+            yield counter
+
     def _write(self) -> None:
+        from prometheus_client import write_to_textfile
+
         try:
-            write_whole(self.path, exposition(self._values, self._counts, labels=self.labels))
+            write_to_textfile(str(self.path), self)
         except OSError as error:
             if not self._failed:
                 self._say(f"monitor.prometheus_file={self.path} cannot be written ({error.strerror}); the run goes on")
@@ -108,51 +128,10 @@ class TextFile:
         self._failed = False
 
 
-def exposition(values: Mapping[str, float], counts: Mapping[str, int], *, labels: Mapping[str, str]) -> str:
-    """Numbers in Prometheus's text format.
-
-    Args:
-        values: by name, as in TensorBoard.
-        counts: events by kind.
-        labels: of every line.
-    """
-    metrics: dict[str, list[str]] = {}
-    for name, value in values.items():
-        metric, own = _named(name)
-        metrics.setdefault(metric, []).append(_line(metric, {**labels, **own}, value))
-    lines = []
-    for metric, rows in metrics.items():
-        lines += [f"# HELP {PREFIX}{metric} {_help(metric)}", f"# TYPE {PREFIX}{metric} gauge", *rows]
-    if counts:
-        lines += [f"# HELP {PREFIX}events_total {HELP['events_total']}", f"# TYPE {PREFIX}events_total counter"]
-        lines += [_line("events_total", {**labels, "kind": kind}, counts[kind]) for kind in sorted(counts)]
-    return "".join(f"{line}\n" for line in lines)
-
-
 def _named(name: str) -> tuple[str, dict[str, str]]:
+    """Metric and label of a name as in TensorBoard."""
     family, slash, member = name.partition("/")
     if slash and family in FAMILIES:
         metric, label = FAMILIES[family]
         return metric, {label: member}
     return re.sub(r"[^a-zA-Z0-9_]", "_", name), {}
-
-
-def _help(metric: str) -> str:
-    return HELP.get(metric, "See docs/monitoring.md")
-
-
-def _line(metric: str, labels: Mapping[str, str], value: float) -> str:
-    inside = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
-    return f"{PREFIX}{metric}{{{inside}}} {_number(value)}"
-
-
-def _escaped(text: str) -> str:
-    return str(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "+Inf" if value > 0 else "-Inf"
-    return repr(value)

@@ -1,4 +1,4 @@
-"""Held-out windows sampled while a model trains, to be looked at in TensorBoard.
+"""Held-out windows sampled while a model trains, to be looked at.
 
 Every denoising step is a pass of training: the whole model in whatever layout it has, all ranks in each pass. So
 sharded runs show samples too, without a second copy of the weights.
@@ -8,8 +8,9 @@ Shapes: B windows, C latent channels, F latent frames, T frames, H W height and 
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,12 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dataloaders.loading.loader import fixed_batches
+from kairos_train.basics.pages import png_of
 from kairos_train.config.schema import Config
 from kairos_train.inference.sampler import SamplerConfig, StreamNoise, integrate, video_sigmas
 from kairos_train.model import ModelOutput
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine
 from kairos_train.training.inputs.feed import Feed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WINDOWS = 2
 
@@ -101,13 +106,15 @@ def draw_samples(engine: TrainingEngine, feed: Feed, config: Config) -> Samples 
     )
 
 
-def show(samples: Samples, board: Any, step: int) -> None:
-    """Write samples to a TensorBoard `SummaryWriter`: a moving picture and a plot of actions for every window."""
+def images_of(samples: Samples) -> dict[str, bytes]:
+    """Image files by name: of every window its frames as an animated GIF, its actions as curves."""
+    images = {}
     for i in range(WINDOWS):
         if samples.frames is not None and i < len(samples.frames):
-            board.file_writer.add_summary(_moving_picture(f"samples/video_{i}", samples.frames[i]), step)
+            images[f"video_{i}.gif"] = _moving_picture(samples.frames[i])
         if samples.actions is not None and i < len(samples.actions):
-            board.add_figure(f"samples/actions_{i}", _curves(samples.actions[i], samples.valid[i]), step)
+            images[f"actions_{i}.png"] = png_of(_curves(samples.actions[i], samples.valid[i]))
+    return images
 
 
 def _goes_on(config: Config) -> bool:
@@ -132,20 +139,16 @@ def _side_by_side(feed: Feed, sampled: Tensor, recorded: Tensor) -> np.ndarray |
     return torch.cat([decode(sampled), decode(recorded)], dim=3).cpu().numpy()
 
 
-def _moving_picture(tag: str, frames: np.ndarray) -> Any:
-    """An animated GIF of frames (T, H, W, 3), five a second, as TensorBoard shows it."""
-    import io
-
+def _moving_picture(frames: np.ndarray) -> bytes:
+    """An animated GIF of frames (T, H, W, 3), five a second."""
     from PIL import Image
-    from tensorboard.compat.proto.summary_pb2 import Summary
 
     file, (first, *others) = io.BytesIO(), [Image.fromarray(frame) for frame in frames]
     first.save(file, "GIF", save_all=True, append_images=others, duration=200, loop=0)
-    image = Summary.Image(height=first.height, width=first.width, colorspace=3, encoded_image_string=file.getvalue())
-    return Summary(value=[Summary.Value(tag=tag, image=image)])
+    return file.getvalue()
 
 
-def _curves(actions: np.ndarray, valid: np.ndarray) -> Any:
+def _curves(actions: np.ndarray, valid: np.ndarray) -> Figure:
     """One panel per dimension of (2, A, D), four in a row; steps of padding are left out."""
     from matplotlib.figure import Figure
 

@@ -107,6 +107,8 @@ def test_losses_fall_and_everything_is_reported(whole):
     pictures = shown(whole)
     assert set(pictures) == {f"samples/{what}_{i}" for what in ("video", "actions") for i in range(2)}
     assert pictures["samples/video_0"].shape[1:] == (32, 64, 3), "sampled beside recorded"
+    (sampled,) = (whole / "samples").iterdir()
+    assert {f"samples/{path.stem}" for path in sampled.iterdir()} == set(pictures)
     assert (whole / "config.yaml").is_file()
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (5, 10, 14)]
 

@@ -20,6 +20,7 @@ CONFIG = {
     "experiment": "toy",
     "stage": {"name": "joint", "init_from": None},
     "model": {"name": "tiny"},
+    "data": {"validation_shards": None},
     "train": {"steps": 200, "checkpoint_every": 20, "log_every": EVERY, "device": "cpu"},
     "guard": {"window": 100, "skips": 10, "rollbacks": 2},
     "watch": {"stuck": 1800.0},

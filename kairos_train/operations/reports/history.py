@@ -20,7 +20,7 @@ from kairos_train.operations.reports.diagnosis import Health, judge
 from kairos_train.operations.reports.goodput import Goodput, measure
 from kairos_train.operations.reports.records import CHECKPOINTS, PACE, Attempt, RunRecord, find_runs, read_record
 from kairos_train.operations.reports.state import Checkpoints, RunProgress, State
-from kairos_train.operations.reports.tensorboard_samples import LoggedSample, newest_samples
+from kairos_train.operations.samples import SampledImage, newest_samples
 
 PACE_OVER = 20  # reports
 PATIENCE = 60.0  # seconds without a sign, at least, before a run counts as silent
@@ -48,7 +48,7 @@ class RunHistory:
     checkpoints: Checkpoints
     goodput: Goodput | None
     health: Health
-    samples: list[LoggedSample]
+    samples: list[SampledImage]
     unknown: list[str]
     now: float
 
@@ -90,7 +90,7 @@ def read_history(run_dir: Path, *, name: str | None = None, now: float | None = 
     checkpoints = _checkpoints(record, now)
     goodput = measure(record, end=_end(record, state, now))
     health = judge(record, state=state, progress=progress, checkpoints=checkpoints, goodput=goodput, now=now)
-    samples = newest_samples(Path(run_dir) / "tensorboard")
+    samples = newest_samples(run_dir)
     unknown = _unknown(record)
     return RunHistory(
         name or Path(run_dir).name, record, state, progress, checkpoints, goodput, health, samples, unknown, now

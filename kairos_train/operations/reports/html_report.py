@@ -207,11 +207,14 @@ def _others(runs: Sequence[RunHistory]) -> str:
 def _samples(runs: Sequence[RunHistory]) -> str:
     pieces = []
     for run in runs:
+        name = f"{run.name}, " if len(runs) > 1 else ""
         if run.samples:
             moving_first = sorted(run.samples, key=lambda sample: sample.kind)
-            pictures = [_picture(sample.content(), sample.kind, sample.tag.split("/")[-1]) for sample in moving_first]
-            name = f"{run.name}, " if len(runs) > 1 else ""
+            pictures = [_picture(sample.path.read_bytes(), sample.kind, sample.path.stem) for sample in moving_first]
             pieces.append(f"<h3>{escape(name)}step {run.samples[0].step:,}</h3>{''.join(pictures)}")
+        elif run.record.setting("train.sample_every") and run.record.setting("data.validation_shards"):
+            why = "no images in samples/: none drawn yet, or by an earlier version, into TensorBoard alone"
+            pieces.append(note(f"{name}{why}"))
     return "".join(pieces)
 
 

@@ -157,9 +157,9 @@ def _rows(history: RunHistory) -> Iterator[tuple[str, RenderableType]]:
         yield "speed", _speed(history)
     yield "checkpoint", _checkpoint(history)
     if history.samples:
-        tags = sorted({sample.tag.split("/")[-1].rsplit("_", 1)[0] for sample in history.samples})
-        found = f"{many(len(history.samples), 'picture')} ({', '.join(tags)})"
-        yield "samples", Text(f"step {history.samples[0].step:,}: {found}, in TensorBoard")
+        names = sorted({sample.path.stem.rsplit("_", 1)[0] for sample in history.samples})
+        found = f"{many(len(history.samples), 'image')} ({', '.join(names)}) in {history.samples[0].path.parent}"
+        yield "samples", Text(f"step {history.samples[0].step:,}: {found}")
     if history.lives:
         yield "lives", _lives(history)
     if history.goodput:

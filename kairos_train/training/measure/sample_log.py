@@ -12,10 +12,9 @@ from pathlib import Path
 
 from kairos_train.basics.errors import MachineFault
 from kairos_train.objective.flow_matching import ConditionedBatch
+from kairos_train.operations.samples import SAMPLES
 from kairos_train.training.measure.telemetry import drop_later_lines
 from parallel.topology import Topology
-
-SAMPLES = "samples"
 
 
 class SampleLog:

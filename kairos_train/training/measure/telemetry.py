@@ -1,4 +1,4 @@
-"""What a run tells while it goes: losses.jsonl, metrics.jsonl, TensorBoard, one line of progress. Rank 0 writes.
+"""What a run reports: losses.jsonl, metrics.jsonl, samples, TensorBoard, one line of progress. Rank 0 writes.
 
 `losses.jsonl` has one line per step and nothing that depends on time or machine, so that two runs can be compared with
 a text tool. `metrics.jsonl` and TensorBoard have what was averaged since the last report: losses by Ïƒ bin, speed,
@@ -8,6 +8,7 @@ line of `metrics.jsonl` is {"step", "time" (seconds since 1970), name: value, â€
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import resource
@@ -23,7 +24,8 @@ import torch
 from kairos_train.basics.errors import MachineFault
 from kairos_train.basics.files import write_whole
 from kairos_train.basics.log import logger
-from kairos_train.training.samples import Samples, show
+from kairos_train.operations.samples import SAMPLES, drop_later_samples, write_samples
+from kairos_train.training.samples import Samples, images_of
 from kairos_train.training.step import SIGMA_BINS, StepReport
 
 LOSSES, METRICS, BOARD = "losses.jsonl", "metrics.jsonl", "tensorboard"
@@ -83,6 +85,8 @@ class Telemetry:
         for name in (LOSSES, METRICS):
             with self._writing(name):
                 drop_later_lines(run_dir / name, first_step)
+        with self._writing(SAMPLES):
+            drop_later_samples(run_dir, first_step)
         with self._writing(LOSSES):
             self._losses = (run_dir / LOSSES).open("a", encoding="utf-8")
         with self._writing(METRICS):
@@ -201,10 +205,15 @@ class Telemetry:
             self._metrics.flush()
 
     def samples(self, step: int, samples: Samples) -> None:
-        """Show sampled windows in TensorBoard."""
-        if self.enabled:
-            with self._writing(BOARD):
-                show(samples, self._board, step)
+        """Write sampled windows as images, and show them in TensorBoard."""
+        if not self.enabled:
+            return
+        images = images_of(samples)
+        with self._writing(SAMPLES):
+            write_samples(self._run_dir, step, images)
+        with self._writing(BOARD):
+            for name, content in images.items():
+                self._board.file_writer.add_summary(_summary(f"samples/{Path(name).stem}", content), step)
 
     def pause(self, seconds: float) -> None:
         """Take `seconds` (of saving or validating) out of the speed of training."""
@@ -275,6 +284,16 @@ def drop_later_lines(path: Path, last_step: int) -> None:
         except (ValueError, KeyError):
             break
     write_whole(path, "".join(kept))
+
+
+def _summary(tag: str, content: bytes) -> Any:
+    """An image file as TensorBoard shows it; its own method takes no moving ones."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    with Image.open(io.BytesIO(content)) as opened:
+        image = Summary.Image(height=opened.height, width=opened.width, colorspace=3, encoded_image_string=content)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
 def memory_gb() -> float:

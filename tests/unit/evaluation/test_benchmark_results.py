@@ -2,13 +2,14 @@
 
 import csv
 import json
+from statistics import stdev
 
 import pytest
 
 from evaluation.benchmarks.interface import noise_seed
 from evaluation.benchmarks.registry import VIDEO_BENCHMARKS
 from evaluation.benchmarks.results import import_results
-from evaluation.intervals import mean_interval, t_quantile, wilson
+from evaluation.intervals import mean_interval, wilson
 from kairos_train.basics.errors import UserError
 from kairos_train.cli import main
 
@@ -37,7 +38,10 @@ def test_the_interval_of_a_mean_is_students():
     ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (9, 2.26216), (49, 2.00958)]
 )
 def test_students_quantile_is_that_of_the_tables(freedom, quantile):
-    assert t_quantile(freedom) == pytest.approx(quantile, rel=2e-3)
+    values = [float(i) for i in range(freedom + 1)]
+    low, high = mean_interval(values)
+    assert (low + high) / 2 == pytest.approx(freedom / 2)
+    assert (high - low) / 2 == pytest.approx(quantile * stdev(values) / len(values) ** 0.5, rel=1e-5)
 
 
 def test_noise_seeds_differ_with_every_part():

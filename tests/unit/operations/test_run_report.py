@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.run_folders import RunFolder
-from torch.utils.tensorboard import SummaryWriter
 
 from kairos_train import cli
 from kairos_train.operations.reports.curves import thinned
-from kairos_train.operations.reports.tensorboard_samples import newest_samples
-from kairos_train.training.samples import Samples, show
+from kairos_train.operations.samples import drop_later_samples, newest_samples, write_samples
+from kairos_train.training.samples import Samples, images_of
 
 PICTURE = "data:image/"
 
@@ -60,29 +59,21 @@ def run(tmp_path_factory):
     return run
 
 
-def write_board(folder):
-    """Samples of two steps in TensorBoard, scalars between them."""
+def write_images(folder):
+    """Samples of two steps, as a run writes them."""
     rng = np.random.default_rng(0)
-    with SummaryWriter(str(folder)) as writer:
-        for step in (20, 40):
-            writer.add_scalar("loss/total", 1.0, step)
-            frames = rng.integers(0, 255, (2, 3, 8, 16, 3), dtype=np.uint8)
-            actions = rng.normal(size=(2, 2, 5, 2)).astype(np.float32)
-            show(Samples(frames=frames, actions=actions, valid=np.ones((2, 5), bool)), writer, step)
-            writer.add_text("curriculum/stages", "samples/ are not pictures here", step)
-        writer.add_scalar("loss/total", 1.0, 60)
+    for step in (20, 40):
+        frames = rng.integers(0, 255, (2, 3, 8, 16, 3), dtype=np.uint8)
+        actions = rng.normal(size=(2, 2, 5, 2)).astype(np.float32)
+        samples = Samples(frames=frames, actions=actions, valid=np.ones((2, 5), bool))
+        write_samples(folder, step, images_of(samples))
     return folder
-
-
-@pytest.fixture
-def board(tmp_path):
-    return write_board(tmp_path / "tensorboard")
 
 
 @pytest.fixture(scope="module")
 def page(run, tmp_path_factory):
     """The run's page, samples included."""
-    write_board(run.folder / "tensorboard")
+    write_images(run.folder)
     return page_of(tmp_path_factory.mktemp("page"), run.folder)
 
 
@@ -158,27 +149,39 @@ def test_a_page_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
     assert "--out" in capsys.readouterr().err
 
 
-def test_samples_are_found_in_a_file_that_is_still_being_written(board):
-    (file,) = board.iterdir()
-    whole = file.read_bytes()
-    found = newest_samples(board)
-    assert [(sample.tag, sample.step, sample.kind) for sample in found] == [
-        ("samples/actions_0", 40, "png"),
-        ("samples/actions_1", 40, "png"),
-        ("samples/video_0", 40, "gif"),
-        ("samples/video_1", 40, "gif"),
+def test_the_images_of_the_last_sampled_step_are_found_while_the_next_are_being_written(tmp_path):
+    assert newest_samples(tmp_path) == []
+    write_images(tmp_path)
+    unfinished = tmp_path / "samples" / "step-00000060"
+    unfinished.mkdir()
+    (unfinished / ".video_0.gif.7.tmp").write_bytes(b"GIF8")
+    (tmp_path / "samples" / "rank-00000.jsonl").write_text("{}\n")
+    found = newest_samples(tmp_path)
+    assert [(sample.path.name, sample.step, sample.kind) for sample in found] == [
+        ("actions_0.png", 40, "png"),
+        ("actions_1.png", 40, "png"),
+        ("video_0.gif", 40, "gif"),
+        ("video_1.gif", 40, "gif"),
     ]
-    last, size = max((sample.place, sample.size) for sample in found)
-    file.write_bytes(whole[: last + size - 10])
-    assert [sample.tag for sample in newest_samples(board)] == [sample.tag for sample in found if sample.place != last]
-    file.write_bytes(whole[:100])
-    assert newest_samples(board) == []
 
 
-def test_samples_of_a_later_life_come_first(board):
-    with SummaryWriter(str(board)) as writer:
-        writer.add_scalar("loss/total", 1.0, 30)
-    assert newest_samples(board)[0].step == 40
+def test_images_of_steps_that_are_done_again_are_dropped(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "samples" / "rank-00000.jsonl").write_text("{}\n")
+    drop_later_samples(tmp_path, 39)
+    assert {sample.step for sample in newest_samples(tmp_path)} == {20}
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["rank-00000.jsonl", "step-00000020"]
+
+
+def test_a_run_that_should_have_images_and_has_none_says_so(tmp_path):
+    old = RunFolder(tmp_path / "old", config={"train": {"sample_every": 20}, "data": {"validation_shards": "held_out"}})
+    old.start()
+    old.go(40)
+    page = page_of(tmp_path, old.folder)
+    assert "Newest samples" in page.headings
+    assert "by an earlier version, into TensorBoard alone" in page.text
+    write_images(old.folder)
+    assert "into TensorBoard alone" not in page_of(tmp_path, old.folder).text
 
 
 def test_long_curves_are_averaged_and_keep_their_gaps():

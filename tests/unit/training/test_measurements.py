@@ -8,9 +8,12 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.model_factory import make_inputs, make_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kairos_train.basics.errors import MachineFault
 from kairos_train.model.activations import ActivationPolicy
@@ -23,6 +26,7 @@ from kairos_train.training.measure.phases import PhaseClock
 from kairos_train.training.measure.profiling import ProfilerWindow
 from kairos_train.training.measure.stragglers import BusyTimes
 from kairos_train.training.measure.telemetry import LOSSES, METRICS, Telemetry, headroom_gb
+from kairos_train.training.samples import Samples
 from kairos_train.training.step import StepReport
 from parallel.topology import Topology
 
@@ -265,6 +269,36 @@ def test_lines_of_metrics_have_their_time_and_what_was_measured(tmp_path):
     assert lines[0]["memory/headroom_gb"] > 0
     losses = [json.loads(line) for line in (tmp_path / "run" / LOSSES).read_text().splitlines()]
     assert all("time" not in line for line in losses), "losses of two runs compare as text"
+
+
+def test_sampled_windows_are_files_and_the_same_in_tensorboard(tmp_path):
+    telemetry = open_telemetry(tmp_path / "run")
+    frames = np.random.default_rng(0).integers(0, 255, (1, 3, 8, 16, 3), dtype=np.uint8)
+    actions = np.zeros((1, 2, 5, 2), np.float32)
+    for step in (20, 40):
+        telemetry.samples(step, Samples(frames=frames, actions=actions, valid=np.ones((1, 5), bool)))
+    telemetry.close()
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    files = sorted((tmp_path / "run" / "samples" / "step-00000040").iterdir())
+    assert [path.name for path in files] == ["actions_0.png", "video_0.gif"]
+    assert board.Tags()["images"] == ["samples/video_0", "samples/actions_0"]
+    for path in files:
+        shown = board.Images(f"samples/{path.stem}")
+        assert [image.step for image in shown] == [20, 40]
+        assert shown[1].encoded_image_string == path.read_bytes()
+        with Image.open(path) as picture:
+            assert picture.size == (shown[1].width, shown[1].height)
+            assert getattr(picture, "n_frames", 1) == (3 if path.suffix == ".gif" else 1)
+    open_telemetry(tmp_path / "run", first_step=30).close()
+    assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["step-00000020"]
+
+
+def test_images_that_cannot_be_written_are_a_fault_of_the_machine(tmp_path):
+    telemetry = open_telemetry(tmp_path / "run")
+    (tmp_path / "run" / "samples").write_text("in the way")
+    with pytest.raises(MachineFault, match=r"samples: .*start the run again"):
+        telemetry.samples(1, Samples(frames=np.zeros((1, 1, 8, 8, 3), np.uint8), actions=None, valid=None))
+    telemetry.close()
 
 
 @pytest.mark.parametrize("name", [LOSSES, METRICS])
