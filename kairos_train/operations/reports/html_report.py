@@ -107,12 +107,12 @@ def _facts(runs: Sequence[RunHistory]) -> str:
         ("newest valid checkpoint", _checkpoint),
         ("not known", lambda run: "; ".join(run.unknown) or None),
     ]
-    table: list[list[Any]] = [["", *(run.name for run in runs)]]
+    lines: list[list[Any]] = [["", *(run.name for run in runs)]]
     for name, value in rows:
         cells = [value(run) for run in runs]
         if any(cell is not None for cell in cells):
-            table.append([name, *cells])
-    return table(table)
+            lines.append([name, *cells])
+    return table(lines)
 
 
 def _health(run: RunHistory) -> str:
