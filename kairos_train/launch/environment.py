@@ -8,14 +8,14 @@ One task per node. Node 0 hosts the rendezvous; the agents of torchrun agree the
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
 from kairos_train.config.operation_schema import ClusterConfig
-from kairos_train.launch.hostlist import expand
 
 FIRST_PORT, PORTS = 20000, 12000
 """Below those that Linux gives away by itself (32768 and up). Jobs that share a node have different ones."""
@@ -90,20 +90,19 @@ def derive(
 
     Args:
         slurm: the environment.
-        head: name or address of node 0; None: the first name of the job's node list.
+        head: name or address of node 0; None: the first name of the job's node list, of which Slurm is asked.
         purpose: of this step.
 
     Raises:
         UserError: a variable is missing or cannot be read (named), or the step is not one task per node with the GPUs
-            that `cluster.gpus_per_node` says.
+            that `cluster.gpus_per_node` says; or `head` is not given where Slurm cannot be asked.
     """
-    hosts = expand(_text(slurm, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"))
-    nodes, node = len(hosts), _number(slurm, "SLURM_NODEID")
+    nodes, node = _number(slurm, "SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES"), _number(slurm, "SLURM_NODEID")
     tasks = _number(slurm, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     if tasks != nodes:
         raise UserError(f"SLURM_STEP_NUM_TASKS={tasks} on {nodes} nodes; start one task per node: --ntasks-per-node=1")
     if node >= nodes:
-        raise UserError(f"SLURM_NODEID={node} is not below the {nodes} nodes of {','.join(hosts)}; run this under srun")
+        raise UserError(f"SLURM_NODEID={node} is not below the {nodes} nodes of the step; run this under srun")
     processes = cluster.gpus_per_node
     if "SLURM_GPUS_ON_NODE" in slurm and _number(slurm, "SLURM_GPUS_ON_NODE") < processes:
         raise UserError(
@@ -112,18 +111,35 @@ def derive(
         )
     job = _number(slurm, "SLURM_JOB_ID")
     threads = max(1, _number(slurm, "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE") // processes)
+    name, hosts = _text(slurm, "SLURMD_NODENAME"), _text(slurm, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
     return NodeLaunch(
         job=job,
         life=_number({"SLURM_RESTART_COUNT": "0", **slurm}, "SLURM_RESTART_COUNT"),
         nodes=nodes,
         node=node,
-        name=slurm.get("SLURMD_NODENAME") or hosts[node],
-        head=head or hosts[0],
+        name=name,
         port=FIRST_PORT + job % PORTS,
         processes=processes,
         purpose=purpose,
         deadline=_deadline(slurm.get("SLURM_JOB_END_TIME", "")),
+        head=head or (name if nodes == 1 else _first_host(hosts)),
         variables={"OMP_NUM_THREADS": str(threads), **cluster.environment},
+    )
+
+
+def _first_host(hosts: str) -> str:
+    """The first name of a list as Slurm shortens it, `gpu[07-08]`."""
+    command = ["scontrol", "show", "hostnames", hosts]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if names := done.stdout.split():
+            return names[0]
+        why = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    except OSError as error:
+        why = one_line(error)
+    raise UserError(
+        f"`{' '.join(command)}` does not say which node is the first ({why}); name it by --head, as in a container, "
+        "where Slurm's programs are missing"
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from support.commands import command, environment
 
 JOB = {"SLURM_JOB_ID": "31000", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODEID": "0", "SLURM_NTASKS": "1"}
-JOB |= {"SLURM_CPUS_ON_NODE": "4", "SLURMD_NODENAME": "here"}
+JOB |= {"SLURM_CPUS_ON_NODE": "4", "SLURMD_NODENAME": "here", "SLURM_JOB_NUM_NODES": "1"}
 LAUNCHER = """
 import os, sys
 from pathlib import Path
@@ -19,7 +19,7 @@ from kairos_train.config.operation_schema import ClusterConfig
 from kairos_train.launch.environment import derive
 from kairos_train.launch.node import run_node
 
-node = derive(os.environ, ClusterConfig(gpus_per_node=2))
+node = derive(os.environ, ClusterConfig(gpus_per_node=2), head="localhost")
 sys.exit(run_node(node, [sys.executable, "-c", sys.argv[2]], logs=Path(sys.argv[1])))
 """
 RANK = """
@@ -91,7 +91,7 @@ def test_a_rank_that_is_killed_is_named_and_asks_for_another_start(launched, tmp
 def test_no_launcher_leaves_before_the_ranks_of_all_nodes_have_ended(launch, tmp_path):
     """Not even node 0's, which holds the rendezvous: the other agent would lose it, and Slurm end the other task."""
     slow = RANK.replace("time.sleep(1)", "time.sleep(4 * int(os.environ['SLURM_NODEID']))")
-    job = {"SLURM_JOB_NODELIST": "localhost,elsewhere", "SLURM_NTASKS": "2"}
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2"}
     nodes = [{**job, "SLURM_NODEID": str(node), "SLURMD_NODENAME": f"n{node}"} for node in range(2)]
     launchers, ranks = launch(slow, *nodes)
     for pid in ranks:
@@ -104,7 +104,7 @@ def test_no_launcher_leaves_before_the_ranks_of_all_nodes_have_ended(launch, tmp
 
 def test_the_health_check_runs_in_the_processes_of_the_job(tmp_path):
     settings = ["experiment=demo", "train.device=cpu", "cluster.gpus_per_node=2", f"run_dir={tmp_path}/run"]
-    words = command("launch", "--check", "--logs", tmp_path / "logs", *settings)
+    words = command("launch", "--check", "--head", "localhost", "--logs", tmp_path / "logs", *settings)
     done = subprocess.run(words, env={**environment(), **JOB}, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "here: healthcheck: node 0 of 1, 2 of 2 processes, life 0, until they are done" in done.stdout
@@ -121,4 +121,4 @@ def test_outside_of_a_job_the_launcher_says_what_is_missing(tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("kairos-train: error: SLURM_STEP_NODELIST (or SLURM_JOB_NODELIST) is not set; run")
+    assert done.stderr.startswith("kairos-train: error: SLURM_STEP_NUM_NODES (or SLURM_JOB_NUM_NODES) is not set; run")

@@ -16,7 +16,6 @@ from kairos_train.config.compose import load_config
 from kairos_train.config.operation_schema import ClusterConfig
 from kairos_train.launch import submit
 from kairos_train.launch.environment import derive
-from kairos_train.launch.hostlist import expand
 from kairos_train.launch.node import Forwarder, listens
 from kairos_train.launch.outcome import Ended, exit_code
 from kairos_train.launch.script import TEMPLATES, SlurmJob, fill, render
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 TWO_NODES = {
     "SLURM_JOB_ID": "12345",
     "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_NUM_NODES": "2",
     "SLURM_STEP_NUM_TASKS": "2",
     "SLURM_NODEID": "1",
     "SLURMD_NODENAME": "gpu08",
@@ -36,6 +36,8 @@ TWO_NODES = {
 ONE_NODE = {  # as sbatch sets them, without a step of srun's own
     "SLURM_JOB_ID": "7",
     "SLURM_JOB_NODELIST": "laptop",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURMD_NODENAME": "laptop",
     "SLURM_NTASKS": "1",
     "SLURM_NODEID": "0",
     "SLURM_CPUS_ON_NODE": "6",
@@ -45,41 +47,38 @@ ONE_NODE = {  # as sbatch sets them, without a step of srun's own
 # --- the environment ---
 
 
-@pytest.mark.parametrize(
-    ("hosts", "names"),
-    [
-        ("n1", ["n1"]),
-        ("n1,n2", ["n1", "n2"]),
-        ("gpu[07-10]", ["gpu07", "gpu08", "gpu09", "gpu10"]),
-        ("gpu[1-2,5]-ib,login", ["gpu1-ib", "gpu2-ib", "gpu5-ib", "login"]),
-        ("r[1-2]n[01-02]", ["r1n01", "r1n02", "r2n01", "r2n02"]),
-        ("a.b-c[099-101].org", ["a.b-c099.org", "a.b-c100.org", "a.b-c101.org"]),
-    ],
-)
-def test_a_node_list_is_written_out(hosts, names):
-    assert expand(hosts) == names
-
-
-@pytest.mark.skipif(shutil.which("scontrol") is None, reason="Slurm is not installed")
-def test_a_node_list_is_written_out_as_slurm_does(tmp_path):
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """Slurm's program, with the least that it needs to be configured."""
+    if shutil.which("scontrol") is None:
+        pytest.skip("Slurm is not installed")
     (tmp_path / "slurm.conf").write_text("ClusterName=a\nSlurmctldHost=localhost\n")
-    hosts = "gpu[07-11,3],r[1-2]n[01-02],login"
-    environment = os.environ | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
-    said = subprocess.run(
-        ["scontrol", "show", "hostnames", hosts], env=environment, capture_output=True, text=True, check=True
-    )
-    assert expand(hosts) == said.stdout.split()
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
 
 
-@pytest.mark.parametrize("hosts", ["gpu[1-", "gpu]1[", "gpu[1-x]", "gpu[3-1]", "a,,b", "n[]"])
-def test_a_node_list_that_cannot_be_read_is_refused(hosts):
-    with pytest.raises(UserError, match=re.escape(repr(hosts))):
-        expand(hosts)
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("gpu[07-11,3],r[1-2]n[01-02],login", "gpu07"), ("r[3,1]n[02-04]", "r3n02"), ("b,a", "b")],
+)
+def test_slurm_says_which_node_is_the_first(scontrol, hosts, first):
+    assert derive(TWO_NODES | {"SLURM_STEP_NODELIST": hosts}, ClusterConfig()).head == first
+
+
+def test_a_node_list_that_slurm_cannot_read_is_one_line_with_a_remedy(scontrol):
+    with pytest.raises(UserError, match=r"hostnames gpu\[x\]` .*\(.*Invalid hostlist.*\); name it by --head"):
+        derive(TWO_NODES | {"SLURM_STEP_NODELIST": "gpu[x]"}, ClusterConfig())
+
+
+def test_a_container_without_slurm_needs_the_head(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"`scontrol show hostnames gpu\[07-08\]` .*No such file.* by --head"):
+        derive(TWO_NODES, ClusterConfig())
+    assert derive(TWO_NODES, ClusterConfig(), head="gpu07").head == "gpu07"
 
 
 def test_everything_is_derived_from_the_variables_of_a_task():
     cluster = ClusterConfig(environment={"NCCL_DEBUG": "WARN"})
-    node = derive(TWO_NODES, cluster)
+    node = derive(TWO_NODES, cluster, head="gpu07")
     assert (node.job, node.life, node.nodes, node.node, node.name) == (12345, 3, 2, 1, "gpu08")
     assert (node.head, node.port, node.processes, node.world) == ("gpu07", 20345, 8, 16)
     assert datetime.fromisoformat(node.deadline).timestamp() == 1800000000
@@ -88,14 +87,16 @@ def test_everything_is_derived_from_the_variables_of_a_task():
     assert (rendezvous["rdzv_backend"], rendezvous["rdzv_endpoint"]) == ("c10d", "gpu07:20345")
     assert (rendezvous["run_id"], rendezvous["rdzv_configs"]["is_host"]) == ("12345-3-train", False)
     assert (rendezvous["min_nodes"], rendezvous["max_nodes"], rendezvous["nproc_per_node"]) == (2, 2, 8)
-    assert derive({**TWO_NODES, "SLURM_NODEID": "0"}, cluster).rendezvous["rdzv_configs"]["is_host"] is True
+    assert (
+        derive({**TWO_NODES, "SLURM_NODEID": "0"}, cluster, head="gpu07").rendezvous["rdzv_configs"]["is_host"] is True
+    )
 
 
 def test_all_nodes_meet_at_one_place_and_lives_and_purposes_do_not():
-    nodes = [derive({**TWO_NODES, "SLURM_NODEID": str(n)}, ClusterConfig()) for n in range(2)]
+    nodes = [derive({**TWO_NODES, "SLURM_NODEID": str(n)}, ClusterConfig(), head="gpu07") for n in range(2)]
     assert len({(n.rendezvous["rdzv_endpoint"], n.rendezvous["run_id"]) for n in nodes}) == 1
-    later = derive({**TWO_NODES, "SLURM_RESTART_COUNT": "4"}, ClusterConfig())
-    check = derive(TWO_NODES, ClusterConfig(), purpose="check")
+    later = derive({**TWO_NODES, "SLURM_RESTART_COUNT": "4"}, ClusterConfig(), head="gpu07")
+    check = derive(TWO_NODES, ClusterConfig(), head="gpu07", purpose="check")
     assert len({n.rendezvous["run_id"] for n in (nodes[0], later, check)}) == 3
 
 
@@ -118,7 +119,7 @@ def test_a_cluster_decides_its_threads():
     ("given", "wanted"), [(None, "job"), ("2020-01-01T00:00:00", "given"), ("2100-01-01T00:00:00", "job")]
 )
 def test_the_earlier_deadline_counts_and_is_a_setting_that_composes(given, wanted):
-    node = derive(TWO_NODES, ClusterConfig())
+    node = derive(TWO_NODES, ClusterConfig(), head="gpu07")
     config = load_config(["experiment=demo", *node.overrides(given)], sections=())
     assert config.train.deadline == {"job": node.deadline, "given": given}[wanted]
 
@@ -129,9 +130,12 @@ def test_the_earlier_deadline_counts_and_is_a_setting_that_composes(given, wante
         (TWO_NODES, "SLURM_JOB_ID"),
         (TWO_NODES, "SLURM_STEP_NODELIST"),
         (TWO_NODES, "SLURM_NODEID"),
+        (TWO_NODES, "SLURM_STEP_NUM_NODES"),
         (TWO_NODES, "SLURM_STEP_NUM_TASKS"),
+        (TWO_NODES, "SLURMD_NODENAME"),
         (TWO_NODES, "SLURM_CPUS_PER_TASK"),
         (ONE_NODE, "SLURM_JOB_NODELIST"),
+        (ONE_NODE, "SLURM_JOB_NUM_NODES"),
         (ONE_NODE, "SLURM_NTASKS"),
     ],
 )
