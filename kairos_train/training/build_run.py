@@ -8,13 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dataloaders.config import DataConfig
 from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader, check_shards, sources_of
 from dataloaders.shards import ShardIndex, read_index
@@ -22,8 +23,8 @@ from kairos_train.basics.errors import UserError
 from kairos_train.basics.log import logger
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.intact import find_intact
-from kairos_train.config.compose import save_config
-from kairos_train.config.schema import Config
+from kairos_train.config.compose import save_config, to_yaml
+from kairos_train.config.schema import Config, ModelConfig, StageConfig, TrainConfig
 from kairos_train.model.layout import check_layers, full_shapes, model_table
 from kairos_train.model.trainable import trains
 from kairos_train.operations.events import EventLog, next_life, read_events
@@ -64,27 +65,82 @@ def open_run(config: Config, place: StagePosition | None = None) -> Run:
     Raises:
         UserError: something in the configuration, the shards or the checkpoint does not fit the rest.
     """
-    # First what can be known before any device is taken.
     begun = time.time()
-    indices = [read_index(source.shards) for source in sources_of(config.data)]
-    _check_data(config, indices)
-    check_layers(config)
-    reader, damaged = run_state.find_resumable(config)
-    changes = run_state.changed_settings(config, reader) if reader else []
-
+    checked = check(config)
     topology = start_processes(config.train.device, config.parallel)
     with ExitStack() as outer:
         ground = _take_ground(config, topology, outer)
         with ground.watch.paused("start", times=None):
-            if reader:
-                reader, damaged = _intact(config, topology)
-                changes += run_state.changed_layout(config, topology, reader) if reader else []
-            state = _build_state(config, topology, indices, reader, rollbacks=ground.rollbacks)
+            if checked.checkpoint is not None:
+                checked = _intact(config, checked, topology)
+            state = _build_state(config, topology, checked, rollbacks=ground.rollbacks)
             start = {"begun": round(begun, 3), **abandoned(Path(config.run_dir), state.progress.steps)}
-            run = _assemble(state, ground, indices, place, outer)
-            _tell(run, ground, indices, place, start=start, damaged=damaged, changes=changes)
+            run = _assemble(config, state, ground, checked.indices, place, outer)
+            if topology.rank == 0:
+                save_config(config, Path(config.run_dir) / "config.yaml")
+            _tell(run, ground, config.stage, place, checked=checked, start=start)
             run.outer = outer.pop_all()  # the run closes it from here on
     return run
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a run before any device is taken.
+
+    Attributes:
+        indices: of the sources, whole and such as the stage can be trained on.
+        checkpoint: to continue from; None: the run begins.
+        damaged: warnings about newer checkpoints.
+        changes: settings that the checkpoint has otherwise, all of them free to change.
+    """
+
+    indices: list[ShardIndex]
+    checkpoint: CheckpointReader | None
+    damaged: list[str]
+    changes: list[str]
+
+
+def check(config: Config) -> Checked:
+    """Hold a configuration to its shards, its layers and the run that it continues, without taking a device.
+
+    Raises:
+        UserError: something in them does not fit the rest.
+    """
+    indices = [read_index(source.shards) for source in sources_of(config.data)]
+    _check_data(config.data, config.model, config.stage, indices)
+    check_layers(config)
+    reader, damaged = run_state.find_resumable(config.run_dir, resume=config.train.resume)
+    changes = run_state.changed_settings(asdict(config), reader) if reader else []
+    return Checked(indices, reader, damaged, changes)
+
+
+def _check_data(data: DataConfig, model: ModelConfig, stage: StageConfig, indices: Sequence[ShardIndex]) -> None:
+    """Refuse shards that do not fit the configuration or are not whole."""
+    check_sources(indices, window=data.window, model=model, stage=stage)
+    held_out = [read_index(folder) for folder in filter(None, [data.validation_shards])]
+    if indices[policy_source(indices)].action_dim:
+        for index in held_out:
+            check_window(data.window, index)
+    if data.on_corrupt == "stop":
+        for index in [*indices, *held_out]:
+            check_shards(index)
+
+
+def _intact(config: Config, checked: Checked, topology: Topology) -> Checked:
+    """What `check` found, with the newest checkpoint whose every byte is right. Collective.
+
+    `check` looked at names and sizes, before this process had the run's lock: what has a better name by now counts.
+    """
+    folder = run_state.checkpoints(config.run_dir)
+    path, damaged = find_intact(folder, topology)
+    if path is None:
+        if config.train.resume == "must":
+            raise UserError(f"train.resume=must: no intact checkpoint in {folder}: {damaged[0]}")
+        return replace(checked, checkpoint=None, damaged=damaged)
+    reader = CheckpointReader(path)
+    run_state.check_step_size(config.data, config.train, topology, reader)
+    changes = [*checked.changes, *run_state.changed_layout(topology, reader)]
+    return replace(checked, checkpoint=reader, damaged=damaged, changes=changes)
 
 
 @dataclass(frozen=True)
@@ -140,46 +196,101 @@ def _checkpoint_bytes(config: Config) -> int:
     return sum(torch.Size(shape).numel() * (16 if trains(name, stage) else 8) for name, shape in shapes.items())
 
 
-def _build_state(
-    config: Config,
-    topology: Topology,
-    indices: Sequence[ShardIndex],
-    reader: CheckpointReader | None,
-    *,
-    rollbacks: int,
-) -> RunState:
+def _build_state(config: Config, topology: Topology, checked: Checked, *, rollbacks: int) -> RunState:
     """Everything that a checkpoint holds, fresh or from one. Collective."""
+    data, train, reader = config.data, config.train, checked.checkpoint
     derive_random_state(config.seed, 0, topology.rank)
-    feed = Feed(config, indices, topology.device)
-    loader = _open_loader(config, topology, with_frames=feed.needs_frames)
+    feed = Feed(
+        checked.indices,
+        topology.device,
+        data=data,
+        encoders=config.encoders,
+        model=config.model,
+        stage=config.stage,
+        seed=config.seed,
+    )
+    quarantine = Path(config.run_dir) / "quarantine.jsonl"
+    loader = open_loader(data, train, topology, seed=config.seed, with_frames=feed.needs_frames, quarantine=quarantine)
     model = build_model(config, feed.identity, topology)
-    table = model_table(config, model)
-    engine = build_engine(model, config, topology=topology, table=table, full_shapes=full_shapes(config))
+    table, shapes = model_table(config, model), full_shapes(config)
+    engine = build_engine(model, train, config.optimizer, topology=topology, table=table, full_shapes=shapes)
     start = None if reader else initial_average(config, engine.layout.shapes)
-    ema = Ema(engine, config.train.ema_decay, start=start)
-    guard = Guard(config.guard, tolerant=config.train.on_nonfinite == "skip", rollbacks=rollbacks)
-    state = RunState(engine, ema, loader, feed, config, Progress(), None, guard)
+    state = RunState(
+        engine=engine,
+        ema=Ema(engine, train.ema_decay, start=start),
+        loader=loader,
+        feed=feed,
+        settings=to_yaml(config),
+        kernels=chosen_kernels(config.kernels, topology.device, precision=train.precision),
+        step_size=run_state.step_size(data, train, topology),
+        seed=config.seed,
+        progress=Progress(),
+        best=None,
+        guard=Guard(config.guard, tolerant=train.on_nonfinite == "skip", rollbacks=rollbacks),
+    )
     if reader:
         run_state.restore(state, reader)
     return state
 
 
+def open_loader(
+    data: DataConfig, train: TrainConfig, topology: Topology, *, seed: int, with_frames: bool, quarantine: Path
+) -> ShardLoader:
+    """Batches of this rank's share of the data; ranks that share a sample get the same.
+
+    Args:
+        seed: of the order.
+        with_frames: decode the clips.
+        quarantine: file in which rank 0 lists what was skipped.
+    """
+    return ShardLoader(
+        data,
+        LoaderShard(train.micro_batch, train.accumulation, topology.data_rank, topology.degrees.data),
+        seed=seed,
+        with_frames=with_frames,
+        quarantine=quarantine if topology.rank == 0 else None,
+        gather=partial(from_all, topology=topology) if topology.size > 1 else None,
+        pin_memory=topology.device.type == "cuda",
+    )
+
+
 def _assemble(
-    state: RunState, ground: _Ground, indices: Sequence[ShardIndex], place: StagePosition | None, outer: ExitStack
+    config: Config,
+    state: RunState,
+    ground: _Ground,
+    indices: Sequence[ShardIndex],
+    place: StagePosition | None,
+    outer: ExitStack,
 ) -> Run:
     """The run around its state. Collective."""
-    config, topology = state.config, state.engine.topology
-    budget = Budget.of(config.train, sum(index.samples for index in indices))
-    open_reports = partial(_open_reports, config, topology, budget, place)
-    monitor = Monitor(state.engine, config.monitor, Path(config.run_dir))
-    requests = Requests(
-        deadline=config.train.deadline, margin=config.train.deadline_margin, profile=monitor.profiler.request
-    )
+    train, topology = config.train, state.engine.topology
+    run_dir, budget = Path(config.run_dir), Budget.of(train, sum(index.samples for index in indices))
+    peak = peak_flops(train, topology.device)
+
+    def open_reports(step: int) -> Reports:
+        telemetry = Telemetry(
+            run_dir,
+            first_step=step,
+            length=str(budget),
+            place=place,
+            peak_flops=peak,
+            world=topology.size,
+            enabled=topology.rank == 0,
+        )
+        samples = SampleLog(run_dir, topology=topology, first_step=step, enabled=config.monitor.log_samples)
+        return Reports(telemetry, samples)
+
+    monitor = Monitor(state.engine, config.monitor, run_dir)
+    requests = Requests(deadline=train.deadline, margin=train.deadline_margin, profile=monitor.profiler.request)
     outer.enter_context(requests)
     return Run(
+        run_dir=config.run_dir,
+        data=config.data,
+        optimizer=config.optimizer,
+        train=train,
         state=state,
         budget=budget,
-        checkpointing=Checkpointing(config, topology, ground.events),
+        checkpointing=Checkpointing(run_state.checkpoints(config.run_dir), train, topology, ground.events),
         open_reports=open_reports,
         reports=open_reports(state.progress.steps),
         events=ground.events,
@@ -192,105 +303,48 @@ def _assemble(
     )
 
 
-def _check_data(config: Config, indices: Sequence[ShardIndex]) -> None:
-    """Refuse shards that do not fit the configuration or are not whole."""
-    check_sources(config, indices)
-    held_out = [read_index(folder) for folder in filter(None, [config.data.validation_shards])]
-    if indices[policy_source(indices)].action_dim:
-        for index in held_out:
-            check_window(config.data.window, index)
-    if config.data.on_corrupt == "stop":
-        for index in [*indices, *held_out]:
-            check_shards(index)
-
-
-def _intact(config: Config, topology: Topology) -> tuple[CheckpointReader | None, list[str]]:
-    """The newest checkpoint whose every byte is right. Collective; reads as `run_state.find_resumable`."""
-    path, damaged = find_intact(run_state.checkpoints(config), topology)
-    if path is None and config.train.resume == "must":
-        raise UserError(f"train.resume=must: no intact checkpoint in {run_state.checkpoints(config)}: {damaged[0]}")
-    return None if path is None else CheckpointReader(path), damaged
-
-
-def _open_reports(
-    config: Config, topology: Topology, budget: Budget, place: StagePosition | None, step: int
-) -> Reports:
-    """Telemetry and sample log behind a step; later lines are dropped."""
-    run_dir = Path(config.run_dir)
-    telemetry = Telemetry(
-        run_dir,
-        first_step=step,
-        length=str(budget),
-        place=place,
-        peak_flops=peak_flops(config, topology.device),
-        world=topology.size,
-        enabled=topology.rank == 0,
-    )
-    return Reports(
-        telemetry, SampleLog(run_dir, topology=topology, first_step=step, enabled=config.monitor.log_samples)
-    )
-
-
-def _open_loader(config: Config, topology: Topology, *, with_frames: bool) -> ShardLoader:
-    """Batches of this rank's share of the data; ranks that share a sample get the same."""
-    train = config.train
-    return ShardLoader(
-        config.data,
-        LoaderShard(train.micro_batch, train.accumulation, topology.data_rank, topology.degrees.data),
-        seed=config.seed,
-        with_frames=with_frames,
-        quarantine=Path(config.run_dir) / "quarantine.jsonl" if topology.rank == 0 else None,
-        gather=partial(from_all, topology=topology) if topology.size > 1 else None,
-        pin_memory=topology.device.type == "cuda",
-    )
-
-
 def _tell(
     run: Run,
     ground: _Ground,
-    indices: Sequence[ShardIndex],
+    stage: StageConfig,
     place: StagePosition | None,
     *,
+    checked: Checked,
     start: dict[str, Any],
-    damaged: Sequence[str],
-    changes: Sequence[str],
 ) -> None:
-    """How a life begins: configuration, events, lines for the person who watches."""
-    config, topology, events = run.config, run.topology, run.events
-    if topology.rank == 0:
-        save_config(config, Path(config.run_dir) / "config.yaml")
-    events.write(
+    """How a life begins: events, lines for the person who watches."""
+    run.events.write(
         "start",
         host=platform.node(),
         pid=os.getpid(),
         job=os.environ.get("SLURM_JOB_ID"),
-        world=topology.size,
+        world=run.topology.size,
         step=run.step,
         budget=str(run.budget),
-        stage=config.stage.name,
+        stage=stage.name,
         place=None if place is None else str(place),
         versions=ground.versions,
         **start,
     )
-    for problem in damaged:
+    for problem in checked.damaged:
         logger.info(problem)
-        events.write("passed_over", problem=problem)
-    for change in changes:
+        run.events.write("passed_over", problem=problem)
+    for change in checked.changes:
         logger.info(f"resumed with a changed setting: {change}")
-        events.write("changed", setting=change)
-    logger.info(_headline(run.state, indices, run.budget, place))
+        run.events.write("changed", setting=change)
+    logger.info(_headline(run, stage, checked.indices, place))
 
 
-def _headline(state: RunState, indices: Sequence[ShardIndex], budget: Budget, place: StagePosition | None) -> str:
-    config, engine, done = state.config, state.engine, state.progress.steps
-    parameters = sum(torch.Size(shape).numel() for shape in engine.layout.shapes.values())
-    kernels = ", ".join(f"{name}={kind}" for name, kind in chosen_kernels(config, engine.topology.device).items())
+def _headline(run: Run, stage: StageConfig, indices: Sequence[ShardIndex], place: StagePosition | None) -> str:
+    topology, train = run.topology, run.train
+    parameters = sum(torch.Size(shape).numel() for shape in run.engine.layout.shapes.values())
+    kernels = ", ".join(f"{name}={kind}" for name, kind in run.state.kernels.items())
     samples = " + ".join(f"{index.samples:,}" for index in indices)
     return (
-        f"{config.run_dir}: stage {config.stage.name}{f' ({place})' if place else ''}, {parameters / 1e6:.2f} M "
-        f"parameters train on {samples} samples for {budget}; {_layout(engine.topology)} on "
-        f"{engine.topology.device.type}, ZeRO {config.train.zero_stage}, {config.train.precision}, {kernels}; "
-        + (f"resumed at step {done}" if done else "from step 0")
+        f"{run.run_dir}: stage {stage.name}{f' ({place})' if place else ''}, {parameters / 1e6:.2f} M "
+        f"parameters train on {samples} samples for {run.budget}; {_layout(topology)} on "
+        f"{topology.device.type}, ZeRO {train.zero_stage}, {train.precision}, {kernels}; "
+        + (f"resumed at step {run.step}" if run.step else "from step 0")
     )
 
 

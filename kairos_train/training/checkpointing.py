@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kairos_train.basics.errors import MachineFault
 from kairos_train.checkpoint.canonical import checkpoint_path
-from kairos_train.config.schema import Config
+from kairos_train.config.schema import TrainConfig
 from kairos_train.operations.events import EventLog
 from kairos_train.training import run_state
 from kairos_train.training.run_state import RunState
@@ -19,14 +19,15 @@ class Checkpointing:
     """The checkpoints of one life of a run. To make one is collective.
 
     Args:
-        config: where, how often they may fail, how many are kept.
+        folder: where they are.
+        train: how often they may fail, how many are kept.
         topology: of the processes.
         events: where each is noted.
     """
 
-    def __init__(self, config: Config, topology: Topology, events: EventLog) -> None:
-        self.config, self._events = config, events
-        self._saver = run_state.open_saver(config, topology, self._published)
+    def __init__(self, folder: Path, train: TrainConfig, topology: Topology, events: EventLog) -> None:
+        self.folder, self._train, self._events = folder, train, events
+        self._saver = run_state.open_saver(folder, train, topology, self._published)
         self._failures = 0  # in a row
         self._begun: tuple[int, float] | None = None  # step, time
         self._in_flight = False
@@ -74,10 +75,10 @@ class Checkpointing:
             return None
         self._failures += 1
         self._events.write("checkpoint_failed", step=self.newest, error=problem)
-        if self._failures > self.config.train.failed_checkpoints:
+        if self._failures > self._train.failed_checkpoints:
             raise MachineFault(
                 f"{problem}; {self._failures} checkpoints in a row failed "
-                f"(train.failed_checkpoints={self.config.train.failed_checkpoints}): fix that and start the run again"
+                f"(train.failed_checkpoints={self._train.failed_checkpoints}): fix that and start the run again"
             )
         return problem
 
@@ -89,13 +90,13 @@ class Checkpointing:
         """A checkpoint has its name; called by the saver's thread on rank 0."""
         step, begin = self._begun
         written = time.perf_counter() - begin
-        if self.config.train.async_checkpoint:
+        if self._train.async_checkpoint:
             self._stall_known.wait()
-        folder = checkpoint_path(run_state.checkpoints(self.config), step)
+        folder = checkpoint_path(self.folder, step)
         self._events.write(
             "checkpoint",
             step=step,
-            stall_seconds=self._stall if self.config.train.async_checkpoint else written,
+            stall_seconds=self._stall if self._train.async_checkpoint else written,
             write_seconds=written,
             bytes=_bytes_of(folder),
         )

@@ -45,13 +45,14 @@ def train_curriculum(curriculum: Curriculum) -> Path:
 
 def finished(config: Config) -> Path | None:
     """The last checkpoint of a stage that has had its budget; None of one that has not."""
-    path, _ = find_latest(run_state.checkpoints(config))
+    folder = run_state.checkpoints(config.run_dir)
+    path, _ = find_latest(folder)
     if path is None:
         return None
     reader = CheckpointReader(path)
     epoch = sum(read_index(source.shards).samples for source in sources_of(config.data))
     done = Budget.of(config.train, epoch).finished(run_state.progress_of(reader))
-    return checkpoint_path(run_state.checkpoints(config), reader.step) if done else None
+    return checkpoint_path(folder, reader.step) if done else None
 
 
 def _refuse_to_outdate(curriculum: Curriculum, number: int) -> None:
@@ -61,7 +62,7 @@ def _refuse_to_outdate(curriculum: Curriculum, number: int) -> None:
         before, after = stages[later - 1], stages[later]
         if after.stage.init_from != before.run_dir:
             return
-        if list(run_state.checkpoints(after).glob("step-*")):
+        if list(run_state.checkpoints(after.run_dir).glob("step-*")):
             raise UserError(
                 f"curriculum stage {curriculum.names[number]} is not finished, but {after.run_dir} was started from it "
                 f"already: go on with curriculum.first={curriculum.names[later]}, or remove {after.run_dir}, or choose "

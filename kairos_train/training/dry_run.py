@@ -12,10 +12,7 @@ import psutil
 import torch
 
 from dataloaders.loading.buckets import Bucket
-from dataloaders.windows import action_count
 from kairos_train.basics.errors import UserError
-from kairos_train.basics.geometry import latent_frames, latent_sides
-from kairos_train.config.schema import Config
 from kairos_train.objective.flow_matching import ConditionedBatch
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine
 from kairos_train.training.inputs.feed import Feed
@@ -26,11 +23,12 @@ MICRO_BATCHES = 2
 
 
 def dry_run(
-    engine: TrainingEngine, feed: Feed, config: Config, *, like: ConditionedBatch, largest: tuple[Bucket, int]
+    engine: TrainingEngine, feed: Feed, *, accumulation: int, like: ConditionedBatch, largest: tuple[Bucket, int]
 ) -> dict[str, Any]:
     """One step on the largest batch there can be, without its update. Collective.
 
     Args:
+        accumulation: micro-batches of a step.
         like: a batch of this run; contexts are as long as its.
         largest: bucket and samples of the micro-batch with the most tokens.
 
@@ -41,16 +39,10 @@ def dry_run(
         UserError: it does not fit into the device's memory.
     """
     bucket, samples = largest
-    batch = _batch(engine, feed, config, like, bucket, samples)
+    batches = [feed.zeros(bucket, samples, like=like)] * min(accumulation, MICRO_BATCHES)
     engine.set_lr(0.0)
     try:
-        train_step(
-            engine,
-            feed.objective,
-            config.stage,
-            [batch] * min(config.train.accumulation, MICRO_BATCHES),
-            refuses=lambda loss: True,
-        )
+        train_step(engine, feed.objective, feed.stage, batches, refuses=lambda loss: True)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the largest micro-batch, {samples} × {bucket}, does not fit: {str(error).splitlines()[0]} Lower "
@@ -58,29 +50,6 @@ def dry_run(
             "parallel.context (`kairos-train plan` compares them)"
         ) from error
     return _memory(engine.topology.device, f"{samples} × {bucket}")
-
-
-def _batch(
-    engine: TrainingEngine, feed: Feed, config: Config, like: ConditionedBatch, bucket: Bucket, samples: int
-) -> ConditionedBatch:
-    """A batch of that size, of zeros."""
-    device, model = engine.topology.device, config.model
-    frames, sides = latent_frames(bucket.frames), latent_sides(bucket.height, bucket.width)
-    context = like.context[:1].expand(samples, -1, -1)
-    inputs = {
-        "latents": torch.zeros(samples, model.video.latent_channels, frames, *sides, device=device),
-        "context": context,
-        "context_mask": torch.ones(context.shape[:2], dtype=torch.bool, device=device),
-    }
-    if bucket.has_actions and config.stage.streams == "joint":
-        count = action_count(config.data.window)
-        inputs |= {
-            "state": torch.zeros(samples, 1, model.action.state_dim, device=device),
-            "actions": torch.zeros(samples, count, model.action.action_dim, device=device),
-            "action_mask": torch.ones(samples, count, dtype=torch.bool, device=device),
-        }
-    keys = [f"dry run {i}" for i in range(samples)]
-    return feed.objective.condition(keys=keys, step=0, empty_context=feed.empty_context, **inputs)
 
 
 def _memory(device: torch.device, what: str) -> dict[str, Any]:

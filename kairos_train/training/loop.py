@@ -10,7 +10,6 @@ from pathlib import Path
 
 from kairos_train.checkpoint.canonical import checkpoint_path
 from kairos_train.config.schema import Config
-from kairos_train.training import run_state
 from kairos_train.training.build_run import open_run
 from kairos_train.training.measure.telemetry import StagePosition
 from kairos_train.training.step import train_step
@@ -49,4 +48,4 @@ def train(config: Config, place: StagePosition | None = None) -> Path:
                     run.ema.update()
             run.record(report, batches, lr=lr, data_wait=data_wait)
             run.follow_up()
-    return checkpoint_path(run_state.checkpoints(config), run.step)
+    return checkpoint_path(run.checkpointing.folder, run.step)

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
+from dataloaders.config import DataConfig
 from kairos_train.basics.errors import Interrupted, MachineFault, RunStopped
 from kairos_train.basics.log import logger
-from kairos_train.config.schema import Config
+from kairos_train.config.schema import OptimizerConfig, TrainConfig
 from kairos_train.objective.flow_matching import ConditionedBatch
 from kairos_train.operations.events import EventLog
 from kairos_train.operations.prometheus import TextFile
 from kairos_train.operations.stopping import Requests
 from kairos_train.operations.watch.liveness import Liveness
-from kairos_train.training import run_state
 from kairos_train.training.budget import Budget, Progress
 from kairos_train.training.checkpointing import Checkpointing
 from kairos_train.training.dry_run import dry_run
@@ -29,7 +29,7 @@ from kairos_train.training.measure.profiling import Profile
 from kairos_train.training.measure.sample_log import SampleLog
 from kairos_train.training.measure.telemetry import Telemetry
 from kairos_train.training.rollback import last_good
-from kairos_train.training.run_state import Best, RunState
+from kairos_train.training.run_state import Best, RunState, restore
 from kairos_train.training.samples import draw_samples
 from kairos_train.training.step import StepReport, weighted_loss
 from kairos_train.training.validation import validate
@@ -37,6 +37,9 @@ from parallel.consensus import any_rank, from_all
 
 LONG_WAIT = 30.0
 """Seconds of waiting for one step's data from which it is told (ours)."""
+
+CHECKPOINT = "checkpoint"
+"""The timed action that others ask for before its time."""
 
 OUTCOMES = {type(None): "finished", Interrupted: "interrupted", RunStopped: "stopped", MachineFault: "fault"}
 """Error by which a run ends → what the event says; "error" of all others."""
@@ -59,6 +62,8 @@ class Run:
     """One stage being trained on this rank. A context manager: its end waits for the checkpoint in flight and closes.
 
     Attributes:
+        run_dir: all that it writes.
+        data, optimizer, train: the settings that it asks for while it goes.
         state: what a checkpoint holds: engine, averages, loader, progress, memory of bad steps.
         budget: how long the stage is.
         open_reports: opens telemetry and sample log behind a step.
@@ -70,6 +75,10 @@ class Run:
         prometheus: the text file of its numbers, on rank 0 where one is wanted.
     """
 
+    run_dir: str
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
     state: RunState
     budget: Budget
     checkpointing: Checkpointing
@@ -84,13 +93,20 @@ class Run:
     prometheus: TextFile | None = None
 
     def __post_init__(self) -> None:
-        self.config: Config = self.state.config
         self.engine, self.feed, self.loader = self.state.engine, self.state.feed, self.state.loader
         self.ema, self.guard, self.topology = self.state.ema, self.state.guard, self.state.engine.topology
         self._phase = ExitStack()
         self._reported = self.step
         self._first = True  # the next step is the first of this life
         self._went_back = False
+        self._asked: set[str] = set()  # timed actions that are to be taken before their time
+        train, held_out = self.train, bool(self.data.validation_shards)
+        self._timed: list[tuple[int, str, Callable[[], None]]] = [  # (every, name, action); every 0 steps: never
+            (train.log_every, "report", self._report),
+            (train.validate_every if held_out else 0, "validation", self._validate_both),
+            (train.sample_every if held_out else 0, "samples", self._draw_samples),
+            (train.checkpoint_every, CHECKPOINT, self._save),
+        ]
 
     @property
     def step(self) -> int:
@@ -104,7 +120,7 @@ class Run:
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return lr_at(self.step, self.config.optimizer, self.budget.total_steps(self.state.progress))
+        return lr_at(self.step, self.optimizer, self.budget.total_steps(self.state.progress))
 
     @property
     def telemetry(self) -> Telemetry:
@@ -116,7 +132,7 @@ class Run:
     def watched_step(self) -> Iterator[None]:
         """Around a step, from fetching its data to the end of its update."""
         number = self.step + 1
-        with self.monitor.step(number, timed=number % self.config.train.log_every == 0), self._phase:
+        with self.monitor.step(number, timed=number % self.train.log_every == 0), self._phase:
             yield
         self._tell_profile(self.monitor.finished_profile)
 
@@ -146,14 +162,14 @@ class Run:
         self.faults.before_data(self.step + 1)
         # Loader processes start with the first batch of a life.
         with self.watch.paused("first data") if self._first else nullcontext():
-            raw = [next(self.loader) for _ in range(self.config.train.accumulation)]
+            raw = [next(self.loader) for _ in range(self.train.accumulation)]
         waited = time.perf_counter() - begin
         if waited > LONG_WAIT:
             logger.info(f"step {self.step + 1}: waited {waited:.0f} s for data")
             self.events.write("loader_stall", step=self.step + 1, seconds=waited)
         share = self.budget.share(self.state.progress)
         batches = [self.feed.condition(batch, step=self.step, progress=share) for batch in raw]
-        if self._first and self.config.train.dry_run:
+        if self._first and self.train.dry_run:
             self._try_largest(batches[0])
         self._first = False
         self.faults.spoil(self.step + 1, batches)
@@ -162,12 +178,16 @@ class Run:
         return batches, waited
 
     def _try_largest(self, like: ConditionedBatch) -> None:
-        begin = time.perf_counter()
-        with self.watch.paused("dry run"):
-            memory = dry_run(self.engine, self.feed, self.config, like=like, largest=self.loader.largest_batch())
+        with self.watch.paused("dry run"), self.telemetry.paused():
+            memory = dry_run(
+                self.engine,
+                self.feed,
+                accumulation=self.train.accumulation,
+                like=like,
+                largest=self.loader.largest_batch(),
+            )
         logger.info(memory["text"])
         self.events.write("memory", **memory)
-        self.telemetry.pause(time.perf_counter() - begin)
 
     # --- after a step ---
 
@@ -204,9 +224,9 @@ class Run:
         """
         self.checkpointing.settle()
         here, bad = self.step, self.guard.describe()
-        reader = last_good(self.guard, run_state.checkpoints(self.config), self.topology, where=where)
-        run_state.restore(self.state, reader)
-        for _ in range((here - reader.step) * self.config.train.accumulation):
+        reader = last_good(self.guard, self.checkpointing.folder, self.topology, where=where)
+        restore(self.state, reader)
+        for _ in range((here - reader.step) * self.train.accumulation):
             next(self.loader)
         self.guard.rollbacks += 1
         self.reports.close()
@@ -225,36 +245,21 @@ class Run:
         if self._went_back:  # to a step that has been followed up already
             self._went_back = False
             return
-        train, telemetry = self.config.train, self.telemetry
         stopping, failed = any_rank([self.requests.why is not None, self.checkpointing.failed], self.topology)
         if failed and (problem := self.checkpointing.settle()):
             logger.info(f"{problem}; training goes on, the next checkpoint is tried in its turn")
-        if self._due(train.log_every):
-            self._report()
-        begin = time.perf_counter()
-        better = False
-        if self.config.data.validation_shards and self._due(train.validate_every):
-            with self._pause("validation"):
-                better = self._validate_both()
-        if self.config.data.validation_shards and self._due(train.sample_every):
-            with self._pause("samples"), self.ema.in_model():
-                samples = draw_samples(self.engine, self.feed, self.config)
-            if samples is not None:
-                telemetry.samples(self.step, samples)
-        if better or stopping or self._due(train.checkpoint_every):
-            with self._pause("checkpoint"):
-                problem = self.checkpointing.save(self.state)
-            if problem:
-                logger.info(problem)
-        telemetry.pause(time.perf_counter() - begin)
+        self._asked = {CHECKPOINT} if stopping else set()
+        for every, name, action in self._timed:
+            if name in self._asked or (every > 0 and (self.finished or self.step % every == 0)):
+                with self._pause(name):
+                    action()
         if stopping and not self.finished:
             self._stop_as_asked()
 
     def _report(self) -> None:
         """Averages since the last report, to all who read them. Collective."""
-        with self._pause("report"):
-            self.loader.sync()
-            measured = self.monitor.report(steps=self.step - self._reported)
+        self.loader.sync()
+        measured = self.monitor.report(steps=self.step - self._reported)
         self._reported = self.step
         for straggler in measured.stragglers:
             logger.info(f"step {self.step}: {straggler}")
@@ -272,8 +277,8 @@ class Run:
 
     @contextmanager
     def _pause(self, phase: str) -> Iterator[None]:
-        """What is done between two steps, measured, and allowed to take its time."""
-        with self.monitor.clock.phase(phase), self.watch.paused(phase):
+        """What is done between two steps, measured, allowed to take its time, and not counted as training."""
+        with self.monitor.clock.phase(phase), self.watch.paused(phase), self.telemetry.paused():
             yield
 
     def _stop_as_asked(self) -> None:
@@ -282,31 +287,38 @@ class Run:
         if problem := self.checkpointing.settle():
             raise MachineFault(f"asked to stop ({why}), but {problem}")
         raise Interrupted(
-            f"{self.config.run_dir}: asked to stop ({why}); the checkpoint of step {self.step} is written, "
+            f"{self.run_dir}: asked to stop ({why}); the checkpoint of step {self.step} is written, "
             "the same command continues from it"
         )
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and (self.finished or self.step % every == 0)
-
-    def _validate_both(self) -> bool:
-        """Validate raw and averaged weights; whether the averaged ones are the best so far and to be kept."""
+    def _validate_both(self) -> None:
+        """Validate raw and averaged weights; ask for a checkpoint if the averaged ones are the best so far."""
         self._validate("raw")
         with self.ema.in_model():
             loss = self._validate("ema")
         best = self.state.best
-        if not self.config.train.keep_best or (best is not None and loss >= best.loss):
-            return False
+        if not self.train.keep_best or (best is not None and loss >= best.loss):
+            return
         self.state.best = Best(self.step, loss)
-        return True
+        self._asked.add(CHECKPOINT)
 
     def _validate(self, weights: str) -> float:
         """The validation loss of some weights, told."""
-        losses = validate(self.engine, self.feed, self.config)
+        losses = validate(self.engine, self.feed, self.data, self.train)
         self.telemetry.scalars(self.step, {f"validation_{weights}/{stream}": loss for stream, loss in losses.items()})
         text = "  ".join(f"{stream} {loss:.4f}" for stream, loss in losses.items())
         logger.info(f"step {self.step}  validation with {weights} weights  {text}")
-        return weighted_loss(self.config.stage, losses["video"], losses.get("action"))
+        return weighted_loss(self.feed.stage, losses["video"], losses.get("action"))
+
+    def _draw_samples(self) -> None:
+        with self.ema.in_model():
+            samples = draw_samples(self.engine, self.feed, self.data)
+        if samples is not None:
+            self.telemetry.samples(self.step, samples)
+
+    def _save(self) -> None:
+        if problem := self.checkpointing.save(self.state):
+            logger.info(problem)
 
     # --- begin and end ---
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dataloaders.config import DataConfig
 from dataloaders.loading.loader import ShardLoader
 from kairos_train.basics.errors import UserError
 from kairos_train.checkpoint.canonical import CheckpointReader, find_latest
@@ -17,12 +18,11 @@ from kairos_train.checkpoint.retention import prune
 from kairos_train.checkpoint.saver import Saver
 from kairos_train.checkpoint.writing import whole_pieces
 from kairos_train.conditioning.interfaces import identities_match
-from kairos_train.config.compose import load_saved, to_yaml
+from kairos_train.config.compose import load_saved
 from kairos_train.config.keys import on_resume
-from kairos_train.config.schema import Config
+from kairos_train.config.schema import TrainConfig
 from kairos_train.operations.guard import Guard
 from kairos_train.training.budget import Progress
-from kairos_train.training.describe import chosen_kernels
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine
 from kairos_train.training.engine.ema import Ema
 from kairos_train.training.engine.engine_state import load_full_state, state_pieces
@@ -39,41 +39,48 @@ class Best:
     loss: float
 
 
-def find_resumable(config: Config) -> tuple[CheckpointReader | None, list[str]]:
-    """The checkpoint to continue from by `train.resume`, and warnings about damaged ones. Looks at names and sizes.
+def find_resumable(run_dir: str, *, resume: str) -> tuple[CheckpointReader | None, list[str]]:
+    """The checkpoint to continue from, and warnings about damaged ones. Looks at names and sizes.
+
+    Args:
+        resume: `train.resume`.
 
     Raises:
         UserError: `must` without a checkpoint, or a run folder that holds a different run.
     """
-    if config.train.resume == "never":
-        if list(checkpoints(config).glob("step-*")):
+    folder = checkpoints(run_dir)
+    if resume == "never":
+        if list(folder.glob("step-*")):
             raise UserError(
-                f"train.resume=never: run_dir={config.run_dir} holds checkpoints; choose another run_dir or resume=auto"
+                f"train.resume=never: run_dir={run_dir} holds checkpoints; choose another run_dir or resume=auto"
             )
         return None, []
-    path, problems = find_latest(checkpoints(config))
-    if path is None and config.train.resume == "must":
-        raise UserError(f"train.resume=must: no valid checkpoint in {checkpoints(config)}; use resume=auto")
+    path, problems = find_latest(folder)
+    if path is None and resume == "must":
+        raise UserError(f"train.resume=must: no valid checkpoint in {folder}; use resume=auto")
     return (None if path is None else CheckpointReader(path)), problems
 
 
-def checkpoints(config: Config) -> Path:
+def checkpoints(run_dir: str) -> Path:
     """Where a run's checkpoints are."""
-    return Path(config.run_dir) / "checkpoints"
+    return Path(run_dir) / "checkpoints"
 
 
-def changed_settings(config: Config, reader: CheckpointReader) -> list[str]:
+def changed_settings(settings: Mapping[str, Any], reader: CheckpointReader) -> list[str]:
     """Settings that differ from the checkpoint's, "key old -> new", all of them free to change.
+
+    Args:
+        settings: all of this run, as nested mappings.
 
     Raises:
         UserError: one that is not; naming it.
     """
-    old, new = _leaves(asdict(load_saved(reader.path / "config.yaml"))), _leaves(asdict(config))
+    old, new = _leaves(asdict(load_saved(reader.path / "config.yaml"))), _leaves(settings)
     changes = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     for key in changes:
         if on_resume(key) == "fixed":
             raise UserError(
-                f"{key}={new.get(key)}: the run in run_dir={config.run_dir} was started with {old.get(key)}; "
+                f"{key}={new.get(key)}: the run in run_dir={settings['run_dir']} was started with {old.get(key)}; "
                 "set that to resume it, or choose another run_dir"
             )
     return [f"{key} {old.get(key)} -> {new.get(key)}" for key in changes if on_resume(key) == "free"]
@@ -84,6 +91,10 @@ class RunState:
     """What a checkpoint holds of a run.
 
     Attributes:
+        settings: the run's `config.yaml`.
+        kernels: what computes what (`chosen_kernels`).
+        step_size: what a step takes from the data (`step_size`).
+        seed: of the run.
         best: the step with the lowest validation loss so far.
         guard: memory of bad steps.
     """
@@ -92,19 +103,23 @@ class RunState:
     ema: Ema
     loader: ShardLoader
     feed: Feed
-    config: Config
+    settings: str
+    kernels: dict[str, str]
+    step_size: int
+    seed: int
     progress: Progress
     best: Best | None
     guard: Guard
 
 
-def open_saver(config: Config, topology: Topology, published: Callable[[], Any] = lambda: None) -> Saver:
-    """What writes this run's checkpoints and drops old ones. Collective.
+def open_saver(
+    folder: Path, train: TrainConfig, topology: Topology, published: Callable[[], Any] = lambda: None
+) -> Saver:
+    """What writes a run's checkpoints into a folder and drops old ones. Collective.
 
     Args:
         published: called by rank 0's thread after each checkpoint.
     """
-    folder, train = checkpoints(config), config.train
 
     def finish() -> None:
         published()
@@ -115,7 +130,7 @@ def open_saver(config: Config, topology: Topology, published: Callable[[], Any] 
 
 def save(saver: Saver, state: RunState) -> None:
     """Begin the checkpoint of the step that `state.progress` has come to. Collective."""
-    engine, loader, config = state.engine, state.loader, state.config
+    engine, loader = state.engine, state.loader
     loader.sync()
     topology = engine.topology
     tensors, plain = random_state()
@@ -129,29 +144,29 @@ def save(saver: Saver, state: RunState) -> None:
             "tokens": state.progress.tokens,
             "best": None if state.best is None else asdict(state.best),
             "guard": state.guard.state_dict(),
-            "layout": {**asdict(topology.degrees), "step_size": step_size(config, topology)},
+            "layout": {**asdict(topology.degrees), "step_size": state.step_size},
             "optimizer": {"updates": engine.layout.updates},
             "ema": state.ema.state_dict(),
             "loader": loader.state_dict(),  # the same on all ranks
             "encoders": state.feed.identity,
             "robot": state.feed.robot,
-            "kernels": chosen_kernels(config, topology.device),
+            "kernels": state.kernels,
         },
-        files={"config.yaml": to_yaml(config), "dataset_stats.json": json.dumps(state.feed.statistics, indent=1)},
+        files={"config.yaml": state.settings, "dataset_stats.json": json.dumps(state.feed.statistics, indent=1)},
     )
 
 
-def step_size(config: Config, topology: Topology) -> int:
+def step_size(data: DataConfig, train: TrainConfig, topology: Topology) -> int:
     """What a step takes from the data on all ranks: samples, or micro-batches where those have a token budget."""
-    fixed = config.train.micro_batch if config.data.tokens_per_micro_batch is None else 1
-    return fixed * config.train.accumulation * topology.degrees.data
+    fixed = train.micro_batch if data.tokens_per_micro_batch is None else 1
+    return fixed * train.accumulation * topology.degrees.data
 
 
-def changed_layout(config: Config, topology: Topology, reader: CheckpointReader) -> list[str]:
-    """The processes' arrangement where it is another than the checkpoint's, "key old -> new".
+def check_step_size(data: DataConfig, train: TrainConfig, topology: Topology, reader: CheckpointReader) -> None:
+    """Refuse to continue from a checkpoint whose steps took another number of samples than those of this run.
 
     Raises:
-        UserError: a step would take another number of samples than before, or the checkpoint does not say.
+        UserError: they did, or the checkpoint does not say.
     """
     old = reader.state.get("layout")
     if old is None:
@@ -159,15 +174,19 @@ def changed_layout(config: Config, topology: Topology, reader: CheckpointReader)
             f"checkpoint {reader.path}: an older version wrote it, and it does not say how; start a stage from it by "
             "stage.init_from"
         )
-    train, size, new = config.train, step_size(config, topology), asdict(topology.degrees)
+    size, fixed = step_size(data, train, topology), data.tokens_per_micro_batch is None
     if size != old["step_size"]:
-        fixed = config.data.tokens_per_micro_batch is None
         factors = f"train.micro_batch={train.micro_batch} × " if fixed else ""
         raise UserError(
-            f"{factors}train.accumulation={train.accumulation} × {new['data']} data ranks = {size} "
-            f"{'samples' if fixed else 'micro-batches'} per step, but the run in run_dir={config.run_dir} has "
+            f"{factors}train.accumulation={train.accumulation} × {topology.degrees.data} data ranks = {size} "
+            f"{'samples' if fixed else 'micro-batches'} per step, but the run in run_dir={reader.path.parents[1]} has "
             f"{old['step_size']}; change one of them so that it stays"
         )
+
+
+def changed_layout(topology: Topology, reader: CheckpointReader) -> list[str]:
+    """The processes' arrangement where it is another than the checkpoint's, "key old -> new"."""
+    old, new = reader.state["layout"], asdict(topology.degrees)
     return [f"{axis} ranks {old[axis]} -> {degree}" for axis, degree in new.items() if degree != old[axis]]
 
 
@@ -175,20 +194,20 @@ def restore(state: RunState, reader: CheckpointReader) -> None:
     """Continue where `reader`'s checkpoint stood, whatever layout wrote it. Collective.
 
     Raises:
-        UserError: other encoders, other shards, another model, another number of samples per step.
+        UserError: other encoders, other shards, another model.
     """
     identities_match(reader.state["encoders"], state.feed.identity)
     topology = state.engine.topology
-    another = changed_layout(state.config, topology, reader)
+    assert reader.state["layout"]["step_size"] == state.step_size  # see check_step_size
     state.loader.load_state_dict(reader.state["loader"])
     load_full_state(state.engine, reader)
     state.ema.load(reader)
     state.progress, state.best = progress_of(reader), best_of(reader)
     state.guard.load_state_dict(reader.state.get("guard"))
-    if another:
+    if changed_layout(topology, reader):
         # Every rank had generators of its own, and ranks there are now others. Training draws nothing from them (noise
         # is a function of seed, step and sample), so any states will do that are the same whenever this is repeated.
-        derive_random_state(state.config.seed, reader.step, topology.rank)
+        derive_random_state(state.seed, reader.step, topology.rank)
     else:
         _restore_random_state(reader, topology.rank)
 

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dataloaders.config import DataConfig
 from dataloaders.loading.loader import fixed_batches
 from kairos_train.basics.pages import png_of
-from kairos_train.config.schema import Config
+from kairos_train.config.schema import StageConfig
 from kairos_train.inference.sampler import SamplerConfig, StreamNoise, integrate, video_sigmas
 from kairos_train.model import ModelOutput
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
@@ -49,7 +50,7 @@ class Samples:
 
 
 @torch.no_grad()
-def draw_samples(engine: TrainingEngine, feed: Feed, config: Config) -> Samples | None:
+def draw_samples(engine: TrainingEngine, feed: Feed, data: DataConfig) -> Samples | None:
     """Sample the first `WINDOWS` held-out windows by the stage's sampler, unguided, always from the same noise.
 
     They are conditioned on their text and, where the stage trains so, on their first frames. Collective.
@@ -57,20 +58,20 @@ def draw_samples(engine: TrainingEngine, feed: Feed, config: Config) -> Samples 
     Returns:
         None for images: there is nothing to go on from.
     """
-    known = config.stage.history_frames if _goes_on(config) else 0
+    known = feed.stage.history_frames if _goes_on(feed.stage) else 0
     (batch,) = fixed_batches(
-        config.data.validation_shards,
+        data.validation_shards,
         batch_size=WINDOWS,
         count=1,
         with_frames=feed.needs_frames,
-        on_corrupt=config.data.on_corrupt,
+        on_corrupt=data.on_corrupt,
     )
     given = feed.encode(batch, HISTORY_CONDITIONS[0] if known else "t2v", source=feed.policy)
     recorded, actions = given["latents"], given.get("actions")
     if recorded.shape[2] <= known:
         return None
     engine.model.eval()
-    sampler = SamplerConfig(guidance=1.0, action_shift=config.stage.action_shift).check()
+    sampler = SamplerConfig(guidance=1.0, action_shift=feed.stage.action_shift).check()
     tokens = recorded[0, 0, 0].numel() // (feed.objective.patch[0] * feed.objective.patch[1])
     seeds, mask = range(len(batch.keys)), given.get("action_mask")
 
@@ -117,8 +118,8 @@ def images_of(samples: Samples) -> dict[str, bytes]:
     return images
 
 
-def _goes_on(config: Config) -> bool:
-    return any(config.stage.conditions.get(name, 0) > 0 for name in HISTORY_CONDITIONS)
+def _goes_on(stage: StageConfig) -> bool:
+    return any(stage.conditions.get(name, 0) > 0 for name in HISTORY_CONDITIONS)
 
 
 def _all_frames(velocity: Tensor, like: Tensor, engine: TrainingEngine) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from dataloaders.config import DataConfig
 from dataloaders.loading.loader import fixed_batches
-from kairos_train.config.schema import Config
+from kairos_train.config.schema import TrainConfig
 from kairos_train.model import ModelOutput
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine
 from kairos_train.training.inputs.feed import Feed
@@ -16,7 +17,7 @@ FIXED_STEP = -1
 
 
 @torch.no_grad()
-def validate(engine: TrainingEngine, feed: Feed, config: Config) -> dict[str, float]:
+def validate(engine: TrainingEngine, feed: Feed, data: DataConfig, train: TrainConfig) -> dict[str, float]:
     """Losses by stream over the first `train.validation_batches` batches, split over data ranks. Collective.
 
     Returns:
@@ -26,11 +27,11 @@ def validate(engine: TrainingEngine, feed: Feed, config: Config) -> dict[str, fl
     meter, ranks = LossMeter(topology), topology.degrees.data
     batches = list(
         fixed_batches(
-            config.data.validation_shards,
-            batch_size=config.train.micro_batch,
-            count=config.train.validation_batches,
+            data.validation_shards,
+            batch_size=train.micro_batch,
+            count=train.validation_batches,
             with_frames=feed.needs_frames,
-            on_corrupt=config.data.on_corrupt,
+            on_corrupt=data.on_corrupt,
         )
     )
     engine.model.eval()
@@ -45,6 +46,5 @@ def validate(engine: TrainingEngine, feed: Feed, config: Config) -> dict[str, fl
             meter.add(batch, feed.objective.loss_sums(batch, output.video, output.action, frames), frames)
     engine.model.train()
     meter.reduce()
-    return {
-        stream: meter.loss(stream) for stream in (["video", "action"] if config.stage.streams == "joint" else ["video"])
-    }
+    streams = ["video", "action"] if feed.stage.streams == "joint" else ["video"]
+    return {stream: meter.loss(stream) for stream in streams}

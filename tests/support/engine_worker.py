@@ -82,7 +82,7 @@ def build(seed: int, config: Config, world: Topology) -> TrainingEngine:
     net = make_net(seed)
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
     table = ShardingTable.of([Rule(".*", "replicated_full")], shapes, tensor=1)
-    return build_engine(net, config, topology=world, table=table, full_shapes=shapes)
+    return build_engine(net, config.train, config.optimizer, topology=world, table=table, full_shapes=shapes)
 
 
 def make_config(stage: int, precision: str) -> Config:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from dataloaders.config import DataConfig
 from kairos_train.basics.errors import RunStopped
-from kairos_train.config.schema import Config, TrainConfig
-from kairos_train.training.build_run import _open_loader
+from kairos_train.config.schema import TrainConfig
+from kairos_train.training.build_run import open_loader
 from parallel.topology import Degrees, Topology
 
 
@@ -21,11 +22,10 @@ def topology() -> Topology:
 
 def read_steps(folders: list[str], steps: int, *, check: bool) -> list[str] | str:
     """Keys that this rank gets from its own folder, or what its run is stopped by."""
-    config = Config(
-        data=DataConfig(shards=folders[dist.get_rank()], workers=0, check_peers=check),
-        train=TrainConfig(micro_batch=2, accumulation=2, device="cpu"),
-    )
-    loader = _open_loader(config, topology(), with_frames=False)
+    data = DataConfig(shards=folders[dist.get_rank()], workers=0, check_peers=check)
+    train = TrainConfig(micro_batch=2, accumulation=2, device="cpu")
+    quarantine = Path(folders[0]) / "quarantine.jsonl"
+    loader = open_loader(data, train, topology(), seed=0, with_frames=False, quarantine=quarantine)
     try:
         return [key for _ in range(2 * steps) for key in next(loader).keys]
     except RunStopped as error:

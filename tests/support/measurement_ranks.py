@@ -36,7 +36,12 @@ class Training:
         table = model_table(config, model)
         perturb(model, table, self.topology, config.seed)
         self.engine: TrainingEngine = build_engine(
-            model, config, topology=self.topology, table=table, full_shapes=full_shapes(config)
+            model,
+            config.train,
+            config.optimizer,
+            topology=self.topology,
+            table=table,
+            full_shapes=full_shapes(config),
         )
         self.objective = FlowMatching(config.stage, seed=config.seed, patch=tuple(config.model.video.patch_size[1:]))
 

@@ -75,7 +75,8 @@ def held_cases(cases: list[list[str]]) -> list[tuple[dict[str, int], dict[str, f
 def _engine(config: Config, topology: Topology) -> tuple[TrainingEngine, Ema]:
     model = build_model(config, topology=topology)
     table = model_table(config, model)
-    engine = build_engine(model, config, topology=topology, table=table, full_shapes=full_shapes(config))
+    shapes = full_shapes(config)
+    engine = build_engine(model, config.train, config.optimizer, topology=topology, table=table, full_shapes=shapes)
     return engine, Ema(engine, 0.5)
 
 

@@ -101,7 +101,8 @@ def build(layout: Layout, seed: int) -> tuple[TrainingEngine, Config]:
             parameter.copy_(values[name][table.slices(name, values[name].shape, topology.tensor_rank)])
         net.scale.copy_(values["scale"])
     shapes = {name: tuple(value.shape) for name, value in values.items()}
-    return build_engine(net, config, topology=topology, table=table, full_shapes=shapes), config
+    engine = build_engine(net, config.train, config.optimizer, topology=topology, table=table, full_shapes=shapes)
+    return engine, config
 
 
 def train_step(engine: TrainingEngine, config: Config, step: int) -> tuple[float, float]:

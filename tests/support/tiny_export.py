@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from dataloaders.config import DataConfig, WindowConfig
 from dataloaders.lerobot.writer import LeRobotWriter
 from dataloaders.packing.pack import pack
+from dataloaders.shards import ShardIndex
 from kairos_train.checkpoint.writing import write_checkpoint
 from kairos_train.conditioning.build import build_encoders
 from kairos_train.conditioning.sample_encoder import load_sample_encoder
@@ -26,6 +28,7 @@ from kairos_train.config.schema import (
     VideoStreamConfig,
 )
 from kairos_train.model import WorldActionModel
+from kairos_train.training.inputs.feed import Feed
 
 CAMERA = "observation.images.top"
 WINDOW = WindowConfig(frames=5, action_video_freq_ratio=2, stride=3, height=32, width=32, cameras=[CAMERA])
@@ -51,6 +54,19 @@ def tiny_config(*, streams: str = "joint", actions: bool = True, history_frames:
         ),
         data=DataConfig(name="toy", shards="shards", window=WINDOW, prompt_template=TEMPLATE),
         stage=StageConfig(streams=streams, history_frames=history_frames, **stage),
+    )
+
+
+def feed_of(config: Config, indices: Sequence[ShardIndex]) -> Feed:
+    """What a run of `config` feeds its model with from shards, on the CPU."""
+    return Feed(
+        indices,
+        torch.device("cpu"),
+        data=config.data,
+        encoders=config.encoders,
+        model=config.model,
+        stage=config.stage,
+        seed=config.seed,
     )
 
 

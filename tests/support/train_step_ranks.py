@@ -69,7 +69,8 @@ def train(out: Path, micro_batches: int) -> None:
         torch.nn.init.normal_(head.weight, std=0.1)
     config.train.accumulation = micro_batches
     table = model_table(config, model)
-    engine = build_engine(model, config, topology=world, table=table, full_shapes=full_shapes(config))
+    shapes = full_shapes(config)
+    engine = build_engine(model, config.train, config.optimizer, topology=world, table=table, full_shapes=shapes)
     objective = FlowMatching(config.stage, seed=0, patch=(2, 2))
     size = SAMPLES // world.size // micro_batches
     reports = []

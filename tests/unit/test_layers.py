@@ -18,6 +18,8 @@ ROOMS = ("kairos_train", "parallel", "dataloaders", "configs", "evaluation", "be
 MOST_MODULES = 20
 """In one folder, without `__init__.py`."""
 MOST_LINES = 400
+MOST_WITH_THE_WHOLE_CONFIG = 6
+"""Modules of `kairos_train.training` that know `Config`; the others are given the sections that they read."""
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("kairos_train.basics",),
@@ -198,6 +200,37 @@ def test_no_folder_has_more_than_20_modules():
 
 def test_no_file_is_longer_than_400_lines():
     assert [str(path) for path in sources() if len(path.read_text().splitlines()) > MOST_LINES] == []
+
+
+def knows_the_whole_config(text: str) -> bool:
+    """Whether a module imports `Config`, from the schema or from where it was imported to, or the schema as a whole."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import) and "kairos_train.config.schema" in [alias.name for alias in node.names]:
+            return True
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("kairos_train."):
+            found = {(node.module, alias.name) for alias in node.names}
+            if ("kairos_train.config", "schema") in found or {"Config", "*"} & {name for _, name in found}:
+                return True
+    return False
+
+
+def too_many_know_the_whole_config(texts: Iterable[str]) -> bool:
+    return sum(map(knows_the_whole_config, texts)) > MOST_WITH_THE_WHOLE_CONFIG
+
+
+def test_few_training_modules_know_the_whole_config():
+    training = [path.read_text() for path in sources() if within(module_name(path), "kairos_train.training")]
+    assert not too_many_know_the_whole_config(training)
+    for text in (
+        "if TYPE_CHECKING:\n    from kairos_train.config.schema import Config",
+        "def f():\n    from kairos_train.config.schema import Config as Everything",
+        "from kairos_train.config.compose import Config, load_saved",
+        "from kairos_train.config import schema",
+        "import kairos_train.config.schema",
+    ):
+        assert not too_many_know_the_whole_config([text] * MOST_WITH_THE_WHOLE_CONFIG)
+        assert too_many_know_the_whole_config([text] * (MOST_WITH_THE_WHOLE_CONFIG + 1)), text
+    assert not knows_the_whole_config("from kairos_train.config.schema import StageConfig, TrainConfig")
 
 
 def test_nothing_imports_the_command_line():

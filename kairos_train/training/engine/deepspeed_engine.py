@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import Config
+from kairos_train.config.schema import OptimizerConfig, TrainConfig
 from kairos_train.training.engine import deepspeed_internals
 from kairos_train.training.engine.master_layout import MasterLayout
 from kairos_train.training.engine.optimizer import Masters, build_optimizer, parameter_groups, set_lr
@@ -199,7 +199,8 @@ class TrainingEngine:
 
 def build_engine(
     model: nn.Module,
-    config: Config,
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
     *,
     topology: Topology,
     table: ShardingTable,
@@ -213,7 +214,8 @@ def build_engine(
 
     Args:
         model: this tensor rank's part of the model, with the same values on all tensor ranks in what is not split.
-        config: training, optimiser.
+        train: precision, ZeRO stage, batches.
+        optimizer: the update.
         topology: of all processes.
         table: how each parameter of the model is split.
         full_shapes: of the parameters of the whole model.
@@ -222,7 +224,6 @@ def build_engine(
         UserError: a ZeRO stage or precision that does not exist.
         ShardingError: the model does not fit the table, or copies differ between tensor ranks.
     """
-    train = config.train
     if train.zero_stage not in (0, 1, 2, 3):
         raise UserError(f"train.zero_stage={train.zero_stage}: must be 0, 1, 2 or 3")
     if train.precision not in ("bf16", "fp32"):
@@ -241,11 +242,12 @@ def build_engine(
     if masters:
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-    groups = parameter_groups(model, config.optimizer.weight_decay)
-    optimizer = build_optimizer(groups, config.optimizer, masters=masters)
-    engine = _initialize(model, optimizer, _deepspeed_config(model, config), topology)
+    groups = parameter_groups(model, optimizer.weight_decay)
+    built = build_optimizer(groups, optimizer, masters=masters)
+    settings = _deepspeed_config(model, train, clip=optimizer.gradient_clip)
+    engine = _initialize(model, built, settings, topology)
     wrapped = TrainingEngine(
-        engine, optimizer, stage=train.zero_stage, topology=topology, shares=shares, frozen=frozen, hooks=hooks
+        engine, built, stage=train.zero_stage, topology=topology, shares=shares, frozen=frozen, hooks=hooks
     )
     for name, tensor in exact.items():
         wrapped.layout.scatter(name, tensor, wrapped.layout.masters)
@@ -268,14 +270,13 @@ def _float32_copies(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items()}
 
 
-def _deepspeed_config(model: nn.Module, config: Config) -> dict[str, Any]:
+def _deepspeed_config(model: nn.Module, train: TrainConfig, *, clip: float) -> dict[str, Any]:
     """What DeepSpeed is told. No `train_batch_size`: DeepSpeed would take every process for one with own data."""
-    train = config.train
     bucket = min(LARGEST_BUCKET, sum(p.numel() for p in model.parameters()))
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": config.optimizer.gradient_clip,
+        "gradient_clipping": clip,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,  # plain gradient descent, tested here

@@ -15,30 +15,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataloaders.config import DataConfig
 from dataloaders.loading.batch import Batch
+from dataloaders.loading.buckets import Bucket
 from dataloaders.shards import ShardIndex
+from dataloaders.windows import action_count
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.geometry import latent_frames, latent_sides
 from kairos_train.conditioning.build import build_encoders
 from kairos_train.conditioning.interfaces import Encoders, identities_match
-from kairos_train.config.schema import Config
+from kairos_train.config.schema import EncodersConfig, ModelConfig, StageConfig
 from kairos_train.inference import normalization
 from kairos_train.inference.normalization import Normalizer
 from kairos_train.objective.flow_matching import ConditionedBatch, FlowMatching
 from kairos_train.objective.randomness import Choices
 from kairos_train.training.describe import sample_flops
 from kairos_train.training.inputs.contexts import Contexts
-from kairos_train.training.inputs.sources import check_sources, policy_source
+from kairos_train.training.inputs.sources import policy_source
 
 
 class Feed:
     """Encodes, normalises and conditions batches.
 
     Args:
-        config: data keys and modes, encoders, stage.
-        indices: of the sources that the batches come from, in their order.
+        indices: of the sources that the batches come from, in their order (`check_sources` accepts them).
         device: where the results lie.
+        data: windows, modes of normalisation.
+        encoders: for what the shards do not have.
+        model: its sizes.
+        stage: streams, conditions, captions.
+        seed: of what is drawn.
 
     Attributes:
+        stage: as given.
         identity: the encoders', for checkpoints and exports.
         needs_frames: whether batches must carry decoded frames.
         policy: number of the source whose robot a policy of this run is for.
@@ -47,20 +56,30 @@ class Feed:
             None without a robot.
 
     Raises:
-        UserError: the shards were packed for other windows, actions or encoders than the configuration names.
+        UserError: the shards were packed with other encoders than the configuration names, or with several.
     """
 
-    def __init__(self, config: Config, indices: Sequence[ShardIndex], device: torch.device) -> None:
-        check_sources(config, indices)
-        self.config, self.device = config, device
+    def __init__(
+        self,
+        indices: Sequence[ShardIndex],
+        device: torch.device,
+        *,
+        data: DataConfig,
+        encoders: EncodersConfig,
+        model: ModelConfig,
+        stage: StageConfig,
+        seed: int,
+    ) -> None:
+        self.stage, self.device = stage, device
+        self._data, self._model = data, model
         self.needs_frames = any(index.encoders is None for index in indices)
         self.encoders: Encoders | None = None
-        if self.needs_frames or _weights_given(config):
-            self.encoders = build_encoders(config.encoders, device)
-        self.identity = _identity(config, indices, self.encoders)
-        self.objective = FlowMatching(config.stage, seed=config.seed, patch=tuple(config.model.video.patch_size[1:]))
+        if self.needs_frames or _weights_given(encoders):
+            self.encoders = build_encoders(encoders, device)
+        self.identity = _identity(encoders, indices, self.encoders)
+        self.objective = FlowMatching(stage, seed=seed, patch=tuple(model.video.patch_size[1:]))
         self.contexts = Contexts(
-            config.stage.captions,
+            stage.captions,
             None if self.encoders is None else self.encoders.text,
             sees_pictures=bool(self.identity["text"].get("image", False)),
             device=device,
@@ -87,7 +106,9 @@ class Feed:
         actions = 0 if conditioned.action is None else conditioned.action.shape[1]
         patch = self.objective.patch[0] * self.objective.patch[1]
         conditioned.tokens = latents[0, 0].numel() // patch + actions
-        conditioned.flops = sample_flops(self.config, latents.shape[1:], given["context"].shape[1], actions)
+        conditioned.flops = sample_flops(
+            self._model, self.stage, latents.shape[1:], context_tokens=given["context"].shape[1], actions=actions
+        )
         return conditioned
 
     def encode(self, batch: Batch, condition: str, *, source: int) -> dict[str, Tensor]:
@@ -100,6 +121,25 @@ class Feed:
         """
         choices = [Choices(condition, drop_context=False, video_index=0, action_index=0, caption=0.0)] * len(batch.keys)
         return self._given(batch, self._latents(batch), choices, progress=0.0, source=source)
+
+    def zeros(self, bucket: Bucket, samples: int, *, like: ConditionedBatch) -> ConditionedBatch:
+        """A micro-batch of a size, of nothing but zeros; its contexts are as long as those of `like`."""
+        frames, sides = latent_frames(bucket.frames), latent_sides(bucket.height, bucket.width)
+        context = like.context[:1].expand(samples, -1, -1)
+        inputs = {
+            "latents": torch.zeros(samples, self._model.video.latent_channels, frames, *sides, device=self.device),
+            "context": context,
+            "context_mask": torch.ones(context.shape[:2], dtype=torch.bool, device=self.device),
+        }
+        if bucket.has_actions and self.stage.streams == "joint":
+            count, sizes = action_count(self._data.window), self._model.action
+            inputs |= {
+                "state": torch.zeros(samples, 1, sizes.state_dim, device=self.device),
+                "actions": torch.zeros(samples, count, sizes.action_dim, device=self.device),
+                "action_mask": torch.ones(samples, count, dtype=torch.bool, device=self.device),
+            }
+        keys = [f"zeros {i}" for i in range(samples)]
+        return self.objective.condition(keys=keys, step=0, empty_context=self.empty_context, **inputs)
 
     def _given(
         self, batch: Batch, latents: Tensor, choices: Sequence[Choices], *, progress: float, source: int | None
@@ -115,9 +155,9 @@ class Feed:
 
     def _numbers(self, batch: Batch, sources: Sequence[int]) -> dict[str, Tensor]:
         """State, actions and their masks as the objective takes them; nothing in a video stage or without actions."""
-        if self.config.stage.streams == "video" or batch.actions is None:
+        if self.stage.streams == "video" or batch.actions is None:
             return {}
-        sizes = self.config.model.action
+        sizes = self._model.action
         state = torch.zeros(len(batch.keys), 1, sizes.state_dim)
         actions = torch.zeros(len(batch.keys), batch.actions.shape[1], sizes.action_dim)
         dims = torch.zeros(len(batch.keys), sizes.action_dim, dtype=torch.bool)
@@ -134,9 +174,9 @@ class Feed:
 
     def _normalizers_of(self, index: ShardIndex) -> tuple[Normalizer, Normalizer] | None:
         """Of states and actions; None of a source without a robot, and in a video stage."""
-        if not index.action_dim or self.config.stage.streams == "video":
+        if not index.action_dim or self.stage.streams == "video":
             return None
-        data, statistics = self.config.data, index.statistics()
+        data, statistics = self._data, index.statistics()
         return (
             normalization.from_statistics(
                 statistics, group="state", key=index.window.state_key, mode=data.normalize_state
@@ -147,7 +187,7 @@ class Feed:
         )
 
     def _empty_context(self, indices: Sequence[ShardIndex]) -> Tensor | None:
-        if not self.config.stage.conditions.get("i2v", 0):
+        if not self.stage.conditions.get("i2v", 0):
             return None
         for index in indices:
             cached = index.empty_context()
@@ -163,7 +203,7 @@ def _robot(index: ShardIndex) -> dict[str, Any] | None:
     return {"fps": index.fps, "cameras": list(index.source.get("cameras", []))} if index.action_dim else None
 
 
-def _identity(config: Config, indices: Sequence[ShardIndex], encoders: Encoders | None) -> dict[str, Any]:
+def _identity(wanted: EncodersConfig, indices: Sequence[ShardIndex], encoders: Encoders | None) -> dict[str, Any]:
     """The one pair of encoders of all sources and this run."""
     known = [index.encoders for index in indices if index.encoders is not None]
     if encoders is not None:
@@ -171,20 +211,19 @@ def _identity(config: Config, indices: Sequence[ShardIndex], encoders: Encoders 
     for other in known[1:]:
         identities_match(known[0], other)
     if encoders is None:
-        _check_kinds(config, known[0])
+        _check_kinds(wanted, known[0])
     return known[-1]
 
 
-def _weights_given(config: Config) -> bool:
+def _weights_given(encoders: EncodersConfig) -> bool:
     """Whether the encoders can be built: weight-free ones always, real ones where their weights are named."""
-    encoders = config.encoders
     real = [e for e in (encoders.video, encoders.text) if e.kind in ("wan", "qwen")]
     return all(e.path is not None for e in real)
 
 
-def _check_kinds(config: Config, identity: dict[str, Any]) -> None:
+def _check_kinds(wanted: EncodersConfig, identity: dict[str, Any]) -> None:
     for name in ("video", "text"):
-        kind = getattr(config.encoders, name).kind
+        kind = getattr(wanted, name).kind
         if identity[name].get("kind") != kind:
             raise UserError(
                 f"encoders.{name}.kind={kind}: the shards were encoded with {identity[name].get('kind')}; choose that"

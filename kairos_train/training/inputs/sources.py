@@ -9,7 +9,7 @@ from dataloaders.shards import ShardIndex
 from dataloaders.windows import POLICY_FIELDS
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import latent_frames, video_frames
-from kairos_train.config.schema import Config
+from kairos_train.config.schema import ActionStreamConfig, ModelConfig, StageConfig
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
 from kairos_train.training.inputs.contexts import check_captions
 
@@ -19,11 +19,13 @@ def policy_source(indices: Sequence[ShardIndex]) -> int:
     return next((number for number, index in enumerate(indices) if index.action_dim), 0)
 
 
-def check_sources(config: Config, indices: Sequence[ShardIndex]) -> None:
-    """Refuse sources that this configuration cannot be trained on.
+def check_sources(
+    indices: Sequence[ShardIndex], *, window: WindowConfig, model: ModelConfig, stage: StageConfig
+) -> None:
+    """Refuse sources that a stage of this model cannot be trained on.
 
-    `data.window` is that of the policy's source, so that exports know it; other sources, and videos without a robot,
-    have windows of their own.
+    `window`, which is `data.window`, is that of the policy's source, so that exports know it; other sources, and videos
+    without a robot, have windows of their own.
 
     Raises:
         UserError: other windows or sizes; no source with actions in a joint stage; captions nobody has; clips that
@@ -31,11 +33,11 @@ def check_sources(config: Config, indices: Sequence[ShardIndex]) -> None:
     """
     policy = indices[policy_source(indices)]
     if policy.action_dim:
-        check_window(config.data.window, policy)
-    if config.stage.streams == "joint":
-        _check_actions(config, indices)
-    _check_history(config, indices)
-    check_captions(config.stage.captions, indices)
+        check_window(window, policy)
+    if stage.streams == "joint":
+        _check_actions(model.action, indices)
+    _check_history(stage, indices)
+    check_captions(stage.captions, indices)
 
 
 def check_window(window: WindowConfig, index: ShardIndex) -> None:
@@ -50,11 +52,11 @@ def check_window(window: WindowConfig, index: ShardIndex) -> None:
             )
 
 
-def _check_actions(config: Config, indices: Sequence[ShardIndex]) -> None:
+def _check_actions(action: ActionStreamConfig, indices: Sequence[ShardIndex]) -> None:
     number = policy_source(indices)
     for i, index in enumerate(indices):
         for field, packed in (("action_dim", index.action_dim), ("state_dim", index.state_dim)):
-            wanted = getattr(config.model.action, field)
+            wanted = getattr(action, field)
             if packed != wanted if i == number else packed > wanted:
                 raise UserError(
                     f"model.action.{field}={wanted}: {index.folder} holds {packed}; set {packed}"
@@ -62,10 +64,10 @@ def _check_actions(config: Config, indices: Sequence[ShardIndex]) -> None:
                 )
 
 
-def _check_history(config: Config, indices: Sequence[ShardIndex]) -> None:
+def _check_history(stage: StageConfig, indices: Sequence[ShardIndex]) -> None:
     """Frames that are given must leave frames to generate, in clips of every length but images."""
-    known = config.stage.history_frames
-    if not any(config.stage.conditions.get(name, 0) > 0 for name in HISTORY_CONDITIONS):
+    known = stage.history_frames
+    if not any(stage.conditions.get(name, 0) > 0 for name in HISTORY_CONDITIONS):
         return
     for index in indices:
         for shape in index.shapes:

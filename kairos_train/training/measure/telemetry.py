@@ -215,9 +215,12 @@ class Telemetry:
             for name, content in images.items():
                 self._board.file_writer.add_summary(_summary(f"samples/{Path(name).stem}", content), step)
 
-    def pause(self, seconds: float) -> None:
-        """Take `seconds` (of saving or validating) out of the speed of training."""
-        self._since += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take what is done within (saving, validating) out of the speed of training."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - max(begin, self._since)  # a report within begins to count at its end
 
     def close(self) -> None:
         """Flush and close all files. After a failed write the others are closed, and nothing is raised once more."""

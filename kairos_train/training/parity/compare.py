@@ -86,7 +86,8 @@ def run_steps(config: Config, steps: int, topology: Topology | None = None) -> T
     model = build_model(config, topology=topology)
     table = model_table(config, model)
     perturb(model, table, topology, config.seed)
-    engine = build_engine(model, config, topology=topology, table=table, full_shapes=full_shapes(config))
+    shapes = full_shapes(config)
+    engine = build_engine(model, config.train, config.optimizer, topology=topology, table=table, full_shapes=shapes)
     objective = FlowMatching(config.stage, seed=config.seed, patch=tuple(config.model.video.patch_size[1:]))
     scalars, gradients = [], {}
     for step in range(steps):

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.tiny_export import tiny_config, write_tiny_checkpoint, write_tiny_shards
+from support.tiny_export import feed_of, tiny_config, write_tiny_checkpoint, write_tiny_shards
 
 from dataloaders.loading.loader import fixed_batches
 from dataloaders.shards import read_index
@@ -16,7 +16,6 @@ from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.interfaces import Encoders
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
-from kairos_train.training.inputs.feed import Feed
 from kairos_train.weights.export import export
 
 
@@ -31,7 +30,7 @@ def test_losses_are_those_of_the_training_on_the_same_windows_and_noise(exported
     policy = load(exported)
     config = copy.deepcopy(policy.config)
     config.seed, config.stage.cfg_dropout = 3, 0.0
-    feed = Feed(config, [read_index(shards)], torch.device("cpu"))
+    feed = feed_of(config, [read_index(shards)])
     sums, counts = {"video": 0.0, "action": 0.0}, {"video": 0, "action": 0}
     for batch in fixed_batches(shards, batch_size=11, count=1000, with_frames=not encoded):
         noisy = feed.condition(batch, step=-1)  # of validation

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny_export import TEMPLATE, WINDOW, tiny_config, write_tiny_shards
+from support.tiny_export import TEMPLATE, WINDOW, feed_of, tiny_config, write_tiny_shards
 
 from dataloaders.loading.batch import BatchSchema, Sample, collate
 from dataloaders.loading.loader import fixed_batches
@@ -13,16 +13,17 @@ from dataloaders.packing.pack import pack
 from dataloaders.shards import ShardIndex, read_index
 from kairos_train.basics.errors import UserError
 from kairos_train.inference.normalization import from_statistics
-from kairos_train.training.inputs.feed import Feed
 from kairos_train.training.inputs.sources import check_sources
 from kairos_train.training.measure.telemetry import drop_later_lines
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
     return write_tiny_shards(tmp_path_factory.mktemp("encoded"), encoded=True)
+
+
+def check(config, indices):
+    check_sources(indices, window=config.data.window, model=config.model, stage=config.stage)
 
 
 def first_batch(folder, **settings):
@@ -32,7 +33,7 @@ def first_batch(folder, **settings):
 def test_cached_latents_and_contexts_are_what_encoding_here_gives(shards, encoded):
     config = tiny_config()
     conditioned = [
-        Feed(config, [read_index(folder)], CPU).condition(first_batch(folder), step=0) for folder in (shards, encoded)
+        feed_of(config, [read_index(folder)]).condition(first_batch(folder), step=0) for folder in (shards, encoded)
     ]
     a, b = ({s[-13:]: i for i, s in enumerate(c.keys)} for c in conditioned)
     assert a.keys() == b.keys()
@@ -43,7 +44,7 @@ def test_cached_latents_and_contexts_are_what_encoding_here_gives(shards, encode
 
 def test_actions_and_states_are_normalised_and_padding_masked(shards):
     config = tiny_config()
-    feed, batch = Feed(config, [read_index(shards)], CPU), first_batch(shards)
+    feed, batch = feed_of(config, [read_index(shards)]), first_batch(shards)
     conditioned = feed.condition(batch, step=0)
     stats = read_index(shards).statistics()
     normalizer = from_statistics(stats, group="action", key=WINDOW.action_key, mode="minmax")
@@ -56,7 +57,7 @@ def test_actions_and_states_are_normalised_and_padding_masked(shards):
 
 
 def test_every_step_draws_anew_and_the_same_step_the_same(shards):
-    feed, batch = Feed(tiny_config(), [read_index(shards)], CPU), first_batch(shards)
+    feed, batch = feed_of(tiny_config(), [read_index(shards)]), first_batch(shards)
     one, same, other = (feed.condition(batch, step=step) for step in (4, 4, 5))
     assert torch.equal(one.latents, same.latents)
     assert not torch.equal(one.video_sigma, other.video_sigma)
@@ -65,7 +66,7 @@ def test_every_step_draws_anew_and_the_same_step_the_same(shards):
 
 def test_shards_of_other_windows_or_sizes_are_refused(shards):
     index = read_index(shards)
-    check_sources(tiny_config(), [index])
+    check(tiny_config(), [index])
     for section, field, value in (
         ("data.window", "frames", 9),
         ("data.window", "height", 64),
@@ -78,18 +79,18 @@ def test_shards_of_other_windows_or_sizes_are_refused(shards):
             owner = getattr(owner, name)
         setattr(owner, field, value)
         with pytest.raises(UserError, match=rf"{section}\.{field}={value}"):
-            check_sources(config, [index])
+            check(config, [index])
 
 
 def test_other_encoders_than_the_shards_are_refused(encoded):
     config = tiny_config()
     config.encoders.text.max_tokens += 1
     with pytest.raises(UserError, match=r"encoders\.text"):
-        Feed(config, [read_index(encoded)], CPU)
+        feed_of(config, [read_index(encoded)])
     config = tiny_config()
     config.encoders.video.kind = "wan"
     with pytest.raises(UserError, match=r"encoders\.video\.kind=wan"):
-        Feed(config, [read_index(encoded)], CPU)
+        feed_of(config, [read_index(encoded)])
 
 
 def test_lines_past_the_checkpoint_and_a_cut_one_are_dropped(tmp_path):
@@ -127,7 +128,7 @@ def _row(values):
 
 
 def test_every_source_is_normalised_with_its_own_statistics_and_padded(sources):
-    feed, batch = Feed(tiny_config(), sources, CPU), batch_of(sources, 0, 1)
+    feed, batch = feed_of(tiny_config(), sources), batch_of(sources, 0, 1)
     conditioned = feed.condition(batch, step=0)
     assert conditioned.action_dim_mask.tolist() == [[True] * 3, [True, True, False]]
     for i, index in enumerate(sources[:2]):
@@ -145,7 +146,7 @@ def test_every_source_is_normalised_with_its_own_statistics_and_padded(sources):
 
 
 def test_videos_without_a_robot_are_a_batch_without_actions(sources):
-    feed = Feed(tiny_config(), sources, CPU)
+    feed = feed_of(tiny_config(), sources)
     conditioned = feed.condition(batch_of(sources, 2), step=0)
     assert (conditioned.action, conditioned.state, conditioned.action_mask) == (None, None, None)
     assert conditioned.tokens == 2 * 2 * 2  # two latent frames of 4 x 4, patches of 2 x 2
@@ -156,32 +157,32 @@ def test_videos_without_a_robot_are_a_batch_without_actions(sources):
 
 def test_the_first_source_with_actions_is_the_policys(sources):
     robot, smaller, alone = sources
-    check_sources(tiny_config(), [alone, robot, smaller])
-    feed = Feed(tiny_config(), [alone, robot, smaller], CPU)
+    check(tiny_config(), [alone, robot, smaller])
+    feed = feed_of(tiny_config(), [alone, robot, smaller])
     assert feed.policy == 1
     assert feed.statistics == robot.statistics()
     assert torch.equal(
         feed.condition(batch_of(sources, 0), step=0, source=1).action,
-        Feed(tiny_config(), [robot], CPU).condition(batch_of(sources, 0), step=0).action,
+        feed_of(tiny_config(), [robot]).condition(batch_of(sources, 0), step=0).action,
     )
     with pytest.raises(UserError, match=r"data.window.state_key=.*smaller was packed with"):
-        check_sources(tiny_config(), [smaller, robot])
+        check(tiny_config(), [smaller, robot])
     config = tiny_config()
     config.data.window = smaller.window
     with pytest.raises(UserError, match=r"action_dim=3: .*smaller holds 2; set 2 .*policy's robot as the first source"):
-        check_sources(config, [smaller, robot])
+        check(config, [smaller, robot])
     with pytest.raises(UserError, match=r"model\.action\.action_dim=3: .*alone holds 0"):
-        check_sources(tiny_config(), [alone])
+        check(tiny_config(), [alone])
 
 
 def test_sources_of_different_encoders_are_refused(encoded, shards):
     other = replace(read_index(encoded), encoders={"video": {"kind": "wan"}, "text": {"kind": "qwen"}})
     with pytest.raises(UserError, match=r"encoders\."):
-        Feed(tiny_config(), [read_index(encoded), other], CPU)
-    assert Feed(tiny_config(), [read_index(encoded), read_index(shards)], CPU).needs_frames
+        feed_of(tiny_config(), [read_index(encoded), other])
+    assert feed_of(tiny_config(), [read_index(encoded), read_index(shards)]).needs_frames
 
 
 def test_history_must_leave_frames_of_every_clip(sources):
     config = tiny_config(history_frames=2)
     with pytest.raises(UserError, match=r"history_frames=2 leaves nothing of the 2 latent frames"):
-        check_sources(config, sources)
+        check(config, sources)

@@ -4,8 +4,7 @@ import dataclasses
 import json
 
 import pytest
-import torch
-from support.tiny_export import CAMERA, random_weights, tiny_config
+from support.tiny_export import CAMERA, feed_of, random_weights, tiny_config
 
 from dataloaders.shards import read_index
 from kairos_train.basics.errors import UserError
@@ -14,7 +13,6 @@ from kairos_train.conditioning.build import build_encoders
 from kairos_train.config.compose import to_yaml
 from kairos_train.config.schema import Config
 from kairos_train.serving.policy import ServedPolicy
-from kairos_train.training.inputs.feed import Feed
 from kairos_train.weights.export import export
 
 
@@ -39,14 +37,14 @@ def exported_with(tmp_path, shards, state: dict) -> ServedPolicy:
 
 
 def test_a_run_knows_its_robots_cameras_and_rate(shards):
-    feed = Feed(unnamed(), [read_index(shards)], torch.device("cpu"))
+    feed = feed_of(unnamed(), [read_index(shards)])
     assert feed.robot == {"fps": 10.0, "cameras": [CAMERA]}
 
 
 def test_videos_have_no_robot(shards):
     index = dataclasses.replace(read_index(shards), action_dim=0, state_dim=0)
     config = dataclasses.replace(unnamed(), stage=dataclasses.replace(unnamed().stage, streams="video"))
-    assert Feed(config, [index], torch.device("cpu")).robot is None
+    assert feed_of(config, [index]).robot is None
 
 
 def test_an_export_is_served_without_being_told_cameras_and_rate(tmp_path, shards):
