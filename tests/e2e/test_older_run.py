@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.command_ranks import run_inside
 from support.commands import losses
 
+from kairos_train.cli import main
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
 
@@ -28,6 +31,7 @@ SETTINGS = (
 )
 """The command of the older version, word for word."""
 
+WEIGHTS = "model-00001-of-00001.safetensors"
 ROUNDING = 1e-6
 """Relative. The same build of torch on the same kind of processor repeats every bit, another rounds sums of float32
 otherwise; a moment, a sample or a random number read wrongly shows in the first digits."""
@@ -44,6 +48,9 @@ def test_a_run_that_an_older_version_began_goes_on_to_the_same_losses(world, tmp
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line, expected in zip(lines[3:], EXPECTED["losses"][3:]):
         assert line == pytest.approx(expected, rel=ROUNDING)
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export"), "--dtype", "fp32"]) == 0
+    averaged, expected = (load_file(folder / "export" / WEIGHTS) for folder in (tmp_path, LEFT))
+    torch.testing.assert_close(averaged, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_an_export_of_an_older_version_predicts_the_same_actions():
