@@ -8,6 +8,7 @@ results = Pool(4).run(function, *arguments)     # a module-level function, run o
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import sys
@@ -123,6 +124,7 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # the imports: DeepSpeed collects garbage in every start, and would look through a million objects
     faulthandler.enable()  # an abort inside of a collective tells where
     torch.set_num_threads(1)
     while (call := pipe.recv()) is not None:

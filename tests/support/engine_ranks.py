@@ -1,20 +1,8 @@
-"""One process of the engine tests: trains a small model in every ZeRO stage and precision, saves, resumes, reports.
-
-    engine_worker.py FOLDER
-
-First every case runs uninterrupted and leaves a checkpoint after two of four steps. Once the processes of both worlds
-are that far, each case loads, into one differently initialised engine, every checkpoint of its precision. Reports are
-FOLDER/train-WORLD.json and FOLDER/resume-WORLD.json.
-"""
+"""Ranks of the engine tests: a small model in every ZeRO stage and precision trains, saves, resumes and reports."""
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import json
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -29,7 +17,7 @@ from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.saver import Saver
 from kairos_train.checkpoint.writing import write_checkpoint
 from kairos_train.config.schema import Config
-from kairos_train.training.engine.deepspeed_engine import TrainingEngine, build_engine, start_processes, stop_processes
+from kairos_train.training.engine.deepspeed_engine import TrainingEngine, build_engine, start_processes
 from kairos_train.training.engine.ema import Ema
 from kairos_train.training.engine.engine_state import gather_full_state, load_full_state, state_pieces
 from kairos_train.training.engine.optimizer import lr_at
@@ -37,7 +25,6 @@ from parallel.sharding import Rule, ShardingTable
 from parallel.topology import Topology
 
 STEPS, SAVED, MICRO, SAMPLES, WIDTH = 4, 2, 2, 4, 301
-CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in range(4)]
 
 
 class Output(NamedTuple):
@@ -154,9 +141,9 @@ def evaluate(engine: TrainingEngine) -> str:
         return local_sum(engine, make_batch(9)[0][0], torch.ones(SAMPLES, dtype=torch.bool)).item().hex()
 
 
-def train(folder: Path, world: Topology, stage: int, precision: str) -> dict:
+def train(folder: Path, stage: int, precision: str) -> dict:
     """Four steps, with a checkpoint and a step of non-finite gradients after the second."""
-    config = make_config(stage, precision)
+    config, world = make_config(stage, precision), start_processes("cpu")
     name = f"{stage}-{precision}-{world.size}"
     engine = build(0 if world.rank == 0 else 5, config, world)
     ema = Ema(engine, 0.5)
@@ -194,15 +181,13 @@ def unequal_use(engine: TrainingEngine) -> list[float]:
     return norms.tolist()
 
 
-def resume(folder: Path, world: Topology, stage: int, precision: str) -> dict:
-    """Continue every checkpoint of this precision, one after the other in one engine; the first is the own layout's."""
-    config = make_config(stage, precision)
+def resume(folder: Path, stage: int, precision: str, sources: list[str]) -> dict[str, dict]:
+    """Continue the checkpoints of other cases, one after the other in one engine."""
+    config, world = make_config(stage, precision), start_processes("cpu")
     engine = build(11, config, world)
     ema = Ema(engine, 0.5)
-    own = f"{stage}-{precision}-{world.size}"
-    found = sorted(path.name for path in folder.glob(f"?-{precision}-?"))
     reports = {}
-    for name in [own, *(other for other in found if other != own)]:
+    for name in sources:
         reader = CheckpointReader(folder / name / f"step-{SAVED:08d}")
         load_full_state(engine, reader)
         ema.load(reader)
@@ -212,15 +197,16 @@ def resume(folder: Path, world: Topology, stage: int, precision: str) -> dict:
             ema.update()
         report["final"] = digest_state(engine, ema)
         reports[name] = report
-    if world.size == 1:
-        reports["refused"] = refuse(folder / f"refused-{own}", engine, ema)
     engine.close()
     return reports
 
 
-def refuse(folder: Path, engine: TrainingEngine, ema: Ema) -> dict:
+def refuse(folder: Path, stage: int, precision: str) -> dict:
     """Messages about checkpoints of other models and stages, and the engine's state before and after."""
-    sections, optimizer = gather_full_state(engine)
+    engine = build(11, make_config(stage, precision), start_processes("cpu"))
+    ema = Ema(engine, 0.5)
+    held, optimizer = gather_full_state(engine)
+    sections = {section: {name: tensor + 1 for name, tensor in tensors.items()} for section, tensors in held.items()}
     model, moments = sections["model"], sections["exp_avg"]
     variants = [
         {"model": {**model, "scale": torch.ones(6)}},
@@ -239,33 +225,11 @@ def refuse(folder: Path, engine: TrainingEngine, ema: Ema) -> dict:
         except UserError as error:
             messages.append(str(error))
     engine.model.register_forward_hook(lambda module, inputs, output: SimpleNamespace(video=output.video))
+    output = ""
     try:
         evaluate(engine)
     except TypeError as error:
-        return {"messages": messages, "before": before, "after": digest_state(engine, ema), "output": str(error)}
-    return {}
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    world = start_processes("cpu")
-    gc.freeze()  # DeepSpeed collects garbage in every start
-    report(folder, world, train)
-    while not all((folder / f"train-{size}.json").exists() for size in (1, 2)):
-        time.sleep(0.05)  # the test ends this process when the other world fails
-    report(folder, world, resume)
-    stop_processes()
-
-
-def report(folder: Path, world: Topology, phase: Callable[[Path, Topology, int, str], dict]) -> None:
-    """Run all cases and write what they report, under its name when complete."""
-    reports = {f"{stage}-{kind}-{world.size}": phase(folder, world, stage, kind) for stage, kind in CASES}
-    if world.rank == 0:
-        path = folder / f"{phase.__name__}-{world.size}.json"
-        path.with_suffix(".tmp").write_text(json.dumps(reports))
-        path.with_suffix(".tmp").rename(path)
-
-
-if __name__ == "__main__":
-    main()
+        output = str(error)
+    report = {"messages": messages, "before": before, "after": digest_state(engine, ema), "output": output}
+    engine.close()
+    return report
