@@ -129,11 +129,11 @@ def plain_kernels(model: WorldActionModel, masks: dict[Any, Tensor]) -> Iterator
 
 def dense_mask(windows: attention.Windows, tokens: int, device: torch.device) -> Tensor:
     """Bool (1, 1, S, S) of a rule that counts whole frames, for a batch of one."""
-    assert not windows.rule.token_window, "token windows cut frames"
+    assert not windows.spec.token_window, "token windows cut frames"
     assert len(windows.history) == 1, "one sample"
     frames = torch.zeros(windows.frames, windows.frames, dtype=torch.bool)
     for frame in range(windows.frames):
-        frames[frame, list(key_frames(windows.rule, frame, windows.frames, windows.history[0]))] = True
+        frames[frame, list(key_frames(windows.spec, frame, windows.frames, windows.history[0]))] = True
     return frames.to(device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)[None, None]
 
 

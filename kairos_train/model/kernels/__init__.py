@@ -1,1 +1,1 @@
-"""What a backend computes: attention in windows, the delta rule, rotary embedding."""
+"""What a kernel backend computes: windowed attention, the gated delta rule, rotary embedding."""

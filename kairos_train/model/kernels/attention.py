@@ -1,6 +1,6 @@
 """Softmax attention: projections, and the backends that compute windows.
 
-Shapes: B batch, F frames, Fq and Fk query and key frames at hand, L tokens per frame, S tokens, N keys, H heads,
+Shapes: B batch, F frames, Fq and Fk local query and key frames, L tokens per frame, S tokens, N keys, H heads,
 E head width, D width; G groups of tokens (latent frames of the video, 1 for actions) with L tokens each.
 """
 
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         return q, k, self._heads(self.v(context))
 
     def cross(self, x: Tensor, context: Tensor | KeyValue, mask: Tensor | None) -> Tensor:
-        """Attention of x (B, G, L, D) where mask (B, N) is true (None: everywhere) on context (B, N, D), or on what
+        """Attention of x (B, G, L, D) where mask (B, N) is true (None: for all tokens) on context (B, N, D), or on what
         `context_keys` made of it."""
         if isinstance(context, Tensor):
             q, k, v = self.project(x, context, None)
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         return self.finish(scaled_dot_product(q.flatten(1, 2), k, v, mask), x)
 
     def context_keys(self, context: Tensor) -> KeyValue:
-        """Keys and values of a context (B, N, D) that is read again and again."""
+        """Keys and values of a context (B, N, D) that many denoising steps read."""
         return KeyValue(self._heads(self.norm_k(self.k(context))).to(context.dtype), self._heads(self.v(context)))
 
     def finish(self, heads: Tensor, like: Tensor) -> Tensor:
@@ -112,31 +112,31 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of one layer for the frames at hand; all of a sample's unless frames are shared over ranks.
+    """The windows of one layer for the local frames; all of a sample's unless context ranks split them.
 
     Attributes:
-        rule: who attends to whom.
+        spec: of the layer.
         history: K of each sample, length B.
         frames: F of the whole sample.
-        queries: numbers of the frames whose queries are at hand (Fq).
-        keys: numbers of the frames whose keys are at hand (Fk), ascending; all that the queries read.
+        queries: numbers of the frames whose queries this rank has (Fq).
+        keys: numbers of the frames whose keys this rank has (Fk), ascending; all that the queries read.
     """
 
-    rule: WindowSpec
+    spec: WindowSpec
     history: tuple[int, ...]
     frames: int
     queries: tuple[int, ...]
     keys: tuple[int, ...]
 
     @classmethod
-    def whole(cls, rule: WindowSpec, history: tuple[int, ...], frames: int) -> "Windows":
-        """All frames are here."""
-        return cls(rule, history, frames, tuple(range(frames)), tuple(range(frames)))
+    def whole(cls, spec: WindowSpec, history: tuple[int, ...], frames: int) -> "Windows":
+        """All frames are on this rank."""
+        return cls(spec, history, frames, tuple(range(frames)), tuple(range(frames)))
 
-    def mask_rule(self, tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """`f(b, i, j) -> bool` on indices of the tokens at hand; keys run on into zero padding."""
-        seen = attends(self.rule, self.frames, tokens, torch.tensor(self.history, device=device))
-        padding = range(self.frames, self.rule.padded_frames(self.frames))
+    def mask_fn(self, tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """`f(b, i, j) -> bool` on indices of the local tokens; keys run on into zero padding."""
+        seen = attends(self.spec, self.frames, tokens, torch.tensor(self.history, device=device))
+        padding = range(self.frames, self.spec.padded_frames(self.frames))
         queries, keys = (torch.tensor(n, device=device) for n in (self.queries, (*self.keys, *padding)))
         return lambda b, i, j: seen(
             b, queries[i // tokens] * tokens + i % tokens, keys[j // tokens] * tokens + j % tokens
@@ -149,7 +149,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, *, windows: Windows, backe
     Args:
         q: (B, Fq, L, H, E), after norm and rotary embedding.
         k, v: (B, Fk, L, H, E).
-        windows: which frames these are, and the rule.
+        windows: which frames these are, and what they read.
         backend: `gathered` (windows copied, plain attention kernels), `flex` (FlexAttention; trains on CUDA only) or
             `dense` (an S×S mask: the oracle).
 
@@ -170,21 +170,21 @@ def select_backend(requested: str) -> str:
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
-    (batch, frames, tokens), rule = q.shape[:3], windows.rule
-    plan = window_plan(rule, windows.frames, windows.history, windows.queries, windows.keys, q.device)
+    (batch, frames, tokens), spec = q.shape[:3], windows.spec
+    plan = window_plan(spec, windows.frames, windows.history, windows.queries, windows.keys, q.device)
     if len(plan) == 1 and _is_everything(plan[0], q, k):
         return scaled_dot_product(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), None)
     qs, ks, vs = (x.flatten(0, 1) for x in (q, k, v))  # (B·F, L, H, E)
-    if rule.padded_frames(windows.frames) > windows.frames:
+    if spec.padded_frames(windows.frames) > windows.frames:
         ks, vs = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (ks, vs))
-    parts = [_attend_group(qs, ks, vs, group, rule.window) for group in plan]
+    parts = [_attend_group(qs, ks, vs, group, spec.window) for group in plan]
     order = torch.cat([group.query.flatten() for group in plan]).argsort()
     out = torch.cat(parts).index_select(0, order)  # (B·Fq, L, H, E)
     return out.view(batch, frames * tokens, *out.shape[2:])
 
 
 def _is_everything(group: WindowGroup, q: Tensor, k: Tensor) -> bool:
-    """Whether every query at hand reads every key at hand, in full."""
+    """Whether every local query reads every local key, in full."""
     return group.offsets is None and group.query.shape == q.shape[:2] and group.key.shape == k.shape[:2]
 
 
@@ -201,13 +201,13 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: WindowGroup, window: i
 
 
 def _pad_keys(x: Tensor, windows: Windows) -> Tensor:
-    """(B, Fk, L, H, E) → (B, S, H, E), the zero frames of the token reading appended."""
-    padding = windows.rule.padded_frames(windows.frames) - windows.frames
+    """(B, Fk, L, H, E) → (B, S, H, E), with the zero frames of the token reading behind them."""
+    padding = windows.spec.padded_frames(windows.frames) - windows.frames
     return F.pad(x, (0, 0) * 3 + (0, padding)).flatten(1, 2) if padding else x.flatten(1, 2)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
-    batch, seen = q.shape[0], windows.mask_rule(q.shape[2], q.device)
+    batch, seen = q.shape[0], windows.mask_fn(q.shape[2], q.device)
     q, k, v = q.flatten(1, 2), _pad_keys(k, windows), _pad_keys(v, windows)
     b, i, j = (torch.arange(n, device=q.device) for n in (batch, q.shape[1], k.shape[1]))
     mask = seen(b[:, None, None], i[:, None], j).expand(batch, len(i), len(j))
@@ -217,7 +217,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
 def _flex(q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    batch, seen = q.shape[0], windows.mask_rule(q.shape[2], q.device)
+    batch, seen = q.shape[0], windows.mask_fn(q.shape[2], q.device)
     q, k, v = q.flatten(1, 2), _pad_keys(k, windows), _pad_keys(v, windows)
     mask = create_block_mask(
         lambda b, h, i, j: seen(b, i, j), batch, None, q.shape[1], k.shape[1], device=str(q.device)

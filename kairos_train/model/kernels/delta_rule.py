@@ -5,7 +5,7 @@ Per head, with state S (K×V), for every token
 
 Within a chunk of C tokens, G the running sum of g, D_ij = e^(G_i − G_j) for i ≥ j:
     T = (1 + tril(diag(β) K Kᵀ ∘ D, −1))⁻¹      (unit lower triangular)
-    U = T diag(β) V,   W = T diag(β e^G) K        (pseudo values; what they owe the incoming state)
+    U = T diag(β) V,   W = T diag(β e^G) K        (pseudo values; the incoming state's part of them)
     V' = U − W S,   O = (Q ∘ e^G) S + (Q Kᵀ ∘ D) V',   S ← e^(G_C) S + (K ∘ e^(G_C − G))ᵀ V'.
 
 Shapes: B batch, S tokens, H heads, K key width, V value width.
@@ -30,7 +30,7 @@ def select_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     `auto` is fla's Triton kernels on CUDA and plain torch elsewhere; float64 always runs in torch (fla has no float64).
 
     Raises:
-        UserError: fla is asked for, or due, and cannot run here.
+        UserError: the configuration asks for fla, or `auto` resolves to it, and it cannot run here.
     """
     if requested == "torch" or (requested == "auto" and (device.type != "cuda" or dtype == torch.float64)):
         return "torch"

@@ -2,7 +2,7 @@
 
 On Hopper GPUs Triton 3.4 to 3.7.0 gives wrong gradients of the decays in fla's `chunk_bwd_dqkwg`, and fla refuses the
 backward pass there (its issue 640; torch 2.11 and 2.12 come with such a Triton). The step is a few matrix products per
-chunk; this module computes them with torch and registers them at fla's dispatcher. Everything else stays fla's.
+chunk; this module computes them with torch and registers them at fla's dispatcher. The rest stays fla's.
 Written for fla-core 0.6.0. An installed tilelang takes precedence.
 
 For a chunk of C tokens with state h at its start, running decay G (base 2), pseudo values v = u − w h and scale s,
@@ -30,10 +30,10 @@ from kairos_train.basics.errors import UserError
 
 @lru_cache(maxsize=1)
 def replace_miscompiled_kernel() -> bool:
-    """Register `chunk_gradients` at fla where it is needed; returns whether it was.
+    """Register `chunk_gradients` at fla where Triton miscompiles its kernel; returns whether it does.
 
     Raises:
-        UserError: it is needed, and this fla has no dispatcher to register at.
+        UserError: it does, and this fla has no dispatcher to register at.
     """
     import triton
 

@@ -1,7 +1,7 @@
 """Rotary position embedding on adjacent channel pairs (2i, 2i+1), angles in float64.
 
-Video: three axes share a head's E/2 pairs as frames: half − 2·(half // 3), height: half // 3, width: half // 3, in that
-order. Action: one axis. Pair i of an axis with n pairs turns by position · 10000^(−i/n).
+Video: of a head's half = E/2 pairs, half − 2·(half // 3) rotate by frame, half // 3 by height, half // 3 by width, in
+that order. Action: one axis. Pair i of an axis with n pairs rotates by position · 10000^(−i/n).
 """
 
 import torch
@@ -24,7 +24,7 @@ def grid_angles(frames: Tensor, height: int, width: int, head_dim: int) -> Tenso
     """Angles of video tokens in raster order, float64 (F, L, E/2).
 
     Args:
-        frames: global frame numbers held here, (F,).
+        frames: global numbers of the local frames, (F,).
         height: h, patches per column.
         width: w, patches per row.
     """
@@ -49,7 +49,7 @@ def rotation(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the channel pairs of x (..., H, E), which is float32 or wider, by `rotation` (broadcast over H)."""
+    """Rotate the channel pairs of x (..., H, E), which is float32 or wider, by `rotation` (broadcast over H)."""
     cos, sin = rotation
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)

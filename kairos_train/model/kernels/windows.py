@@ -1,9 +1,9 @@
-"""Who attends to whom in the video stream: one rule per attention kind, in frames (model specification, "The attention
-kinds" and "Token-window variant").
+"""The attention windows of the video stream, by attention kind, in frames (model specification, "The attention kinds"
+and "Token-window variant").
 
-Two forms of the same rule. `attends` says it for one pair of tokens: it is what a dense mask (the oracle) or
-FlexAttention evaluates. `window_plan` says it as lists of frames: which query frames read which key frames, so that
-windows are gathered and no S×S mask is built.
+A `WindowSpec` has two forms. `attends` decides for one pair of tokens: a dense mask (the oracle) and FlexAttention
+evaluate it. `window_plan` lists which query frames read which key frames, so that a backend gathers windows and builds
+no S×S mask.
 
 Shapes: B batch, F latent frames, L tokens per frame.
 """
@@ -26,7 +26,7 @@ class WindowSpec:
         kind: SWA, DSWA or FA.
         window: in frames.
         dilation: of DSWA, in frames.
-        token_window: the public video-only reading, |i − j| ≤ window·L tokens, no history rule.
+        token_window: the public video-only reading, |i − j| ≤ window·L tokens, history like any other frame.
         restrict_history: a history query sees history keys only.
         all_attend_history: every query sees all history keys as well.
         history_causal: a history query sees its own frame and earlier ones only.
@@ -42,7 +42,7 @@ class WindowSpec:
 
     @classmethod
     def of(cls, kind: str, config: VideoStreamConfig) -> "WindowSpec":
-        """The rule of a layer of `kind` in a video stream."""
+        """The windows of a layer of `kind` in a video stream."""
         return cls(
             kind=kind,
             window=config.window_frames,
@@ -70,44 +70,44 @@ class WindowSpec:
         return frames + step - frames % step if self.token_window and step > 1 else frames
 
 
-def key_frames(rule: WindowSpec, frame: int, frames: int, history: int) -> tuple[int, ...]:
+def key_frames(spec: WindowSpec, frame: int, frames: int, num_history: int) -> tuple[int, ...]:
     """The frames that queries of `frame` read, ascending; numbers ≥ `frames` are zero padding (token reading only).
 
     Args:
         frames: F.
-        history: K, the sample's history frames.
+        num_history: K, the sample's history frames.
     """
-    if rule.token_window:
-        if rule.kind == "FA":
+    if spec.token_window:
+        if spec.kind == "FA":
             return tuple(range(frames))
-        step = rule.step(frames)
-        reach = [frame + step * o for o in range(-rule.window, rule.window + 1)]
-        return tuple(g for g in reach if 0 <= g < rule.padded_frames(frames))
-    step = rule.step(frames)
+        step = spec.step(frames)
+        reach = [frame + step * o for o in range(-spec.window, spec.window + 1)]
+        return tuple(g for g in reach if 0 <= g < spec.padded_frames(frames))
+    step = spec.step(frames)
     keys = {
         g
         for g in range(frames)
-        if rule.kind == "FA" or ((g - frame) % step == 0 and abs(g - frame) < rule.window * step)
+        if spec.kind == "FA" or ((g - frame) % step == 0 and abs(g - frame) < spec.window * step)
     }
-    if rule.restrict_history and frame < history:
-        keys = {g for g in keys if g < history}
-    if rule.all_attend_history:
-        keys |= set(range(history))
-    if rule.history_causal and frame < history:
+    if spec.restrict_history and frame < num_history:
+        keys = {g for g in keys if g < num_history}
+    if spec.all_attend_history:
+        keys |= set(range(num_history))
+    if spec.history_causal and frame < num_history:
         keys = {g for g in keys if g <= frame}
     return tuple(sorted(keys))
 
 
 @lru_cache(maxsize=256)
-def frames_read(rule: WindowSpec, frames: int, history: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def frames_read(spec: WindowSpec, frames: int, history: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """For each of F frames, the frames that its queries read in any sample of a batch; padding is not counted.
 
     Args:
         frames: F, of every sample.
         history: K of each sample, length B.
     """
-    known = sorted(set(history))
-    unions = [{g for k in known for g in key_frames(rule, f, frames, k)} for f in range(frames)]
+    lengths = sorted(set(history))
+    unions = [{g for k in lengths for g in key_frames(spec, f, frames, k)} for f in range(frames)]
     return tuple(tuple(sorted(g for g in union if g < frames)) for union in unions)
 
 
@@ -115,7 +115,7 @@ def frames_read(rule: WindowSpec, frames: int, history: tuple[int, ...]) -> tupl
 class WindowGroup:
     """n independent attention problems of equal shape: `query[i]` (a frames) reads `key[i]` (m frames).
 
-    Indices count the frames at hand of the flattened batch: B·Fq query frames; B·Fk key frames, then one all-zero frame
+    Indices count the local frames of the flattened batch: B·Fq query frames; B·Fk key frames, then one all-zero frame
     for padding.
 
     Attributes:
@@ -132,7 +132,7 @@ class WindowGroup:
 
 @lru_cache(maxsize=256)
 def window_plan(
-    rule: WindowSpec,
+    spec: WindowSpec,
     frames: int,
     history: tuple[int, ...],
     query_frames: tuple[int, ...],
@@ -144,19 +144,19 @@ def window_plan(
     Args:
         frames: F, of every whole sample.
         history: K of each sample, length B.
-        query_frames: numbers of the frames whose queries are at hand (Fq).
-        at: numbers of the frames whose keys are at hand (Fk), all that the queries read.
+        query_frames: numbers of the frames whose queries this rank has (Fq).
+        at: numbers of the frames whose keys this rank has (Fk), all that the queries read.
     """
-    windows: dict[tuple, list[int]] = {}  # what is read → who reads it
-    place = {g: i for i, g in enumerate(at)}
-    for b, known in enumerate(history):
+    windows: dict[tuple, list[int]] = {}  # keys → the query frames that read them
+    position_of = {g: i for i, g in enumerate(at)}
+    for b, num_history in enumerate(history):
         for position, f in enumerate(query_frames):
-            keys = key_frames(rule, f, frames, known)
+            keys = key_frames(spec, f, frames, num_history)
             offsets = None
-            if rule.token_window and rule.kind != "FA":
-                offsets = tuple((g - f) // rule.step(frames) for g in keys)
+            if spec.token_window and spec.kind != "FA":
+                offsets = tuple((g - f) // spec.step(frames) for g in keys)
             padding = len(history) * len(at)
-            ids = tuple(b * len(at) + place[g] if g < frames else padding for g in keys)
+            ids = tuple(b * len(at) + position_of[g] if g < frames else padding for g in keys)
             # Frames that read the same whole frames share one problem; a band depends on the query frame.
             windows.setdefault((ids, offsets, f if offsets else None, b), []).append(b * len(query_frames) + position)
     shapes: dict[tuple, list[tuple[list[int], tuple[int, ...]]]] = {}
@@ -181,31 +181,31 @@ def band_mask(offsets: tuple[int, ...], tokens: int, window: int, device: torch.
     return (keys.flatten() - position[:, None]).abs() <= window * tokens
 
 
-def attends(rule: WindowSpec, frames: int, tokens: int, history: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The rule for one pair of tokens: `f(b, q, k) -> bool`, elementwise on broadcast index tensors.
+def attends(spec: WindowSpec, frames: int, tokens: int, history: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The windows for one pair of tokens: `f(b, q, k) -> bool`, elementwise on broadcast index tensors.
 
-    k may run to `rule.padded_frames(frames) · L` (zero padding). `history` is K per sample, int64 (B,).
+    k may run to `spec.padded_frames(frames) · L` (zero padding). `history` is K per sample, int64 (B,).
     """
-    step = rule.step(frames)
+    step = spec.step(frames)
 
     def token_window(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if rule.kind == "FA":
+        if spec.kind == "FA":
             return (q >= 0) & (k >= 0) & (b >= 0)
         fq, fk = q // tokens, k // tokens
         distance = (fq // step * tokens + q % tokens) - (fk // step * tokens + k % tokens)
-        return ((fq - fk) % step == 0) & (distance.abs() <= rule.window * tokens) & (b >= 0)
+        return ((fq - fk) % step == 0) & (distance.abs() <= spec.window * tokens) & (b >= 0)
 
     def frame_window(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        fq, fk, known = q // tokens, k // tokens, history[b]
+        fq, fk, num_history = q // tokens, k // tokens, history[b]
         seen = (fq >= 0) & (fk >= 0)
-        if rule.kind != "FA":
-            seen = ((fk - fq) % step == 0) & ((fk - fq).abs() < rule.window * step)
-        if rule.restrict_history:
-            seen = seen & ((fq >= known) | (fk < known))
-        if rule.all_attend_history:
-            seen = seen | (fk < known)
-        if rule.history_causal:
-            seen = seen & ((fq >= known) | (fk <= fq))
+        if spec.kind != "FA":
+            seen = ((fk - fq) % step == 0) & ((fk - fq).abs() < spec.window * step)
+        if spec.restrict_history:
+            seen = seen & ((fq >= num_history) | (fk < num_history))
+        if spec.all_attend_history:
+            seen = seen | (fk < num_history)
+        if spec.history_causal:
+            seen = seen & ((fq >= num_history) | (fk <= fq))
         return seen
 
-    return token_window if rule.token_window else frame_window
+    return token_window if spec.token_window else frame_window

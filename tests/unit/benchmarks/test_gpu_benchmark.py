@@ -168,7 +168,7 @@ def test_the_baselines_mask_is_that_of_the_rule():
             continue
         windows = Windows.whole(rule, (2,), frames)
         b, i, j = torch.tensor(0), torch.arange(frames * tokens)[:, None], torch.arange(frames * tokens)
-        expected = windows.mask_rule(tokens, torch.device("cpu"))(b, i, j)
+        expected = windows.mask_fn(tokens, torch.device("cpu"))(b, i, j)
         assert torch.equal(speed.dense_mask(windows, tokens, torch.device("cpu"))[0, 0], expected)
 
 
