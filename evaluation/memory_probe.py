@@ -38,7 +38,7 @@ from evaluation.held_out import spread_batches
 from evaluation.losses import conditioned, objective_of
 from kairos_train.basics.geometry import TIME_STRIDE
 from kairos_train.inference.predict import Predictor
-from kairos_train.model.capture import listening
+from kairos_train.model.capture import capture_recurrences
 from kairos_train.model.kernels.delta_rule import gated_delta_rule
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -81,7 +81,7 @@ def measure(predictor: Predictor, index: ShardIndex, *, samples: int, seed: int,
     frames = tokens = windows = 0
     for batch in spread_batches(index, count=samples, batch_size=batch_size, with_frames=index.encoders is None):
         noisy = conditioned(predictor, objective, batch, draw=0)
-        with listening(
+        with capture_recurrences(
             policy.model, lambda name, k, g, beta: found.setdefault(name, []).append(contraction(k, g, beta))
         ):
             policy.model(**noisy.model_inputs())

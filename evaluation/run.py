@@ -30,7 +30,7 @@ from kairos_train.basics.files import write_json
 from kairos_train.basics.log import logger
 from kairos_train.inference.load import Policy, load
 from kairos_train.inference.predict import Predictor
-from kairos_train.model.capture import gated_layers
+from kairos_train.model.capture import gdn_layers
 
 PARTS = ("open_loop", "losses", "video", "memory")
 PROBED = 32
@@ -148,7 +148,7 @@ def obstacles(policy: Policy, index: ShardIndex) -> dict[str, str]:
         found["video"] = f"windows of {policy.latent_frames} latent frames leave nothing to sample behind those given"
     elif index.clips is not None:
         found["video"] = "the shards hold clips, no windows of episodes: nothing is recorded behind them"
-    if not gated_layers(policy.model):
+    if not gdn_layers(policy.model):
         found["memory"] = "the model has no Gated DeltaNet layer"
     return found
 

@@ -1,7 +1,7 @@
-"""Which activations a layer keeps for its backward pass, and where.
+"""Activation checkpointing and offloading: which activations a layer keeps for its backward pass, and where.
 
-`none` keeps all; `block` keeps a layer's input and computes the rest again in backward; `selective` does too, but keeps
-the outputs of attention and the states that came from other ranks, which are expensive to make and small.
+`none` keeps all; `block` keeps a layer's input and recomputes the rest in backward; `selective` also keeps the outputs
+of attention and the states that came from other ranks, which are small and expensive to recompute.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ class ActivationPolicy:
 
     Attributes:
         recompute: none | block | selective.
-        offload: what is kept lies in host memory until backward.
+        offload: kept activations lie in host memory until backward.
     """
 
     recompute: str = "none"
     offload: bool = False
 
     def run(self, layer: Callable[..., Any], *inputs: Any) -> Any:
-        """`layer(*inputs)`; what it does must depend on `inputs` and constants alone."""
+        """`layer(*inputs)`, which must depend on `inputs` and constants alone."""
         if not torch.is_grad_enabled():
             return layer(*inputs)
         pin = torch.cuda.is_available()
         with torch.autograd.graph.save_on_cpu(pin_memory=pin) if self.offload else contextlib.nullcontext():
             if self.recompute == "none":
                 return layer(*inputs)
-            # Nothing in a layer is drawn at random, so no generator needs to be restored.
+            # No layer draws random numbers, so there is no generator to restore.
             options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
             if self.recompute == "selective":
                 options["context_fn"] = partial(checkpoint.create_selective_checkpoint_contexts, _keep)

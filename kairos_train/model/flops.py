@@ -3,11 +3,11 @@
 One multiply-add counts as 2. Per token and layer, forward:
     projections          2·D·(widths in and out)
     windows              4·(attention width)·(keys the token reads)
-    GATED recurrence     projections, convolutions and the chunked rule, see `_gated_flops`
+    Gated DeltaNet       projections, convolutions and the chunked recurrence, see `_gdn_flops`
     cross-attention      projections of the query side, keys and values once per context token, 4·width·N
     FFN                  4·D·FFN
-Backward costs twice the forward; recomputed activations do not count (model FLOPs, not hardware FLOPs).
-Embeddings, norms, modulations' elementwise work and the head are counted where they are matrix products.
+Backward costs twice the forward; recomputed activations do not count (model FLOPs, not hardware FLOPs). Embeddings and
+heads count as matrix products; norms and other elementwise work do not count.
 """
 
 from kairos_train.config.schema import ModelConfig
@@ -58,10 +58,10 @@ def _video_flops(config: ModelConfig, frames: int, tokens_per_frame: int, contex
     for kind in layer_kinds(config):
         flops += _cross_and_ffn_flops(width, width, video.ffn_dim, tokens, context_tokens)
         if kind == "GATED":
-            flops += tokens * _gated_flops(config)
+            flops += tokens * _gdn_flops(config)
             continue
-        rule = WindowSpec.of(kind, video)
-        read = sum(len(key_frames(rule, f, frames, history)) for f in range(frames)) * tokens_per_frame**2
+        spec = WindowSpec.of(kind, video)
+        read = sum(len(key_frames(spec, f, frames, history)) for f in range(frames)) * tokens_per_frame**2
         flops += tokens * 8 * width * width + 4 * width * read
     return flops
 
@@ -89,15 +89,15 @@ def _cross_and_ffn_flops(dim: int, attention: int, ffn: int, tokens: int, contex
     return cross + 4 * tokens * dim * ffn
 
 
-def _gated_flops(config: ModelConfig) -> int:
-    """Per token: projections, convolutions, and the chunked rule of `delta_rule` with chunk C = 64.
+def _gdn_flops(config: ModelConfig) -> int:
+    """Per token: projections, convolutions, and the chunked recurrence of `delta_rule` with chunk C = 64.
 
-    Of the rule: K·Kᵀ and Q·Kᵀ (2·2·C·K), T times V + K columns (2·C·(V + K)), W·S, Q·S and the state update
-    (3·2·K·V), scores times values (2·C·V). Triangular matrices count as full ones: that is what is multiplied.
+    Of the recurrence: K·Kᵀ and Q·Kᵀ (2·2·C·K), T times V + K columns (2·C·(V + K)), W·S, Q·S and the state update
+    (3·2·K·V), scores times values (2·C·V). Triangular matrices count as full ones: kernels multiply all of them.
     """
     video, heads = config.video, config.num_heads
     key, value = video.gdn_key_dim, video.gdn_value_dim
     projections = 2 * video.dim * heads * (2 * key + 3 * value + 2)
     convolutions = 2 * video.gdn_conv_size * heads * (2 * key + value)
-    rule = heads * (4 * CHUNK * key + 2 * CHUNK * (value + key) + 6 * key * value + 2 * CHUNK * value)
-    return projections + convolutions + rule
+    recurrence = heads * (4 * CHUNK * key + 2 * CHUNK * (value + key) + 6 * key * value + 2 * CHUNK * value)
+    return projections + convolutions + recurrence

@@ -1,4 +1,5 @@
-"""The GATED layer: Gated DeltaNet over all video tokens in raster order (model specification, "The attention kinds").
+"""Gated DeltaNet (GDN), layer kind GATED, over all video tokens in raster order (model specification, "The attention
+kinds").
 
 Shapes: B batch, F frames, L tokens per frame, S = F·L video tokens, D width, H heads, K key width, V value width.
 """
@@ -49,12 +50,12 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class RecurrentState:
-    """What a GATED layer keeps of the tokens before a sequence that goes on.
+    """What a Gated DeltaNet layer keeps of the tokens so far, for those that follow.
 
     Attributes:
         state: (B, H, K, V), float32 or wider.
-        tokens: the layer's last inputs (B, conv_size − 1, D), which the convolutions reach back to; zeros before the
-            first token.
+        tokens: the layer's last inputs (B, conv_size − 1, D), which the convolutions read again; zeros before the first
+            token.
     """
 
     state: Tensor
@@ -66,7 +67,7 @@ class GatedDeltaNet(nn.Module):
 
     Args:
         dim: D.
-        heads: H over all ranks.
+        heads: H on all ranks together.
         key_dim: K per head.
         value_dim: V per head.
         backend: `kernels.gated_delta`.
@@ -130,8 +131,10 @@ class GatedDeltaNet(nn.Module):
         k = self._unit(self._project(self.k_proj, self.k_conv1d, x, halo, self.key_dim))
         v = self._project(self.v_proj, self.v_conv1d, x, halo, self.value_dim)
         beta = upcast(self.b_proj(x)).sigmoid()
-        rule = partial(gated_delta_rule, backend=select_backend(self.backend, x.device, x.dtype))
-        outputs = self.hooks.start_recurrence(rule, q.to(v.dtype), k.to(v.dtype), v, self.log_decay(x), beta, state)
+        recurrence_fn = partial(gated_delta_rule, backend=select_backend(self.backend, x.device, x.dtype))
+        outputs = self.hooks.start_recurrence(
+            recurrence_fn, q.to(v.dtype), k.to(v.dtype), v, self.log_decay(x), beta, state
+        )
         gate = F.silu(upcast(self.g_proj(x))).unflatten(-1, (self.heads, self.value_dim))
         o, state = outputs()
         o = (self.o_norm(o) * gate).to(x.dtype).reshape(*grid.shape[:3], self.heads * self.value_dim)

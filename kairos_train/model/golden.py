@@ -1,4 +1,4 @@
-"""Reference vectors: files of weights, inputs, outputs and gradients that an independent implementation computed.
+"""Reference vectors: files of weights, inputs, outputs and gradients computed by an independent implementation.
 
 A file is a safetensors file whose metadata key `config` is JSON with every size and flag; its tensors are
 `weights.<checkpoint key>`, `inputs.*`, `outputs.*`, `cotangents.*`, `loss` = Σ outputs·cotangents and
@@ -83,7 +83,7 @@ def _model_config(header: dict, weights: dict[str, Tensor]) -> ModelConfig:
     has_action = any(name.startswith("action_dit.") for name in weights)
     patch = next((w for name, w in weights.items() if name.endswith("patch_embedding.weight")), None)
     conv = next((w for name, w in weights.items() if name.endswith("q_conv1d.weight")), None)
-    gated_key = header["gdn_head_dim"]
+    gdn_key = header["gdn_head_dim"]
     return ModelConfig(
         name="golden",
         num_layers=header["num_layers"],
@@ -103,8 +103,8 @@ def _model_config(header: dict, weights: dict[str, Tensor]) -> ModelConfig:
             window_semantics=header.get("window_semantics", "frame"),
             restrict_history_query_to_history=header.get("restrict_history_query_to_history", False),
             all_attend_history=header.get("all_attend_history", False),
-            gdn_key_dim=gated_key,
-            gdn_value_dim=gated_key * header["gdn_expand_v"],
+            gdn_key_dim=gdn_key,
+            gdn_value_dim=gdn_key * header["gdn_expand_v"],
         ),
         action=ActionStreamConfig(
             dim=header["action_dim_model"],

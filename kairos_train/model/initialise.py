@@ -1,9 +1,9 @@
 """Initial weights (*ours*: the publication does not state them), each a function of (seed, name, full shape) alone.
 
-So a rank that holds a slice of a tensor starts from the same numbers as a process that holds it whole. Linear layers
-Xavier-uniform with zero biases; embeddings of text and time normal(0.02); the last layer of each stream zero, so that
-training starts from velocity 0; modulations normal / √D; convolutions and the first factor of
-adapters uniform within 1/√size, the second factor zero.
+So a rank that holds a slice of a tensor starts from the same values as a process that holds it whole. Linear layers
+are Xavier-uniform with zero biases; embeddings of text and time normal(0.02); the last layer of each stream zero, so
+that training starts from velocity 0; modulations normal / √D; convolutions and the first factor of adapters uniform
+within 1/√size, the second factor zero.
 """
 
 import hashlib
@@ -21,20 +21,20 @@ DECAY_RATE_RANGE = (1.0, 16.0)
 
 LAST_LAYERS = ("video_dit.head.head.", "action_dit.head.")
 
-Place = Callable[[str, torch.Size], tuple[torch.Size, tuple[slice, ...]]]
-"""(name, shape here) → (full shape, which part of it is here)."""
+LocalSlices = Callable[[str, torch.Size], tuple[torch.Size, tuple[slice, ...]]]
+"""(name, local shape) → (full shape, the slices of it that are on this rank)."""
 
 
 def whole(name: str, shape: torch.Size) -> tuple[torch.Size, tuple[slice, ...]]:
-    """Every tensor is here whole."""
+    """Every tensor is whole on this rank."""
     return shape, ()
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, place: Place = whole) -> None:
+def initialise(model: nn.Module, seed: int, slices: LocalSlices = whole) -> None:
     """Set every parameter of a world-action model in place, one whole tensor at a time."""
     for name, parameter in model.named_parameters():
-        shape, part = place(name, parameter.shape)
+        shape, part = slices(name, parameter.shape)
         parameter.copy_(initial_value(name, shape, seed)[part])
 
 
@@ -69,6 +69,6 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 def generator(name: str, seed: int) -> torch.Generator:
-    """A stream of numbers on the CPU that depends on the name and the seed alone."""
+    """A random generator on the CPU whose stream depends on the name and the seed alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,4 +1,4 @@
-"""The model in a parallel layout: hooks for a topology, and this rank's part of it on the meta device."""
+"""The model in a parallel layout: hooks for a topology, and this rank's shard of it on the meta device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model_hooks(config: Config, topology: Topology, traffic: Traffic | None = No
 
 
 def empty_model(config: Config, topology: Topology, traffic: Traffic | None = None) -> WorldActionModel:
-    """This rank's part of the model that a stage trains, without storage (meta device)."""
+    """This rank's shard of the model that a stage trains, without storage (meta device)."""
     with torch.device("meta"):
         model = WorldActionModel(
             stage_model(config),
@@ -50,7 +50,7 @@ def empty_model(config: Config, topology: Topology, traffic: Traffic | None = No
 
 
 def model_table(config: Config, model: WorldActionModel) -> ShardingTable:
-    """How tensor ranks hold the parameters of `config`'s model."""
+    """How tensor ranks shard the parameters of `config`'s model."""
     names = [name for name, _ in model.named_parameters()]
     return sharding_table(tensor=config.parallel.tensor, sequence=config.parallel.sequence, names=names)
 
@@ -65,7 +65,7 @@ def full_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def check_layers(config: Config) -> None:
-    """Raise UserError if `precision.fp8` or `stage.lora` cannot be had here, before any device is taken."""
+    """Raise UserError if this machine or layout cannot do `precision.fp8` or `stage.lora`, before taking any device."""
     policy = Fp8Policy(config.precision.fp8, config.model.num_layers)
     check_widths(policy, stage_model(config), config.parallel.tensor)
     require(policy, recompute=config.train.recompute, context=config.parallel.context)

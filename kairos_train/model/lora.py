@@ -1,14 +1,15 @@
 """Low-rank adapters on the linear layers of a stream (LoRA, arXiv 2106.09685): y = Wx + b + (α/r)·B(Ax), W frozen.
 
 A: (r, in), B: (out, r). B starts at zero, so that the model starts as it is. The adapted layer keeps the names of its
-weight and bias; beside them stand `lora_a` and `lora_b`. What inference is given has them merged: W + (α/r)·B·A.
+weight and bias, and has `lora_a` and `lora_b` beside them. Exports for inference are merged: W + (α/r)·B·A.
 
-Where tensor ranks split a layer they split its adapter, and send nothing more: of ranks i,
+Where tensor ranks split a layer they split its adapter too, and communicate nothing more: on rank i,
 
     column layer    y_i = W_i x + (α/r)·B_i (A x)            B by rows, A on every rank
     row layer       y   = Σ_i [W_i x_i + (α/r)·B (A_i x_i)]  A by columns, B on every rank
 
-What is on every rank gets its gradient from this rank's features: it is `replicated_partial` in the sharding table.
+The factor that is on every rank gets its gradient from this rank's features: it is `replicated_partial` in the
+sharding table.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ Shape = tuple[int, ...]
 
 
 class _Adapter:
-    """What an adapter puts before a class of linear layers that has `product(x, bias)`: x Wᵀ + b of what is here."""
+    """An adapter, mixed in before a linear layer class that has `product(x, bias)`: x Wᵀ + b of the local shards."""
 
     def add(self, rank: int, scale: float) -> None:
-        """Make the factors, without values, on the device that the weight is on."""
+        """Allocate the factors, without values, on the device of the weight."""
         rows, columns = self.weight.shape
         self.scale = scale
         self.lora_a = nn.Parameter(self.weight.new_empty(rank, columns))
@@ -44,7 +45,7 @@ class _Adapter:
 
 
 class _WholeLinear(nn.Linear):
-    """torch's layer in the terms of `parallel.megatron_linear`'s."""
+    """torch's layer with the interface of `parallel.megatron_linear`'s."""
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight, bias)
@@ -54,7 +55,7 @@ class _WholeLinear(nn.Linear):
 
 
 def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
-    """Adapt the targets in the blocks of the streams, on the device the model is on, without values.
+    """Adapt the targets in the blocks of the streams, on the model's device, without values.
 
     Raises:
         UserError: a target that no stream has, a stream without a target, or one that computes in FP8.
@@ -66,10 +67,10 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
 
 
 def adapter_shapes(shapes: Mapping[str, Shape], lora: LoraConfig) -> dict[str, Shape]:
-    """Names and shapes of the adapters that a model needs.
+    """Names and shapes of a model's adapters.
 
     Args:
-        shapes: of its own parameters by name, whole or as a tensor rank has them.
+        shapes: of its own parameters by name, full or local to a tensor rank.
 
     Raises:
         UserError: a target that no stream has, or a stream without a target.
@@ -123,7 +124,7 @@ def _adapt(model: nn.Module, name: str, lora: LoraConfig) -> None:
     linear = model.get_submodule(name)
     if type(linear) is not nn.Linear and not hasattr(linear, "product"):
         raise UserError(f"stage.lora: {name} is a {type(linear).__name__}; use precision.fp8.recipe=null")
-    linear.__class__ = _adapted(type(linear))  # all else of it stays: parameters, process group, hooks
+    linear.__class__ = _adapted(type(linear))  # parameters, process group and hooks stay
     linear.add(lora.rank, scale_of(lora))
 
 

@@ -23,14 +23,14 @@ from kairos_train.model.streams import ActionStream, VideoStream
 
 @dataclass
 class ActionContext:
-    """What the action stream reads of the text and the state, at every layer, with the mask (B, N)."""
+    """Keys and values of text and state for the action stream, at every layer, with the mask (B, N)."""
 
     layers: list[KeyValue]
     mask: Tensor | None
 
 
 class VideoPass:
-    """Frames on their way through the video stream, layer by layer; a subclass says what their tokens see.
+    """Frames on their way through the video stream, layer by layer; a subclass says what their tokens attend to.
 
     Args:
         latents: of these frames (B, C, F, H, W).
@@ -48,11 +48,11 @@ class VideoPass:
         self.time, self.modulation = stream.embed_time(times)
 
     def layer(self, index: int, context: Tensor | KeyValue, state: LayerState = None) -> LayerState:
-        """Run layer `index`; returns what it leaves to other tokens.
+        """Run layer `index`; returns what its attention leaves for other tokens.
 
         Args:
             context: as `Block.forward` takes it.
-            state: what the frames before these have left at this layer.
+            state: what the frames before these left at this layer.
         """
         block, spec = self.stream.blocks[index], self.stream.window_specs[index]
 
@@ -89,7 +89,7 @@ class ClipPass(VideoPass):
 
     Args:
         latents: of the whole samples.
-        shared: of the first so many frames, the keys are wanted on every rank (for actions).
+        shared: number of first frames whose keys every rank needs (for actions).
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class ActionPass:
         self.rotation = stream.rotation(action.shape[1], self.x)
         self.mask = None
         if action_mask is not None:
-            # A sample without any valid action still needs a key: its outputs carry no loss, but must be finite.
+            # A sample without any valid action still needs a key: its outputs have no loss, but must be finite.
             self.mask = action_mask | ~action_mask.any(1, keepdim=True)
 
     def layer(self, index: int, history: tuple[KeyValue, Tensor | None] | None) -> None:

@@ -1,4 +1,4 @@
-"""Where arithmetic leaves bfloat16: one rule, float32 or wider."""
+"""Where arithmetic leaves bfloat16, it runs in float32 or wider."""
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,13 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What `upcast` makes of a type."""
+    """The dtype that `upcast` returns for one."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The type of a module's parameters, for who is not that module: `module.weight` there would make ZeRO 3 gather it,
-    on this rank alone if the others go another way."""
+    """The dtype of a module's parameters, for code outside of it. Reading `module.weight` would make ZeRO 3 gather the
+    weight, on this rank alone if the others take another path."""
     return next(module.parameters()).dtype
 
 

@@ -20,7 +20,7 @@ def public_keys(config: ModelConfig) -> Shapes:
     for i, kind in enumerate(layer_kinds(config)):
         shapes |= _block(f"blocks.{i}", video.dim, video.dim, video.ffn_dim, self_attention=kind != "GATED")
         if kind == "GATED":
-            shapes |= _gated(f"blocks.{i}.gated_delta", config)
+            shapes |= _gdn(f"blocks.{i}.gated_delta", config)
     keys = {f"video_dit.{k}": v for k, v in shapes.items()}
     if config.action is None:
         return keys
@@ -63,7 +63,7 @@ def _block(name: str, dim: int, width: int, ffn: int, *, self_attention: bool) -
     return shapes | _linear(f"{name}.ffn.0", (ffn, dim)) | _linear(f"{name}.ffn.2", (dim, ffn))
 
 
-def _gated(name: str, config: ModelConfig) -> Shapes:
+def _gdn(name: str, config: ModelConfig) -> Shapes:
     video, heads = config.video, config.num_heads
     key, value, conv = heads * video.gdn_key_dim, heads * video.gdn_value_dim, video.gdn_conv_size
     return {

@@ -7,7 +7,7 @@ recurrent state of the Gated DeltaNet layers. What is computed here equals a pas
 
     SWA, DSWA   the last (window − 1)·step frames, and the last `visible` ones where there is an action stream
     FA          every frame: its reach is the whole history, and so grows with it
-    GATED       the state after the last frame, and the last inputs of the convolutions
+    GATED       the recurrent state after the last frame, and the last inputs of the convolutions
 
 Frames are numbered as in training: the first of the last `visible` history frames is 0, older ones count below it.
 Video windows do not notice (rotary embeddings compare distances), but actions do: their queries are rotated by their
@@ -99,11 +99,11 @@ def check_causal(model: WorldActionModel) -> None:
     """Raise UserError unless the model can stream: its history is causal, and all of it is on this device."""
     if not model.config.video.history_causal:
         raise UserError(
-            "model.video.history_causal=false: this model's history frames depend on later ones and cannot be carried "
-            "over; recompute a sliding history, or train with model.video.history_causal=true"
+            "model.video.history_causal=false: this model's history frames depend on later ones, so that it cannot "
+            "stream; recompute a sliding history, or train with model.video.history_causal=true"
         )
     if not isinstance(model.hooks.video, SingleDevice):
-        raise UserError("history is carried over on one device; use parallel.tensor=1 and parallel.context=1")
+        raise UserError("a model streams on one device; use parallel.tensor=1 and parallel.context=1")
 
 
 class StreamingModel:

@@ -1,7 +1,7 @@
 """The two streams before and after their blocks (model specification, "One stream, before and after the blocks").
 
 Shapes: B batch, C latent channels, F latent frames, H×W latent height and width, h×w patches, L = h·w tokens per frame,
-l of them held between layers, A actions, N context tokens, D width.
+l of them on this rank between layers, A actions, N context tokens, D width.
 """
 
 import torch
@@ -144,8 +144,8 @@ class VideoStream(nn.Module):
 
     def frame_times(self, timesteps: Tensor, history: tuple[int, ...], frames: int) -> Tensor:
         """Timestep of every frame (B, F): 0 on the first K of each sample, the sample's elsewhere."""
-        known = torch.tensor(history, device=timesteps.device)
-        is_history = torch.arange(frames, device=timesteps.device) < known[:, None]
+        num_history = torch.tensor(history, device=timesteps.device)
+        is_history = torch.arange(frames, device=timesteps.device) < num_history[:, None]
         return timesteps[:, None].expand(-1, frames).masked_fill(is_history, 0.0)
 
     def embed_time(self, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a model configuration comes to: parameters per stream, keys, FLOPs. Nothing is allocated (meta device)."""
+"""A model configuration in numbers: parameters per stream, keys, FLOPs. Allocates nothing (meta device)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Which parameters of a stage's model train: the one rule, for the model, the plan and the size of checkpoints."""
+"""Which parameters of a stage's model train: decided here for the model, the plan and the size of checkpoints."""
 
 from kairos_train.config.schema import StageConfig
 from kairos_train.model.lora import is_adapter

@@ -27,8 +27,8 @@ from kairos_train.model.streams import ActionStream, VideoStream, layer_kinds
 class ModelOutput(NamedTuple):
     """Velocities of the local frames (B, C, F, H, W) and of the actions (B, A, action_dim).
 
-    Without actions `action` is None; but a joint model in training gives one of a dummy (1, 1, action_dim), which
-    belongs into the loss as 0.0 · sum.
+    Without actions `action` is None; but a model with both streams returns that of a dummy (1, 1, action_dim) while it
+    trains, which belongs into the loss as 0.0 · sum.
     """
 
     video: Tensor
@@ -48,10 +48,10 @@ class WorldActionModel(nn.Module):
     `state_dict()` keys are those of the public checkpoints (`video_dit.…`, `action_dit.…`).
 
     Args:
-        config: sizes, layer kinds and window rules.
+        config: sizes, layer kinds and windows.
         kernels: which implementation computes windows and recurrences.
         hooks: what a parallel layout changes; one device by default.
-        activations: what is kept for the backward pass.
+        activations: what layers keep for the backward pass.
 
     Weights follow from torch's seed and their names (`initialise`); on the meta device they are left out.
     """
@@ -89,9 +89,9 @@ class WorldActionModel(nn.Module):
         """Mode `video`, or mode `joint` when `action` is given.
 
         Args:
-            latents: whole samples (B, C, F, H, W), the first K frames of each clean.
+            latents: whole samples (B, C, F, H, W), the first K frames of each clean (history).
             context: (B, N, text_dim).
-            context_mask: bool (B, N), true where there is a token; None: everywhere.
+            context_mask: bool (B, N), true where there is a token; None: all are tokens.
             video_timestep: σ·1000 per sample (B,), float32; history frames get 0.
             history_frames: K of each sample, length B.
             state: normalised proprioception (B, 1, state_dim), one more context token of both streams.
@@ -100,7 +100,7 @@ class WorldActionModel(nn.Module):
             action_mask: bool (B, A), false on padded actions, which are no keys; None: all valid.
         """
         history = self._check_history(latents, history_frames)
-        everything = self.training and self.action_dit is not None  # parameters that this batch leaves unused as well
+        everything = self.training and self.action_dit is not None  # also parameters that this batch does not use
         context, context_mask = self.with_state(context, context_mask, state)
         if everything and state is None:
             context = context + self._dummy_state(context)
@@ -120,13 +120,13 @@ class WorldActionModel(nn.Module):
         return ModelOutput(video.finish(), None if actions is None else actions.finish())
 
     def local_frames(self, frames: int) -> range:
-        """The frames of a sample of `frames` frames that this rank holds, and `forward` gives velocities of."""
+        """Of a sample's `frames` frames, those on this rank, of which `forward` returns velocities."""
         return self.hooks.video.local_frames(frames)
 
     def encode_history(
         self, latents: Tensor, context: Tensor, context_mask: Tensor | None, *, state: Tensor | None = None
     ) -> HistoryCache:
-        """Run the video stream once on K clean history frames (B, C, K, H, W) at timestep 0 and keep keys and values.
+        """Run the video stream once on K clean history frames (B, C, K, H, W) at timestep 0: their KV cache.
 
         Raises:
             UserError: this model's history keys depend on the noisy frames, so that a cache would not be exact.
@@ -161,7 +161,7 @@ class WorldActionModel(nn.Module):
         """The action stream alone on cached history: velocity (B, A, action_dim), equal to mode `joint`'s.
 
         Args:
-            context: as for `forward`; or what `encode_action_context` made of it, the mask and the state.
+            context: as for `forward`; or the result of `encode_action_context`, which includes mask and state.
         """
         if isinstance(context, Tensor):
             context, context_mask = self.with_state(context, context_mask, state)
@@ -173,7 +173,7 @@ class WorldActionModel(nn.Module):
     def encode_action_context(
         self, context: Tensor, context_mask: Tensor | None, *, state: Tensor | None = None
     ) -> ActionContext:
-        """What stays the same of the text from one denoising step of the actions to the next."""
+        """Keys and values of the context, which stay the same from one denoising step of the actions to the next."""
         context, mask = self.with_state(context, context_mask, state)
         embedded = self.action_dit.embed_context(context)
         return ActionContext([block.cross_attn.context_keys(embedded) for block in self.action_dit.blocks], mask)
@@ -182,15 +182,15 @@ class WorldActionModel(nn.Module):
         """One token of zeros through the action stream.
 
         On a rank whose samples have no actions the action stream's parameters still take part in the backward pass, at
-        the same places as elsewhere: ZeRO reduces gradients in the order in which they come, and ZeRO 3 gathers weights
-        in the order in which modules ran, the outermost one's outputs included, and frees them where gradients went
-        through: so the context is a real one, of which gradients are wanted.
+        the same points as on other ranks: ZeRO reduces gradients in the order in which they arrive, and ZeRO 3 gathers
+        weights in the order in which modules ran, the outputs of the outermost one included, and frees them once
+        gradients have passed. So the context is a real one, which needs gradients.
         """
         token = context.new_zeros(1, 1, self.config.action.action_dim)
         return ActionPass(self.action_dit, token, token.new_zeros(1).float(), context[:1], None, None)
 
     def _dummy_state(self, like: Tensor) -> Tensor:
-        """Exactly zero, but a function of the state encoder; see `_dummy_actions`."""
+        """Exactly zero, but with gradients for the state encoder; see `_dummy_actions`."""
         state = like.new_zeros(1, 1, self.config.action.state_dim)
         return 0.0 * self.action_dit.proprio_encoder(state).sum()
 

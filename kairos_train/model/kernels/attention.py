@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
     Args:
         dim: width of queries and outputs; keys and values come from the same width (contexts are embedded to it).
-        heads: H over all ranks.
+        heads: H on all ranks together.
         head_dim: E; the attention width H·E may differ from `dim` (action stream).
     """
 

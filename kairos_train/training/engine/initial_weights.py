@@ -21,7 +21,7 @@ from kairos_train.checkpoint.resolve import resolve_checkpoint
 from kairos_train.conditioning.interfaces import identities_match
 from kairos_train.config.schema import Config
 from kairos_train.model import WorldActionModel
-from kairos_train.model.initialise import Place, initial_value, initialise, whole
+from kairos_train.model.initialise import LocalSlices, initial_value, initialise, whole
 from kairos_train.model.layout import empty_model, model_table
 from kairos_train.model.lora import is_adapter
 from kairos_train.model.trainable import trains
@@ -52,14 +52,14 @@ def build_model(
     model = empty_model(config, topology).to_empty(device="cpu")
     table = model_table(config, model)
 
-    def place(name: str, shape: torch.Size) -> tuple[torch.Size, tuple[slice, ...]]:
+    def slices(name: str, shape: torch.Size) -> tuple[torch.Size, tuple[slice, ...]]:
         full = torch.Size(table.full_shape(name, shape))
         return full, table.slices(name, full, topology.tensor_rank)
 
-    initialise(model, config.seed, place)
+    initialise(model, config.seed, slices)
     given = initial_weights(config, "ema" if config.stage.init_weights == "ema" else "model", encoders)
     if given is not None:
-        load_initial(model, given, place)
+        load_initial(model, given, slices)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name, config.stage))
     return model
@@ -173,15 +173,15 @@ class InitialWeights:
 
 
 @torch.no_grad()
-def load_initial(model: WorldActionModel, given: InitialWeights, place: Place = whole) -> None:
+def load_initial(model: WorldActionModel, given: InitialWeights, slices: LocalSlices = whole) -> None:
     """Fill `model` in place with what is given; the rest keeps its values.
 
     Args:
-        place: which part of each tensor the model holds.
+        slices: of each tensor that the model holds.
     """
     for name, parameter in model.named_parameters():
         if given.gives(name):
-            parameter.copy_(given.read(name, *place(name, parameter.shape)))
+            parameter.copy_(given.read(name, *slices(name, parameter.shape)))
 
 
 def interpolate(name: str, source: Tensor, shape: torch.Size) -> Tensor:

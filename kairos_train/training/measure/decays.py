@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kairos_train.model.capture import listening
+from kairos_train.model.capture import capture_recurrences
 
 QUANTILES = {"q10": 0.1, "median": 0.5, "q90": 0.9}
 MOST = 1 << 18
@@ -49,7 +49,7 @@ class DecayProbe:
             self._model.register_forward_hook(lambda *_: self._inside(False), always_call=True),
         ]
         try:
-            with listening(self._model, lambda name, k, g, beta: self._hear(name, g)):
+            with capture_recurrences(self._model, lambda name, k, g, beta: self._hear(name, g)):
                 yield
         finally:
             for hook in hooks:

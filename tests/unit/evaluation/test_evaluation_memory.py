@@ -10,7 +10,7 @@ from evaluation.losses import conditioned, objective_of
 from evaluation.memory_probe import contraction, horizon, measure
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
-from kairos_train.model.capture import gated_layers, listening
+from kairos_train.model.capture import capture_recurrences, gdn_layers
 
 
 def tokens(*, strength=1.0, length=20, key_dim=4, seed=0):
@@ -54,7 +54,7 @@ def test_norm_stays_in_range_where_decays_underflow():
 
 def test_a_head_of_constant_decay_has_the_horizon_that_it_must_have(exported, shards):
     predictor = Predictor(load(exported))
-    for layer in gated_layers(predictor.policy.model).values():
+    for layer in gdn_layers(predictor.policy.model).values():
         layer.a_proj.weight.zero_()
         layer.A_log.copy_(torch.log(torch.tensor([0.1, 0.001])))
         layer.dt_bias.copy_(torch.log(torch.expm1(torch.ones(2))))  # softplus of it is 1
@@ -75,7 +75,7 @@ def test_a_head_of_constant_decay_has_the_horizon_that_it_must_have(exported, sh
 def test_horizons_are_of_the_decays_that_the_layer_computes(exported, shards):
     predictor, index = Predictor(load(exported)), read_index(shards)
     model = predictor.policy.model
-    (layer,) = gated_layers(model).values()
+    (layer,) = gdn_layers(model).values()
     seen = []
     hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(layer.log_decay(inputs[0].flatten(1, 2))))
     result = measure(predictor, index, samples=6, seed=0, batch_size=4)
@@ -90,20 +90,20 @@ def test_horizons_are_of_the_decays_that_the_layer_computes(exported, shards):
         )
 
 
-def test_listening_changes_nothing_and_ends(exported, shards):
-    predictor, told = Predictor(load(exported)), []
+def test_capturing_changes_nothing_and_ends(exported, shards):
+    predictor, captured = Predictor(load(exported)), []
     model = predictor.policy.model
-    (layer,) = gated_layers(model).values()
+    (layer,) = gdn_layers(model).values()
     before = layer.hooks
     batch = next(spread_batches(read_index(shards), count=2, batch_size=2, with_frames=True))
     inputs = conditioned(predictor, objective_of(predictor, seed=0), batch, draw=0).model_inputs()
     expected = model(**inputs)
-    with listening(model, lambda name, *given: told.append(name)):
+    with capture_recurrences(model, lambda name, *given: captured.append(name)):
         output = model(**inputs)
-    assert told == ["video_dit.blocks.3.gated_delta"]
+    assert captured == ["video_dit.blocks.3.gated_delta"]
     assert torch.equal(output.video, expected.video)
     assert torch.equal(output.action, expected.action)
-    with pytest.raises(ZeroDivisionError), listening(model, lambda *given: None):
+    with pytest.raises(ZeroDivisionError), capture_recurrences(model, lambda *given: None):
         raise ZeroDivisionError
     assert layer.hooks is before
 
