@@ -8,7 +8,7 @@ import torch
 from kairos_train.config.schema import StageConfig
 from kairos_train.objective import schedule
 from kairos_train.objective.flow_matching import FlowMatching
-from kairos_train.objective.randomness import choose, draw_sample
+from kairos_train.objective.randomness import choose, draw_sample, pick
 
 SHAPE = (4, 3, 4, 4)
 
@@ -67,6 +67,61 @@ def test_sigmas_come_from_the_shifted_tables_of_each_stream():
     assert batch.action_sigma.mean() > 0.7 > 0.3, "the action's shift of 5 pushes towards noise"
 
 
+def test_actions_have_a_timestep_noise_target_and_weight_of_their_own():
+    keys = [str(i) for i in range(8)]
+    values, stage = data(keys), StageConfig()
+    batch = objective().condition(step=2, **values)
+    table = schedule.shifted_sigmas(schedule.TRAINING_STEPS, stage.action_shift)
+    for i, key in enumerate(keys):
+        drawn = draw_sample(stage, seed=3, step=2, key=key, video_shape=torch.Size(SHAPE), action_shape=(6, 2))
+        assert drawn.action_index != drawn.video_index
+        sigma, clean = table[drawn.action_index].float(), values["actions"][i]
+        assert batch.action_sigma[i] == sigma
+        torch.testing.assert_close(batch.action[i], (1 - sigma) * clean + sigma * drawn.action_noise)
+        torch.testing.assert_close(batch.action_target[i], drawn.action_noise - clean)
+        assert batch.action_weight[i] == schedule.bell_weights(table)[drawn.action_index].float()
+
+
+def test_the_model_is_given_each_streams_timestep_and_all_that_was_drawn():
+    values = data(["a", "b"])
+    batch = objective(conditions={"t2v": 0.5, "ti2v": 0.5}).condition(step=0, **values)
+    assert batch.history == [0, 1]
+    inputs = batch.model_inputs()
+    torch.testing.assert_close(inputs["video_timestep"], 1000 * batch.video_sigma)
+    torch.testing.assert_close(inputs["action_timestep"], 1000 * batch.action_sigma)
+    assert inputs["history_frames"] == batch.history
+    for name, value in (("latents", batch.latents), ("context", batch.context), ("action", batch.action)):
+        assert inputs[name] is value
+    for name in ("context_mask", "state", "action_mask"):
+        assert torch.equal(inputs[name], values[name]), name
+
+
+def test_each_stream_is_weighed_at_its_own_timestep():
+    flow, values = objective(), data([str(i) for i in range(4)])
+    batch = flow.condition(step=0, **values)
+    assert (batch.action_weight - batch.video_weight).abs().min() > 1e-3
+    sums = flow.loss_sums(batch, batch.video_target + 1, batch.action_target + 2)
+    torch.testing.assert_close(sums.video, batch.video_weight * torch.tensor(batch.video_elements()))
+    torch.testing.assert_close(sums.action, batch.action_weight * 4 * batch.action_mask.sum(1))
+
+
+def test_a_dummy_of_actions_adds_nothing_and_keeps_its_gradient():
+    values = data(["a"], actions=False)
+    flow, dummy = objective(), torch.full((1, 1, 2), 3.0, requires_grad=True)
+    batch = flow.condition(step=0, **values)
+    sums = flow.loss_sums(batch, batch.video_target + 1, dummy)
+    assert sums.action is None
+    assert torch.equal(sums.video, flow.loss_sums(batch, batch.video_target + 1, None).video)
+    sums.video.sum().backward()
+    assert torch.equal(dummy.grad, torch.zeros(1, 1, 2))
+
+
+def test_shares_within_the_history_count_nothing():
+    batch = objective(history_frames=2).condition(step=0, **data(["a"]))
+    assert batch.history == [2]
+    assert [batch.video_elements(range(i, i + 1)) for i in range(3)] == [[0], [0], [4 * 16]]
+
+
 def test_the_loss_counts_neither_history_nor_padding():
     values = data(["a", "b"])
     flow = objective(loss_weighting="plain")
@@ -123,6 +178,46 @@ def test_conditions_set_history_and_context(condition, history, context):
     else:
         assert not batch.context.any()
         assert torch.equal(batch.context_mask, values["context_mask"]), "the mask is kept"
+
+
+def test_the_empty_prompt_of_i2v_leaves_nothing_of_a_longer_one():
+    values = data(["a"])
+    values["empty_context"] = torch.full((1, 5), 7.0)
+    batch = objective(conditions={"i2v": 1.0}, cfg_dropout=0.0).condition(step=0, **values)
+    assert batch.context_mask.tolist() == [[True, False, False]]
+    assert torch.equal(batch.context[0, :1], values["empty_context"])
+    assert not batch.context[0, 1:].any()
+
+
+def test_a_dropped_context_is_zeros_under_its_mask():
+    values = data(["a", "b"])
+    batch = objective(conditions={"ti2v": 1.0}, cfg_dropout=1.0).condition(step=0, **values)
+    assert not batch.context.any()
+    assert torch.equal(batch.context_mask, values["context_mask"])
+    assert values["context"].any(), "what was given is as it was"
+
+
+def test_a_choice_falls_by_sorted_name_into_half_open_intervals():
+    for shares in ({"a": 0.25, "b": 0.75, "c": 0.0}, {"c": 0.0, "b": 0.75, "a": 0.25}):
+        assert [pick(shares, draw) for draw in (0.0, 0.2499, 0.25, 0.9999)] == ["a", "a", "b", "b"]
+    assert pick({"a": 0.5, "b": 0.5 - 1e-9}, 1 - 1e-12) == "b"
+
+
+def test_what_is_drawn_for_one_thing_says_nothing_of_another_and_depends_on_the_seed():
+    stage = StageConfig(conditions={"t2v": 0.5, "ti2v": 0.5}, cfg_dropout=0.5)
+    draws = [choose(stage, seed=0, step=0, key=str(i), frames=2) for i in range(2000)]
+    of = {
+        "condition": [d.condition == "t2v" for d in draws],
+        "dropout": [d.drop_context for d in draws],
+        "caption": [d.caption for d in draws],
+        "video": [d.video_index for d in draws],
+        "action": [d.action_index for d in draws],
+    }
+    together = torch.corrcoef(torch.tensor([list(map(float, values)) for values in of.values()]))
+    assert (together - torch.eye(len(of))).abs().max() < 0.1
+    assert sum(d.video_index == d.action_index for d in draws) < 20
+    other = [choose(stage, seed=1, step=0, key=str(i), frames=2) for i in range(20)]
+    assert not set(other) & set(draws[:20])
 
 
 def test_dropout_and_mixed_conditions_come_at_their_rates():

@@ -1,6 +1,7 @@
 """Noise schedules against the reference numbers."""
 
 import json
+import math
 
 import torch
 
@@ -39,6 +40,11 @@ def test_every_reference_schedule_is_met(shared):
         ("action", "sigmas"),
         ("video", "distilled_times"),
     } <= seen
+
+
+def test_the_video_shift_goes_on_beyond_its_two_points():
+    for tokens, mu in ((256, 0.5), (8192, 0.9), (256 - 3968, 0.3), (8192 + 3968, 1.1)):
+        assert abs(schedule.video_shift(4, tokens) - 2 * math.exp(mu)) < 1e-12
 
 
 def test_distilled_schedule_uses_the_constant_shift():
