@@ -237,7 +237,7 @@ class Job:
     """A copy of the tree and the process that runs tests there."""
 
     def __init__(self, folder: Path, files: Iterable[str]) -> None:
-        tree = folder / "tree"
+        self._tree = tree = folder / "tree"
         for name in files:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
@@ -265,7 +265,7 @@ class Job:
         """The verdict of tests on the tree, or on a mutant of it."""
         request: dict[str, Any] = {"tests": tests}
         if mutant is not None:
-            request |= {"file": mutant.file, "text": mutant.applied((ROOT / mutant.file).read_text())}
+            request |= {"file": mutant.file, "text": mutant.applied((self._tree / mutant.file).read_text())}
         print(json.dumps(request), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:

@@ -11,7 +11,7 @@ from kairos_train.checkpoint.writing import write_checkpoint
 from kairos_train.config.compose import to_yaml
 from kairos_train.config.schema import LoraConfig
 from kairos_train.model.layout import check_layers, full_shapes
-from kairos_train.model.lora import is_adapter
+from kairos_train.model.lora import is_adapter, merge, scale_of
 from kairos_train.training.engine.initial_weights import InitialWeights, build_model, load_initial
 
 
@@ -57,6 +57,27 @@ def test_fresh_adapters_change_nothing_and_alone_train():
     }
     shapes = full_shapes(adapted_config())
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 6.0), (4, 1.0), (1, 8.0)])
+def test_an_adapter_adds_alpha_over_its_rank_times_b_a(rank, alpha):
+    lora = LoraConfig(rank=rank, alpha=alpha)
+    layer = disturb(build_model(adapted_config(rank=rank, alpha=alpha))).video_dit.blocks[0].ffn[0]
+    w, bias, a, b = layer.weight, layer.bias, layer.lora_a, layer.lora_b
+    assert (a.shape, b.shape) == ((rank, w.shape[1]), (w.shape[0], rank))
+    x = torch.randn(5, w.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = x @ w.T + bias + alpha / rank * (x @ a.T) @ b.T
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(merge(w, a, b, scale_of(lora)), w + alpha / rank * b @ a)
+
+
+def test_merging_computes_in_float32_from_weights_of_any_type():
+    rng = torch.Generator().manual_seed(0)
+    w, a, b = (torch.randn(*shape, generator=rng).bfloat16() for shape in ((6, 5), (3, 5), (6, 3)))
+    merged = merge(w, a, b, 0.3)
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(merged, w.float() + 0.3 * b.float() @ a.float())
 
 
 def test_targets_and_streams_are_chosen():

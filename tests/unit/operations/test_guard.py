@@ -37,6 +37,14 @@ def test_a_spike_is_above_the_factor_times_the_median_of_the_good_steps_of_the_w
     assert watch.refuses(40.1)
 
 
+@pytest.mark.parametrize("outlier", [100.0, 1e-6])
+def test_single_losses_far_from_the_others_do_not_move_the_limit(outlier):
+    """As they would move a mean, a largest or a last one."""
+    watch = after_good_steps(guard(spike_factor=4.0), [1.0] * 13 + [1.1] * 9 + [outlier] * 3)
+    assert not watch.refuses(4.0)
+    assert watch.refuses(4.001)
+
+
 def test_few_good_steps_make_no_spike_and_bad_ones_do_not_count():
     watch = after_good_steps(guard(), [1.0] * (LEAST - 1))
     assert not watch.is_spike(1e9)

@@ -1,5 +1,10 @@
 """FP8 layers: which are chosen, what recipes ask for, padding, and the emulated arithmetic against its definition."""
 
+import contextlib
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +18,7 @@ from parallel import fp8
 from parallel.config import Fp8Config
 from parallel.fp8 import TransformerEngineLinear
 from parallel.fp8_emulated import BACKWARD, FORWARD, EmulatedFp8Linear, scale_of, to_fp8
-from parallel.topology import Topology
+from parallel.topology import Degrees, Topology
 
 
 def policy(recipe="current", *, streams=("video",), skip=(), layers=32):
@@ -169,6 +174,80 @@ def test_delayed_scaling_refuses_recomputation_and_context_parallelism():
 @pytest.mark.skipif(fp8.importlib.util.find_spec("transformer_engine") is not None, reason="it is installed")
 def test_missing_transformer_engine_is_named_with_its_remedy():
     assert "not installed; `pip install" in fp8._transformer_engine_fault(policy())
+
+
+class Recipe:
+    """A recipe of Transformer Engine, as far as it is asked for here."""
+
+    def __init__(self, **settings):
+        self.settings = settings
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Transformer Engine's names, in place of the package; gives what `autocast` was told, from the outermost on."""
+    told = []
+    package, pytorch, common = (ModuleType(f"transformer_engine{end}") for end in ("", ".pytorch", ".common"))
+    recipe, quantization = ModuleType("recipe"), ModuleType("quantization")
+
+    @contextlib.contextmanager
+    def autocast(**settings):
+        told.append(settings)
+        yield
+
+    for name in fp8.RECIPE_CLASSES.values():
+        setattr(recipe, name, type(name, (Recipe,), {}))
+    pytorch.autocast, common.recipe = autocast, recipe
+    quantization.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: bool(told))
+    package.pytorch, package.common, pytorch.quantization = pytorch, common, quantization
+    for module in (package, pytorch, common, recipe, quantization):
+        inside = {"recipe": "transformer_engine.common.", "quantization": "transformer_engine.pytorch."}
+        monkeypatch.setitem(sys.modules, inside.get(module.__name__, "") + module.__name__, module)
+    return told
+
+
+def distinct_groups(**degrees):
+    """A rank's place with stand-ins for process groups, which nothing is sent through."""
+    groups = {f"{kind}_group": f"the {kind} group" for kind in ("tensor", "context", "gradient", "data")}
+    return replace(Topology.single(torch.device("cpu")), degrees=Degrees(**degrees), **groups)
+
+
+def test_delayed_scaling_reduces_its_magnitudes_over_tensor_ranks_and_no_others(engine):
+    config = small_config("delayed")
+    with model_seams(config, distinct_groups(tensor=2, context=1, data=2)).region():
+        pass
+    alone = replace(distinct_groups(data=4), tensor_group=None)
+    with model_seams(config, alone).region():
+        pass
+    assert [told["amax_reduction_group"] for told in engine] == ["the tensor group", None]
+    assert [told["recipe"].settings for told in engine] == [{"reduce_amax": True}, {"reduce_amax": False}]
+    assert {type(told["recipe"]).__name__ for told in engine} == {"DelayedScaling"}
+    assert all(told["enabled"] for told in engine)
+
+
+def test_recipes_without_state_reduce_nothing_and_open_around_each_layer(engine):
+    for recipe, name in fp8.RECIPE_CLASSES.items():
+        with fp8.forward_region(policy(recipe), "group"):
+            outside = len(engine)
+            with fp8._layer_region(policy(recipe), "group"):
+                pass
+        if recipe != "delayed":
+            assert (outside, len(engine)) == (0, 1)
+            assert engine[0].keys() == {"enabled", "recipe"}
+            assert (type(engine[0]["recipe"]).__name__, engine[0]["recipe"].settings) == (name, {})
+        engine.clear()
+    with pytest.raises(RuntimeError, match=r"within parallel\.fp8\.forward_region"):
+        fp8._layer_region(policy("delayed"), None).__enter__()
+
+
+def test_layers_of_a_layout_reduce_over_its_tensor_ranks():
+    seams = model_seams(small_config("current"), distinct_groups(tensor=2, context=2, data=2)).video.for_layer(1)
+    column, row = seams.column_linear(64, 64), seams.row_linear(64, 64)
+    assert column.group == row.group == "the tensor group"
+    assert (column.weight.shape, row.weight.shape) == ((32, 64), (64, 32))
+    assert column.complete is None
+    assert row.complete.keywords == {"group": "the tensor group"}
+    assert (row.complete.func.__name__, column.bias.shape, row.bias.shape) == ("reduce_from", (32,), (64,))
 
 
 def test_a_shard_is_a_plain_linear_layer_to_state_dicts_and_can_be_built_on_meta():

@@ -1,5 +1,6 @@
 """Where weights come from: other checkpoints, interpolation, a seed."""
 
+import numpy as np
 import pytest
 import torch
 from support.tiny_export import tiny_config
@@ -9,7 +10,13 @@ from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.resolve import resolve_checkpoint
 from kairos_train.checkpoint.writing import write_checkpoint
 from kairos_train.model import WorldActionModel
-from kairos_train.training.engine.initial_weights import InitialWeights, build_model, initial_average, load_initial
+from kairos_train.training.engine.initial_weights import (
+    InitialWeights,
+    build_model,
+    initial_average,
+    interpolate,
+    load_initial,
+)
 
 
 @pytest.fixture
@@ -68,8 +75,6 @@ def test_interpolation_keeps_end_points_and_takes_attention_from_before_a_gated_
         if value.ndim == 2 and "self_attn.q" in name:
             layer = int(name.split(".")[1])
             value.copy_(torch.linspace(0, 1, value.shape[1]).expand_as(value) + layer)
-    projection = model.video_dit.time_projection[1].bias.data
-    projection.copy_(torch.arange(6).repeat_interleave(len(projection) // 6))
     video = {k: v for k, v in model.state_dict().items() if k.startswith("video_dit.")}
     path = write_checkpoint(tmp_path, 1, sections={"model": video}, state={}, files={})
     load_initial(model, InitialWeights(CheckpointReader(path), "model", action_init="interpolate"))
@@ -78,8 +83,45 @@ def test_interpolation_keeps_end_points_and_takes_attention_from_before_a_gated_
     expected = torch.linspace(0, 1, width).expand(action.blocks[0].self_attn.q.weight.shape[0], -1)
     torch.testing.assert_close(action.blocks[1].self_attn.q.weight, expected + 1, atol=1e-5, rtol=0)
     torch.testing.assert_close(action.blocks[3].self_attn.q.weight, expected + 2, atol=1e-5, rtol=0)
-    sixfold = action.time_projection[1].bias.data
-    torch.testing.assert_close(sixfold, torch.arange(6.0).repeat_interleave(len(sixfold) // 6))
+
+
+def line(source: np.ndarray, size: int) -> np.ndarray:
+    """`source` (n,) at `size` evenly spaced places, the first and the last one included."""
+    return np.interp(np.linspace(0, len(source) - 1, size), np.arange(len(source)), source)
+
+
+def test_a_tensor_is_interpolated_linearly_along_each_of_its_dimensions():
+    source = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).double()
+    rows = np.stack([line(column, 4) for column in source.numpy().T], axis=1)
+    expected = np.stack([line(row, 3) for row in rows])
+    found = interpolate("blocks.0.ffn.0.weight", source, torch.Size((4, 3)))
+    torch.testing.assert_close(found, torch.from_numpy(expected))
+    assert torch.equal(interpolate("blocks.0.ffn.0.weight", source, torch.Size((7, 5))), source)
+
+
+@pytest.mark.parametrize("columns", [None, 8])
+def test_each_of_the_six_outputs_of_the_time_projection_is_interpolated_by_itself(columns):
+    """Of no two of them is anything mixed: their end points meet and stay apart."""
+    shape = (6 * 8,) if columns is None else (6 * 8, columns)
+    source = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    name = "time_projection.1.bias" if columns is None else "time_projection.1.weight"
+    found = interpolate(name, source, torch.Size((6 * 5, *shape[1:])))
+    for part in range(6):
+        mine, theirs = found[5 * part : 5 * (part + 1)], source[8 * part : 8 * (part + 1)]
+        flat = theirs.reshape(8, -1).numpy()
+        expected = np.stack([line(column, 5) for column in flat.T], axis=1).reshape(mine.shape)
+        torch.testing.assert_close(mine, torch.from_numpy(expected))
+        assert torch.equal(mine[[0, -1]], theirs[[0, -1]])
+
+
+def test_an_action_stream_starts_from_interpolated_time_projections(model, tmp_path):
+    video = {k: v for k, v in model.state_dict().items() if k.startswith("video_dit.")}
+    path = write_checkpoint(tmp_path, 1, sections={"model": video}, state={}, files={})
+    load_initial(model, InitialWeights(CheckpointReader(path), "model", action_init="interpolate"))
+    for last in ("weight", "bias"):
+        name = f"time_projection.1.{last}"
+        mine, theirs = model.action_dit.get_parameter(name), model.video_dit.get_parameter(name)
+        assert torch.equal(mine, interpolate(name, theirs, mine.shape))
 
 
 def test_weights_of_another_size_are_refused_by_name(model, tmp_path):
