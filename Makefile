@@ -2,13 +2,14 @@
 
 PYTHON ?= python3
 ENV ?= metaworld
+JOBS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo finetune-demo test test-unit test-processes lint format clean
+.PHONY: help setup demo finetune-demo test test-unit test-processes mutants lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +48,9 @@ test-unit: setup
 
 test-processes: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/e2e $(WAITING:%=--ignore=%)
+
+mutants: setup ## break the code one line at a time, each must fail its test: make mutants ONLY=guard JOBS=2
+	$(BIN)/python tests/mutants.py --only '$(ONLY)' --jobs $(JOBS)
 
 lint: setup ## check rules and formatting
 	$(BIN)/ruff check .

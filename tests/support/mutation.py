@@ -5,7 +5,7 @@ project, forks for every run of a test: the tree as it is first, which must pass
 
 A mutant is killed when its test runs and fails. A test that cannot be collected or set up, or that ends in a missing
 name or import, says nothing about what the test sees, and is an error, as is a fragment that is no longer in its file
-exactly once.
+exactly once. What skips the test (it needs reference vectors, say) leaves its mutants out.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -119,7 +119,7 @@ class Verdict:
     """What came of one run of a test.
 
     Attributes:
-        outcome: "killed", "survived" or "error".
+        outcome: "killed", "survived", "error" or "skipped".
         seconds: that it took.
         words: of pytest, about a failure.
         by: the node that failed.
@@ -138,7 +138,7 @@ class Recorder:
     """A pytest plugin: which phases of which tests failed."""
 
     def __init__(self) -> None:
-        self.passed, self.failed, self.broken, self.node = 0, "", "", ""
+        self.passed, self.failed, self.broken, self.node, self.skipped = 0, "", "", "", ""
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -151,14 +151,18 @@ class Recorder:
             self.broken = self.broken or report.longreprtext
         elif report.passed and report.when == "call":
             self.passed += 1
+        elif report.skipped:
+            self.skipped = report.longreprtext
 
     def verdict(self) -> tuple[str, str, str]:
         """Outcome, words and the node that failed."""
         if self.failed and not BROKEN.search(self.failed):
             return "killed", self.failed, self.node
-        if self.failed or self.broken or not self.passed:
-            return "error", self.failed or self.broken or "no test has run", self.node
-        return "survived", "", ""
+        if self.failed or self.broken:
+            return "error", self.failed or self.broken, self.node
+        if self.passed:
+            return "survived", "", ""
+        return ("skipped", self.skipped, "") if self.skipped else ("error", "no test has run", "")
 
 
 def serve() -> None:
@@ -218,10 +222,14 @@ def _forked(tests: list[str]) -> tuple[str, ...]:
 
 def _run(tests: list[str], answer: Path) -> None:
     import pytest
+    from hypothesis import Phase, settings
     from support import pool
 
     # The ranks of a distributed test are forked from here, which has the imports, and not from one more process.
     pool._forkserver = lambda: mp.get_context("fork")
+    # Who fails is known by the first example; a smaller one would be for people.
+    settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
+    settings.load_profile("mutants")
     # Looking for plugins would take longer than most tests.
     plugins = ["--disable-plugin-autoload", "-p", "pytest_timeout", "-p", "_hypothesis_pytestplugin"]
     options = ["-x", "--basetemp=../temporary", "--hypothesis-seed=0"]
@@ -299,7 +307,7 @@ def run_all(register: Sequence[Mutant], *, jobs: int) -> dict[Mutant, Verdict]:
         with contextlib.suppress(Empty):
             while test := waiting.get_nowait():
                 clean = job.run(test)
-                if clean.outcome != "survived":
+                if clean.outcome in ("killed", "error"):
                     clean = Verdict("error", clean.seconds, f"without a mutant {test} does not pass:\n{clean.words}")
                 for mutant in by_test[test]:
                     verdicts[mutant] = job.run(test, mutant=mutant) if clean.outcome == "survived" else clean
@@ -319,18 +327,20 @@ def _say(mutant: Mutant, verdict: Verdict) -> None:
 
 
 def summary(verdicts: dict[Mutant, Verdict]) -> str:
-    """A table by area, then what is not killed."""
-    lines = [f"{'area':28} {'killed':>6} {'registered':>10} {'seconds':>8}"]
+    """A table by area, what is not killed, and the counts."""
+    lines = [f"{'area':24} {'killed':>6} {'registered':>10} {'seconds':>8}"]
     for area in [*dict.fromkeys(m.area for m in verdicts), "all"]:
         of_area = [v for m, v in verdicts.items() if area in (m.area, "all")]
         killed, seconds = sum(v.outcome == "killed" for v in of_area), sum(v.seconds for v in of_area)
-        lines.append(f"{area:28} {killed:6} {len(of_area):10} {seconds:8.1f}")
+        lines.append(f"{area:24} {killed:6} {len(of_area):10} {seconds:8.1f}")
     for mutant, verdict in verdicts.items():
         if verdict.outcome != "killed":
             lines += ["", f"{verdict.outcome}: {mutant.area}: {mutant.name}", f"    {mutant.file}: {mutant.old}"]
             lines += [f"    → {mutant.new}", f"    {mutant.test}"]
             lines += [f"    | {line}" for line in verdict.words.splitlines()[-12:]]
-    return "\n".join(lines)
+    outcomes = Counter(verdict.outcome for verdict in verdicts.values())
+    others = "".join(f", {outcomes[name]} {name}" for name in ("survived", "error", "skipped") if outcomes[name])
+    return "\n".join([*lines, "", f"{outcomes['killed']} killed of {len(verdicts)} registered{others}"])
 
 
 def main(register: Sequence[Mutant]) -> int:
@@ -338,7 +348,6 @@ def main(register: Sequence[Mutant]) -> int:
     parser = argparse.ArgumentParser(description="Run every mutant against the test that must kill it.")
     parser.add_argument("--only", metavar="PATTERN", default="", help="regular expression on area, name, file and test")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time, each in a copy of the tree")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
     arguments = parser.parse_args()
     chosen = [m for m in register if re.search(arguments.only, f"{m.area}: {m.name} {m.file} {m.test}")]
     if wrong := faults(chosen) or ([] if chosen else [f"--only {arguments.only}: no mutant is called so"]):
@@ -346,6 +355,4 @@ def main(register: Sequence[Mutant]) -> int:
         return 2
     verdicts = run_all(chosen, jobs=min(arguments.jobs, len({m.test for m in chosen})))
     print(f"\n{summary(verdicts)}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([{**asdict(m), **asdict(v)} for m, v in verdicts.items()], indent=1))
-    return int(any(v.outcome != "killed" for v in verdicts.values()))
+    return int(any(v.outcome in ("survived", "error") for v in verdicts.values()))

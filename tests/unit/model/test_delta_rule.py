@@ -41,6 +41,14 @@ def random_inputs(tokens, *, decay=0.03, batch=2, heads=2, key=8, value=5, dtype
     seed=st.integers(0, 1000),
 )
 def test_chunks_equal_the_recurrence_in_values_and_gradients(tokens, decay, seed):
+    equals_the_recurrence(tokens, decay, seed)
+
+
+def test_a_chunk_and_a_bit_equal_the_recurrence():
+    equals_the_recurrence(CHUNK + 6, 0.3, 0)
+
+
+def equals_the_recurrence(tokens, decay, seed):
     inputs = random_inputs(tokens, decay=decay, seed=seed)
     ours = gated_delta_rule(*inputs[:5], initial_state=inputs[5])
     reference = recurrence(*inputs)
