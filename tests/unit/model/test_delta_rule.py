@@ -1,11 +1,15 @@
 """The chunked gated delta rule against the recurrence, token by token, in float64."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kairos_train.basics.errors import UserError
+from kairos_train.model.kernels import fla_hopper
 from kairos_train.model.kernels.delta_rule import CHUNK, gated_delta_rule, select_backend
 
 
@@ -100,3 +104,28 @@ def test_fla_without_cuda_is_an_error_that_names_the_setting():
     with pytest.raises(UserError, match=r"kernels\.gated_delta=fla needs a CUDA device"):
         select_backend("fla", torch.device("cpu"), torch.float32)
     assert select_backend("auto", torch.device("cpu"), torch.float32) == "torch"
+    assert select_backend("auto", torch.device("cuda"), torch.float64) == "torch", "fla has no float64"
+
+
+def test_fla_is_told_that_queries_are_scaled_and_to_give_the_state(monkeypatch):
+    told, kernel = {}, ModuleType("fla.ops.gated_delta_rule")
+
+    def chunk_gated_delta_rule(q, k, v, **settings):
+        told.update(settings)
+        return v, settings["initial_state"]
+
+    kernel.chunk_gated_delta_rule = chunk_gated_delta_rule
+    triton = ModuleType("triton")
+    triton.__version__ = "3.9.0"
+    for module in (ModuleType("fla"), ModuleType("fla.ops"), kernel, triton):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    q, k, v, g, beta, state = (x.detach() for x in random_inputs(4))
+    try:
+        out, last = gated_delta_rule(q, k, v, g, beta, state, backend="fla")
+    finally:
+        fla_hopper.replace_miscompiled_kernel.cache_clear()
+    assert (out is v, last is state) == (True, True)
+    assert told.pop("g") is g
+    assert told.pop("beta") is beta
+    assert told == {"scale": 1.0, "initial_state": state, "output_final_state": True}

@@ -258,14 +258,21 @@ def test_turning_is_multiplication_by_complex_numbers_of_adjacent_channels():
 
 
 def test_angles_restart_per_axis_and_count_frames_by_their_numbers():
-    angles, half = rotary.grid_angles(torch.tensor([0, 7]), 2, 3, 16), 8  # pairs: 4 of frames, 2 of height, 2 of width
+    """Not from the first one here: the keys of other frames come turned, from the ranks that hold them."""
+    angles, half = rotary.grid_angles(torch.tensor([3, 7]), 2, 3, 16), 8  # pairs: 4 of frames, 2 of height, 2 of width
     assert angles.shape == (2, 6, half)
-    f, h, w = ([position * 10000.0 ** (-i / n) for i in range(n)] for position, n in ((7, 4), (1, 2), (2, 2)))
-    torch.testing.assert_close(angles[1, 5], torch.tensor([*f, *h, *w], dtype=torch.float64))
-    assert not angles[0, 0].any()
-    torch.testing.assert_close(angles[0, 3, 4:], torch.tensor([*h, 0, 0], dtype=torch.float64))
+
+    def turns(*places: int) -> torch.Tensor:
+        return torch.tensor(
+            [place * 10000.0 ** (-i / n) for place, n in zip(places, (4, 2, 2)) for i in range(n)], dtype=torch.float64
+        )
+
+    for frame, number in enumerate((3, 7)):
+        for token, (row, column) in enumerate((r, c) for r in range(2) for c in range(3)):
+            torch.testing.assert_close(angles[frame, token], turns(number, row, column))
     line = rotary.sequence_angles(3, 8, torch.device("cpu"))
-    torch.testing.assert_close(line[2], torch.tensor([2 * 10000.0 ** (-i / 4) for i in range(4)], dtype=torch.float64))
+    torch.testing.assert_close(line[2], turns(2, 0, 0)[:4])
+    assert not line[0].any()
 
 
 # --- Gated DeltaNet ---

@@ -60,6 +60,95 @@ def test_a_share_of_the_frames_gives_its_part_of_the_whole(data, rule, frames, h
         torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
 
 
+def sees(rule, frames, tokens, known, i, j) -> bool:
+    """Whether query token i attends to key token j, in the specification's words; j may lie in zero padding."""
+    fq, fk = i // tokens, j // tokens
+    if rule.token_window:
+        if rule.kind == "FA":
+            return True
+        groups = rule.dilation if rule.kind == "DSWA" and frames // rule.dilation > 1 else 1
+        place = [(f % groups, f // groups * tokens + t % tokens) for f, t in ((fq, i), (fk, j))]
+        return place[0][0] == place[1][0] and abs(place[0][1] - place[1][1]) <= rule.window * tokens
+    step = rule.dilation if rule.kind == "DSWA" else 1
+    seen = rule.kind == "FA" or ((fk - fq) % step == 0 and abs(fk - fq) / step < rule.window)
+    if rule.restrict_history and fq < known:
+        seen = seen and fk < known
+    if rule.all_attend_history:
+        seen = seen or fk < known
+    if rule.history_causal and fq < known:
+        seen = seen and fk <= fq
+    return seen
+
+
+FRAME_RULES = [
+    WindowSpec(kind=kind, window=window, dilation=3, token_window=False, **flags)
+    for kind in ("SWA", "DSWA", "FA")
+    for window, flags in (
+        (2, {"restrict_history": False, "all_attend_history": False}),
+        (2, {"restrict_history": True, "all_attend_history": False}),
+        (1, {"restrict_history": True, "all_attend_history": True}),
+        (3, {"restrict_history": True, "all_attend_history": False, "history_causal": True}),
+    )
+]
+TOKEN_RULES = [
+    WindowSpec(kind, window, 2, token_window=True, restrict_history=False, all_attend_history=False)
+    for kind in ("SWA", "DSWA", "FA")
+    for window in (1, 2)
+]
+
+
+@pytest.mark.parametrize("backend", ["gathered", "dense"])
+@pytest.mark.parametrize("frames", [3, 8, 9])
+@pytest.mark.parametrize("rule", [*FRAME_RULES, *TOKEN_RULES], ids=lambda rule: f"{rule.kind}-{rule.window}")
+def test_windows_are_those_of_the_specification_pair_by_pair(rule, frames, backend):
+    tokens, history = 2, (3, 0)
+    q, k, v = random_qkv(frames, tokens).detach()
+    out = window_attention(q, k, v, windows=Windows.whole(rule, history, frames), backend=backend)
+    step = rule.dilation if rule.kind == "DSWA" and frames // rule.dilation > 1 else 1
+    padded = frames + step - frames % step if rule.token_window and step > 1 else frames
+    zeros = torch.zeros(2, (padded - frames) * tokens, 2, 4, dtype=q.dtype)
+    k, v = (torch.cat([x.flatten(1, 2), zeros], dim=1) for x in (k, v))
+    mask = torch.tensor(
+        [
+            [[sees(rule, frames, tokens, known, i, j) for j in range(padded * tokens)] for i in range(frames * tokens)]
+            for known in history
+        ]
+    )
+    scores = torch.einsum("bihe,bjhe->bhij", q.flatten(1, 2), k) / 2  # heads of 4
+    weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    torch.testing.assert_close(out, torch.einsum("bhij,bjhe->bihe", weights, v))
+
+
+def test_keys_at_hand_that_no_query_here_reads_are_not_seen():
+    """History keys are on every rank, for the actions: one query frame reads all but frame 0 of those at hand."""
+    rule, (q, k, v) = WindowSpec(kind="SWA", **FULL_SIZE), random_qkv(9, 2).detach()
+    whole = window_attention(q, k, v, windows=Windows.whole(rule, (1, 1), 9), backend="dense")
+    at_hand = (0, 3, 4, 5, 6, 7)
+    windows = Windows(rule, (1, 1), 9, (5,), at_hand)
+    for backend in ("gathered", "dense"):
+        part = window_attention(q[:, [5]], k[:, at_hand], v[:, at_hand], windows=windows, backend=backend)
+        torch.testing.assert_close(part, whole[:, 10:12])
+
+
+def test_keys_and_values_of_a_rank_without_queries_get_gradients_of_zero():
+    """Not none: the exchange that brought them has a collective in its backward pass."""
+    rule, (q, k, v) = WindowSpec(kind="SWA", **FULL_SIZE), random_qkv(3, 2).detach()
+    k.requires_grad_()
+    v.requires_grad_()
+    windows = Windows(rule, (1, 1), 9, (), (0, 1, 2))
+    out = window_attention(q[:, :0], k, v, windows=windows, backend="gathered")
+    assert out.shape == (2, 0, 2, 4)
+    out.sum().backward()
+    assert torch.equal(k.grad, torch.zeros_like(k))
+    assert torch.equal(v.grad, torch.zeros_like(v))
+
+
+def test_a_window_reaches_back_as_far_as_its_first_key():
+    for rule in FRAME_RULES:
+        first = min(key_frames(rule, 30, 40, 0))
+        assert rule.reach() == (None if rule.kind == "FA" else 30 - first)
+
+
 @pytest.mark.parametrize("kind", ["SWA", "DSWA", "FA"])
 def test_flex_attention_equals_the_dense_mask_forward(kind):
     rule = WindowSpec(kind=kind, **FULL_SIZE)
