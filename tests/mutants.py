@@ -509,8 +509,8 @@ MUTANTS = (
         "tests/unit/model/test_precision.py",
         (
             "the norm of q and k multiplies in bfloat16",
-            "return upcast(x) * torch.rsqrt(self.seams.mean_square(x) + self.eps) * upcast(self.weight)",
-            "return (x * torch.rsqrt(self.seams.mean_square(x) + self.eps).to(x.dtype) * self.weight).float()",
+            "return upcast(x) * torch.rsqrt(self.hooks.mean_square(x) + self.eps) * upcast(self.weight)",
+            "return (x * torch.rsqrt(self.hooks.mean_square(x) + self.eps).to(x.dtype) * self.weight).float()",
             "test_the_norm_of_queries_and_keys_takes_its_mean_square_in_float32",
         ),
         (
@@ -521,14 +521,14 @@ MUTANTS = (
         ),
         (
             "the ε of q and k is 1e-5",
-            "torch.rsqrt(self.seams.mean_square(x) + self.eps)",
-            "torch.rsqrt(self.seams.mean_square(x) + 1e-5)",
+            "torch.rsqrt(self.hooks.mean_square(x) + self.eps)",
+            "torch.rsqrt(self.hooks.mean_square(x) + 1e-5)",
             "test_every_epsilon_is_1e_6_and_stands_inside_of_the_root",
         ),
     ),
     *mutants(
         "precision",
-        "kairos_train/model/seams.py",
+        "kairos_train/model/hooks.py",
         "tests/unit/model/test_precision.py",
         (
             "the mean square of q and k is taken in bfloat16",
@@ -539,7 +539,7 @@ MUTANTS = (
     ),
     *mutants(
         "precision",
-        "parallel/seams.py",
+        "parallel/hooks.py",
         "tests/unit/model/test_precision.py",
         (
             "a layout takes the mean square of q and k in bfloat16",
@@ -625,8 +625,8 @@ MUTANTS = (
         ),
         (
             "a_proj may be computed in FP8",
-            "self.a_proj = seams.column_linear(dim, heads, bias=False, exact=True)",
-            "self.a_proj = seams.column_linear(dim, heads, bias=False)",
+            "self.a_proj = hooks.column_linear(dim, heads, bias=False, high_precision=True)",
+            "self.a_proj = hooks.column_linear(dim, heads, bias=False)",
             "tests/unit/parallel/test_fp8.py::test_in_the_model_the_large_products_of_the_chosen_blocks_are_in_fp8_and_nothing_else",
         ),
     ),

@@ -19,10 +19,10 @@ from kairos_train.model.kernels import rotary
 from kairos_train.model.kernels.attention import Attention, FullWidthRMSNorm
 from kairos_train.model.kernels.delta_rule import gated_delta_rule
 from kairos_train.model.precision import LayerNorm, UpcastLinear, dtype_of, upcast, wide
-from kairos_train.model.seams import SingleDevice
+from kairos_train.model.hooks import SingleDevice
 from kairos_train.model.streams import VideoHead
 from kairos_train.model.timestep import sinusoid
-from parallel import seams as sharded
+from parallel import hooks as sharded
 from parallel.config import Fp8Config, ParallelConfig
 from parallel.exchange.state_passing import read_gradient
 from parallel.fp8 import Fp8Policy
@@ -93,19 +93,19 @@ def test_the_norm_of_gated_outputs_computes_and_answers_in_float32():
     same(norm(x), x.float() / (x.float().pow(2).mean(-1, keepdim=True) + EPS).sqrt() * norm.weight.float())
 
 
-def one_rank_of_a_layout() -> sharded.StreamSeams:
+def one_rank_of_a_layout() -> sharded.StreamHooks:
     alone = Topology.single(torch.device("cpu"))
-    return sharded.video_seams(alone, ParallelConfig(), Fp8Policy(Fp8Config(), 1))
+    return sharded.video_hooks(alone, ParallelConfig(), Fp8Policy(Fp8Config(), 1))
 
 
-@pytest.mark.parametrize("seams", [SingleDevice(), one_rank_of_a_layout()], ids=["plain", "sharded"])
-def test_the_norm_of_queries_and_keys_takes_its_mean_square_in_float32(seams):
+@pytest.mark.parametrize("hooks", [SingleDevice(), one_rank_of_a_layout()], ids=["plain", "sharded"])
+def test_the_norm_of_queries_and_keys_takes_its_mean_square_in_float32(hooks):
     x = draw(5, D, scale=7.0)
     mean = x.float().pow(2).mean(-1, keepdim=True)
-    same(seams.mean_square(x), mean)
-    norm = low(FullWidthRMSNorm(D, EPS, seams))
+    same(hooks.mean_square(x), mean)
+    norm = low(FullWidthRMSNorm(D, EPS, hooks))
     same(norm(x), x.float() / (mean + EPS).sqrt() * norm.weight.float())
-    assert seams.mean_square(x.double()).dtype == torch.float64
+    assert hooks.mean_square(x.double()).dtype == torch.float64
 
 
 def test_unit_vectors_are_made_in_float32():
@@ -189,7 +189,7 @@ def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def test_a_block_modulates_and_gates_in_float32_and_rounds_once():
-    block = low(Block(dim=D, ffn_dim=32, heads=HEADS, head_dim=HEAD, eps=EPS, seams=SingleDevice()))
+    block = low(Block(dim=D, ffn_dim=32, heads=HEADS, head_dim=HEAD, eps=EPS, hooks=SingleDevice()))
     x, time, context = draw(2, 3, 4, D), draw(2, 3, 6, D, seed=9).float() + 1e-3, draw(2, 5, D, seed=8)
     attended = draw(2, 3, 4, D, seed=7)
     scale, shift, gate, ffn_scale, ffn_shift, ffn_gate = (
@@ -197,7 +197,7 @@ def test_a_block_modulates_and_gates_in_float32_and_rounds_once():
     )
     given, results = [], []
     handle = block.ffn.register_forward_hook(lambda _, inputs, output: results.append((inputs[0], output)))
-    out = block(x, time, lambda h: given.append(h) or attended, context, None)
+    out, _ = block(x, time, lambda h: (given.append(h) or attended, None), context, None)
     handle.remove()
     same(given[0], modulated(x, scale, shift))
     x = x + (gate * attended.float()).bfloat16()
@@ -219,7 +219,7 @@ def test_the_video_head_modulates_in_float32_shift_first():
 
 
 def test_queries_and_keys_are_normed_and_turned_in_float32_and_rounded_once():
-    layer, x = low(Attention(dim=D, heads=HEADS, head_dim=HEAD, eps=EPS, seams=SingleDevice())), draw(1, 3, 4, D)
+    layer, x = low(Attention(dim=D, heads=HEADS, head_dim=HEAD, eps=EPS, hooks=SingleDevice())), draw(1, 3, 4, D)
     angles = rotary.grid_angles(torch.tensor([100, 101, 107]), 2, 2, HEAD)
     table = rotary.rotation(angles, torch.float32)
     q, k, v = layer.project(x, x, table)
@@ -289,16 +289,16 @@ class Listening(SingleDevice):
 
 
 def gated_layer() -> tuple[GatedDeltaNet, Listening]:
-    seams = Listening()
+    hooks = Listening()
     sizes = {"dim": D, "heads": HEADS, "key_dim": 6, "value_dim": 8, "conv_size": 4, "eps": EPS}
-    return low(GatedDeltaNet(**sizes, seams=seams, backend="torch")), seams
+    return low(GatedDeltaNet(**sizes, hooks=hooks, backend="torch")), hooks
 
 
 def test_decays_write_strengths_and_unit_vectors_are_made_in_float32():
-    layer, seams = gated_layer()
+    layer, hooks = gated_layer()
     grid = draw(2, 3, 4, D)
     layer(grid, 3)
-    x, (q, k, v, g, beta) = grid.flatten(1, 2), seams.given
+    x, (q, k, v, g, beta) = grid.flatten(1, 2), hooks.given
     rate = layer.A_log.float().exp()
     same(layer.log_decay(x), -rate * F.softplus(layer.a_proj(x).float() + layer.dt_bias.float()))
     same(g, layer.log_decay(x))
@@ -313,11 +313,11 @@ def test_decays_write_strengths_and_unit_vectors_are_made_in_float32():
 
 
 def test_the_output_gate_and_norm_are_float32_and_rounded_once():
-    layer, seams = gated_layer()
+    layer, hooks = gated_layer()
     grid = draw(2, 3, 4, D)
     given = input_of(layer.o_proj, lambda: layer(grid, 3))
     gate = F.silu(layer.g_proj(grid.flatten(1, 2)).float()).unflatten(-1, (HEADS, 8))
-    o = seams.outputs.float()
+    o = hooks.outputs.float()
     normed = o * torch.rsqrt(o.pow(2).mean(-1, keepdim=True) + EPS) * layer.o_norm.weight.float()
     same(given, (normed * gate).bfloat16().reshape(2, 3, 4, -1))
 

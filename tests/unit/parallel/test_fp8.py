@@ -214,10 +214,10 @@ def distinct_groups(**degrees):
 
 def test_delayed_scaling_reduces_its_magnitudes_over_tensor_ranks_and_no_others(engine):
     config = small_config("delayed")
-    with model_seams(config, distinct_groups(tensor=2, context=1, data=2)).region():
+    with model_hooks(config, distinct_groups(tensor=2, context=1, data=2)).autocast():
         pass
     alone = replace(distinct_groups(data=4), tensor_group=None)
-    with model_seams(config, alone).region():
+    with model_hooks(config, alone).autocast():
         pass
     assert [told["amax_reduction_group"] for told in engine] == ["the tensor group", None]
     assert [told["recipe"].settings for told in engine] == [{"reduce_amax": True}, {"reduce_amax": False}]
@@ -227,22 +227,22 @@ def test_delayed_scaling_reduces_its_magnitudes_over_tensor_ranks_and_no_others(
 
 def test_recipes_without_state_reduce_nothing_and_open_around_each_layer(engine):
     for recipe, name in fp8.RECIPE_CLASSES.items():
-        with fp8.forward_region(policy(recipe), "group"):
+        with fp8.forward_autocast(policy(recipe), "group"):
             outside = len(engine)
-            with fp8._layer_region(policy(recipe), "group"):
+            with fp8._layer_autocast(policy(recipe), "group"):
                 pass
         if recipe != "delayed":
             assert (outside, len(engine)) == (0, 1)
             assert engine[0].keys() == {"enabled", "recipe"}
             assert (type(engine[0]["recipe"]).__name__, engine[0]["recipe"].settings) == (name, {})
         engine.clear()
-    with pytest.raises(RuntimeError, match=r"within parallel\.fp8\.forward_region"):
-        fp8._layer_region(policy("delayed"), None).__enter__()
+    with pytest.raises(RuntimeError, match=r"within parallel\.fp8\.forward_autocast"):
+        fp8._layer_autocast(policy("delayed"), None).__enter__()
 
 
 def test_layers_of_a_layout_reduce_over_its_tensor_ranks():
-    seams = model_seams(small_config("current"), distinct_groups(tensor=2, context=2, data=2)).video.for_layer(1)
-    column, row = seams.column_linear(64, 64), seams.row_linear(64, 64)
+    hooks = model_hooks(small_config("current"), distinct_groups(tensor=2, context=2, data=2)).video.for_layer(1)
+    column, row = hooks.column_linear(64, 64), hooks.row_linear(64, 64)
     assert column.group == row.group == "the tensor group"
     assert (column.weight.shape, row.weight.shape) == ((32, 64), (64, 32))
     assert column.complete is None

@@ -20,7 +20,7 @@ from kairos_train.training.step import LossMeter, global_counts
 from parallel.config import Fp8Config, ParallelConfig
 from parallel.fp8 import Fp8Policy
 from parallel.gradient_sync import gradient_norm, sum_partial_gradients
-from parallel.seams import action_seams, video_seams
+from parallel.hooks import action_hooks, video_hooks
 from parallel.sharding import Rule, ShardingTable, set_attributes
 from parallel.topology import Degrees, Topology
 
@@ -155,14 +155,14 @@ def test_weights_of_the_first_are_given_to_all_that_hold_the_same(told):
     assert told == ["gradient from 1", "gradient from 1"]  # ranks 1, 3, 5 and 7 are of the second tensor rank
 
 
-def seams(stream: str = "video", **parallel):
+def hooks(stream: str = "video", **parallel):
     config, fp8 = ParallelConfig(tensor=2, context=2, **parallel), Fp8Policy(Fp8Config(), 1)
-    return video_seams(place(), config, fp8) if stream == "video" else action_seams(place(), config, fp8)
+    return video_hooks(place(), config, fp8) if stream == "video" else action_hooks(place(), config, fp8)
 
 
 @pytest.mark.parametrize("stream", ["video", "action"])
 def test_norms_and_widths_are_of_tensor_ranks(told, stream):
-    given = seams(stream)
+    given = hooks(stream)
     x = torch.full((1, 3, 4, 6), 2.0, requires_grad=True)
     mean = given.mean_square(x)
     assert torch.equal(mean, torch.full((1, 3, 4, 1), 4.0)), "the mean over twice the width, both halves alike"
@@ -178,7 +178,7 @@ def test_norms_and_widths_are_of_tensor_ranks(told, stream):
 
 
 def test_tokens_are_shared_over_tensor_ranks_by_the_video_stream_alone(told):
-    video, action = (seams(stream, sequence=True) for stream in ("video", "action"))
+    video, action = (hooks(stream, sequence=True) for stream in ("video", "action"))
     x = torch.arange(8.0).view(1, 1, 4, 2)
     assert torch.equal(video.split_tokens(x), x[:, :, 2:])
     assert torch.equal(action.split_tokens(x), x)
@@ -188,10 +188,10 @@ def test_tokens_are_shared_over_tensor_ranks_by_the_video_stream_alone(told):
 
 
 def test_frames_and_halos_are_of_context_ranks_and_of_the_video_stream_alone(told):
-    video, action = seams(), seams("action")
+    video, action = hooks(), hooks("action")
     assert (video.local_frames(5), action.local_frames(5)) == (range(3, 5), range(5))
     reads = tuple(tuple(g for g in range(5) if abs(g - f) < 2) for f in range(5))
-    exchange = video.exchange_frames(5, reads, (), period=1, hidden=4, keys=8)
+    exchange = video.exchange_frames(5, reads, (), period=1, hidden=4, kv=8)
     assert (exchange.group.kind, exchange.rank, exchange.query_frames, exchange.key_frames) == (
         *("context", 1),
         *((3, 4), (2, 3, 4)),
@@ -200,5 +200,5 @@ def test_frames_and_halos_are_of_context_ranks_and_of_the_video_stream_alone(tol
     assert k.shape == v.shape == (1, 3, 3, 2, 2)
     assert video.previous_tokens(torch.ones(1, 8, 4), 3, 4, 5).shape == (1, 3, 4)
     assert told == ["context"] * 2
-    assert action.exchange_frames(5, reads, (), period=1, hidden=4, keys=8).group is None
+    assert action.exchange_frames(5, reads, (), period=1, hidden=4, kv=8).group is None
     assert action.previous_tokens(torch.ones(1, 8, 4), 3, 4, 5) is None
