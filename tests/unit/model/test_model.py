@@ -145,6 +145,18 @@ def test_padded_actions_and_padded_context_change_nothing(model):
     torch.testing.assert_close(model(**{**batch, "context": changed}).video[0], padded.video[0])
 
 
+def test_the_state_is_one_more_token_that_both_streams_see_behind_the_text(model):
+    batch = inputs()
+    reference, moved = model(**batch), model(**{**batch, "state": batch["state"] + 1})
+    assert (moved.video - reference.video).abs().amax((1, 2, 3, 4)).min() > 1e-6, "of either sample, masked text or not"
+    assert (moved.action - reference.action).abs().amax((1, 2)).min() > 1e-6
+    context, mask = model.with_state(batch["context"], batch["context_mask"], batch["state"])
+    assert torch.equal(context[:, :-1], batch["context"])
+    assert torch.equal(context[:, -1:], model.action_dit.proprio_encoder(batch["state"]))
+    assert torch.equal(mask[:, :-1], batch["context_mask"])
+    assert mask[:, -1].all()
+
+
 def test_a_sample_without_any_valid_action_stays_finite(model):
     mask = torch.tensor([[False] * 6, [True] * 6])
     out = model(**inputs(), action_mask=mask)

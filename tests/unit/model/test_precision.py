@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from kairos_train.model import WorldActionModel
 from kairos_train.model.block import Block
 from kairos_train.model.gated_delta_net import GatedDeltaNet, RMSNorm
+from kairos_train.model.hooks import SingleDevice
 from kairos_train.model.kernels import rotary
 from kairos_train.model.kernels.attention import Attention, FullWidthRMSNorm
 from kairos_train.model.kernels.delta_rule import gated_delta_rule
 from kairos_train.model.precision import LayerNorm, UpcastLinear, dtype_of, upcast, wide
-from kairos_train.model.hooks import SingleDevice
 from kairos_train.model.streams import VideoHead
 from kairos_train.model.timestep import sinusoid
 from parallel import hooks as sharded

@@ -41,6 +41,18 @@ def test_groups_hold_each_trainable_parameter_once_and_no_frozen_one():
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
 
 
+@pytest.mark.parametrize("masters", [False, True])
+def test_adamw_is_told_every_number_and_each_group_its_decay(masters):
+    config = OptimizerConfig(lr=3e-4, betas=[0.8, 0.99], eps=1e-6)
+    groups = parameter_groups(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), weight_decay=0.1)
+    optimizer = build_optimizer(groups, config, masters=masters)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"], group["amsgrad"]) == (3e-4, (0.8, 0.99), 1e-6, False)
+    set_lr(optimizer, 1e-5)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-5, 1e-5]
+
+
 def test_an_empty_group_is_left_out():
     assert len(parameter_groups(nn.LayerNorm(4), weight_decay=0.1)) == 1
 
