@@ -19,12 +19,12 @@ from kairos_train.training.engine.deepspeed_internals import hooked_tensors
 from kairos_train.training.parity.compare import Trace, reference_config, run_steps
 from parallel.topology import Degrees, Topology
 
-STEPS = 3
 BUCKET = 15_000
 """Numbers: gradients go in several buckets while backward runs, as those of a large model do."""
 
 SIZES = (
-    "model.num_layers=4 model.num_heads=4 model.text_dim=12 model.freq_dim=16 encoders.text.text_dim=12 "
+    "model.num_layers=3 model.video.layer_cycle=[SWA,DSWA,GATED] model.num_heads=4 model.text_dim=12 "
+    "model.freq_dim=16 encoders.text.text_dim=12 "
     "model.video.dim=24 model.video.ffn_dim=32 model.video.gdn_key_dim=6 model.video.gdn_value_dim=8 "
     "model.video.dilation=2 model.action.dim=16 model.action.ffn_dim=24 model.action.action_dim=3 "
     "model.action.state_dim=5 data.window.frames=17 data.window.height=32 data.window.width=32 "
@@ -45,16 +45,16 @@ def topology(tensor: int, context: int) -> Topology:
     return Topology.build(Degrees(tensor, context, dist.get_world_size() // tensor // context), torch.device("cpu"))
 
 
-def train_layout(overrides: str, out: str) -> None:
+def train_layout(overrides: str, out: str, steps: int) -> None:
     config = make_config(overrides)
     with patch.object(deepspeed_engine, "LARGEST_BUCKET", BUCKET):
-        trace = run_steps(config, STEPS, topology(config.parallel.tensor, config.parallel.context))
+        trace = run_steps(config, steps, topology(config.parallel.tensor, config.parallel.context))
     if trace is not None:
         trace.save(Path(out))
 
 
-def train_reference(overrides: str, ranks: int, out: str) -> None:
-    trace = run_steps(reference_config(make_config(overrides), ranks), STEPS, topology(1, 1))
+def train_reference(overrides: str, ranks: int, out: str, steps: int) -> None:
+    trace = run_steps(reference_config(make_config(overrides), ranks), steps, topology(1, 1))
     assert isinstance(trace, Trace)
     trace.save(Path(out))
 
