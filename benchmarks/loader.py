@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from dataloaders.config import DataConfig, WindowConfig
-from dataloaders.files.video import encode_mp4
+from dataloaders.files.video_encoder import encode_mp4
 from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader
 from dataloaders.shards import INDEX, ShardIndex, sample_block, write_shard

@@ -151,7 +151,7 @@ def _write_video(
     out: Path, name: str, predicted: np.ndarray, recorded: np.ndarray, entry: dict[str, Any], fps: float
 ) -> list[str]:
     """The clip and the contact sheet of one window; returns their names."""
-    from dataloaders.files.video import encode_mp4
+    from dataloaders.files.video_encoder import encode_mp4
 
     beyond = np.zeros((len(predicted) - len(recorded), *recorded.shape[1:]), np.uint8)
     recorded = np.concatenate([recorded, beyond])

@@ -1,167 +1,32 @@
-"""MP4 files in and out (PyAV): H.264 and AV1, frames looked up by index or by time.
+"""Videos decoded (PyAV): frames looked up by index or by time, on the video's own clock.
 
-H.264 with a key frame every 8 frames is the best balance of size and seeking for training clips; AV1 (SVT, a key frame
-every 2 frames, CRF 30) is what LeRobot writes by default. Shapes: T frames, H height, W width; frames are uint8 RGB.
+What is given is what a player shows: frames that an edit list hides do not count, pictures are upright and their pixels
+square. What a player would guess is refused: several video streams, frames without times, times out of order.
+
+What follows a key frame may refer to frames before it (open groups of pictures), which a decoder that seeks has not
+seen. So an error behind a seek is tried again from an earlier key frame on, and counts if it comes again.
+
+Shapes: T frames, H height, W width; frames are uint8 RGB.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from fractions import Fraction
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import av
 import numpy as np
 
+from dataloaders.files.images import frame_pixels
 from kairos_train.basics.errors import UserError
-from kairos_train.basics.files import replacing
 
 TOLERANCE_S = 1e-4  # farthest a frame may lie from the asked time, as LeRobot has it
+_RUN_UPS = (0, 1, None)  # key frames that decoding starts before the needed one, in each attempt; None: all
 _RESEEK_S = 4.0  # a gap between wanted frames from which a new seek is cheaper than decoding through it
-
-
-@dataclass(frozen=True)
-class Codec:
-    """How one codec is written. `gop` is the distance of key frames in frames, `crf` the constant quality."""
-
-    encoder: str
-    gop: int
-    crf: int
-    options: dict[str, str] = field(default_factory=dict)
-
-
-CODECS = {
-    # x264's macroblock tree reads memory that nobody wrote at most widths: no two files would be alike.
-    "h264": Codec("libx264", gop=8, crf=18, options={"mbtree": "0"}),
-    "av1": Codec("libsvtav1", gop=2, crf=30),
-}
-
-
-class Mp4Encoder:
-    """Frames appended to one MP4 file, yuv420p; several clips may follow each other, each from a key frame of its own.
-
-    The same frames give the same bytes.
-
-    Args:
-        file: a path (written in place: the caller renames) or a seekable binary file.
-        fps: frames per second of the whole file.
-        codec: "h264" or "av1".
-        crf, gop: override the codec's defaults.
-
-    Raises:
-        UserError: unknown codec.
-    """
-
-    def __init__(
-        self, file: Path | IO[bytes], fps: float, *, codec: str = "h264", crf: int | None = None, gop: int | None = None
-    ) -> None:
-        if codec not in CODECS:
-            raise UserError(f"codec is {codec!r}; it must be one of {', '.join(CODECS)}")
-        if not fps > 0:
-            raise UserError(f"fps is {fps}; it must be positive")
-        self._spec = CODECS[codec]
-        self._options = self._spec.options | {
-            "g": str(self._spec.gop if gop is None else gop),
-            "crf": str(self._spec.crf if crf is None else crf),
-        }
-        self._rate = Fraction(fps).limit_denominator(1001)
-        self._container = av.open(str(file) if isinstance(file, Path) else file, "w", format="mp4")
-        self._stream = None
-        self._size: tuple[int, int] | None = None
-        self.frames = 0
-        self.bytes = 0  # of the pictures handed to the file so far
-
-    def add(self, frames: np.ndarray) -> None:
-        """Append a clip, uint8 (T, H, W, 3) with even H and W, the same for every clip of the file.
-
-        Raises:
-            UserError: wrong shape, dtype or an odd height or width.
-        """
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
-            raise UserError(f"frames are {frames.dtype} {frames.shape}; they must be uint8 (T, H, W, 3) with T > 0")
-        height, width = frames.shape[1:3]
-        if height % 2 or width % 2:
-            raise UserError(f"frames are {height}x{width}; yuv420p video needs an even height and width")
-        if self._stream is None:
-            self._open_stream(height, width)
-        elif (height, width) != self._size:
-            raise UserError(
-                f"frames are {height}x{width} but the video's first clip was {self._size[0]}x{self._size[1]}"
-            )
-        for i, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame.pts = self.frames
-            if i == 0:  # decoding one clip then never starts in the clip before it
-                frame.pict_type = av.video.frame.PictureType.I
-            self._mux(frame)
-            self.frames += 1
-
-    def close(self) -> None:
-        """Write what the codec holds back and the index of the file."""
-        if self._stream is not None:
-            self._mux(None)
-        self._container.close()
-
-    def _mux(self, frame: av.VideoFrame | None) -> None:
-        packets = self._stream.encode(frame)
-        self.bytes += sum(packet.size for packet in packets)
-        self._container.mux(packets)
-
-    def _open_stream(self, height: int, width: int) -> None:
-        self._stream = self._container.add_stream(self._spec.encoder, rate=self._rate, options=self._options)
-        # With more threads x264's output depends on their number, so on the machine.
-        self._stream.codec_context.thread_count = 1
-        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-        self._size = (height, width)
-        with _scheduled_as_before():
-            self._stream.codec_context.open()
-
-
-@contextmanager
-def _scheduled_as_before() -> Iterator[None]:
-    """Undo what SVT-AV1 does where it may: it makes its threads, and the one that opens it, real-time ones for good.
-
-    Such a process takes a core from all others, the machine's own housekeeping included. Linux only, as the habit is.
-    """
-    if not hasattr(os, "sched_getscheduler"):
-        yield
-        return
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    others = set(os.listdir("/proc/self/task")) - {str(threading.get_native_id())}
-    try:
-        yield
-    finally:
-        for thread in map(int, set(os.listdir("/proc/self/task")) - others):
-            with suppress(ProcessLookupError):  # it has just ended
-                os.sched_setscheduler(thread, policy, parameters)
-
-
-def encode_mp4(
-    file: Path | IO[bytes],
-    frames: np.ndarray,
-    fps: float,
-    *,
-    codec: str = "h264",
-    crf: int | None = None,
-    gop: int | None = None,
-) -> None:
-    """Write one clip, uint8 (T, H, W, 3). A path appears only when the file is complete.
-
-    Raises:
-        UserError: unknown codec, wrong shape or dtype, odd height or width.
-    """
-    with replacing(file) if isinstance(file, Path) else nullcontext(file) as target:
-        encoder = Mp4Encoder(target, fps, codec=codec, crf=crf, gop=gop)
-        try:
-            encoder.add(frames)
-        finally:
-            encoder.close()
 
 
 def decode_mp4(
@@ -185,20 +50,27 @@ def decode_mp4(
         out: uint8 (n, H, W, 3) that takes all of the frames and is returned; the file must hold exactly these.
 
     Raises:
-        UserError: file missing, truncated or undecodable; an index outside of it; no frame within the tolerance.
+        UserError: file missing, truncated or undecodable; several video streams; pictures of different sizes; an index
+            outside of it; no frame within the tolerance.
     """
     if indices is not None and timestamps is not None:
         raise TypeError("give indices or timestamps, not both")
-    with _opened(file, name) as (container, name):
+
+    def found(video: _Video) -> np.ndarray:
         if timestamps is not None:
-            return _at_times(container, np.asarray(timestamps, np.float64), tolerance_s, name)
+            return _at_times(video, np.asarray(timestamps, np.float64), tolerance_s)
         if indices is None:
-            return _all_frames(container, name) if out is None else _fill(out, container, name)
-        times = _frame_times(container, name)
-        wanted = np.asarray(indices, np.int64)
+            return _all_frames(video) if out is None else _fill(out, video)
+        times, wanted = _frame_times(video), np.asarray(indices, np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(times)):
-            raise UserError(f"{name}: frame {wanted[(wanted < 0) | (wanted >= len(times))][0]} asked of {len(times)}")
-        return _at_times(container, times[wanted], TOLERANCE_S, name)
+            bad = wanted[(wanted < 0) | (wanted >= len(times))][0]
+            raise UserError(f"{video.name}: frame {bad} asked of {len(times)}")
+        return _at_times(video, times[wanted], TOLERANCE_S)
+
+    for run_up in _RUN_UPS:
+        with suppress(_BehindSeek), _opened(file, name, run_up=run_up) as video:
+            return found(video)
+    raise AssertionError("the last attempt gives frames or an error")
 
 
 def frame_times(file: Path | bytes, *, name: str | None = None) -> np.ndarray:
@@ -207,118 +79,242 @@ def frame_times(file: Path | bytes, *, name: str | None = None) -> np.ndarray:
     Raises:
         UserError: file missing or unreadable.
     """
-    with _opened(file, name) as (container, name):
-        return _frame_times(container, name)
+    with _opened(file, name) as video:
+        return _frame_times(video)
+
+
+class _BehindSeek(Exception):
+    """An error behind a seek, that may come from what was not decoded."""
+
+
+@dataclass(frozen=True)
+class _Video:
+    """An open file.
+
+    Attributes:
+        counted: its frames' own times mean nothing; the k-th frame that is decoded has the k-th time of the packets.
+        run_up: key frames that are decoded before the needed one; None: all. With any, one thread decodes, so that an
+            error belongs to the packet that was given.
+    """
+
+    container: av.container.InputContainer
+    stream: av.VideoStream
+    name: str
+    counted: bool
+    run_up: int | None
+
+    def seconds(self, pts: int) -> float:
+        return float(pts * self.stream.time_base)
+
+    def pixels(self, frame: av.VideoFrame) -> np.ndarray:
+        return frame_pixels(frame, self.stream.sample_aspect_ratio, name=self.name)
 
 
 @contextmanager
-def _opened(file: Path | bytes, name: str | None) -> Iterator[tuple[av.container.InputContainer, str]]:
-    """The container of a file and what errors call it; its video stream refuses damage. FFmpeg's errors become ours."""
+def _opened(file: Path | bytes, name: str | None, *, run_up: int | None = 0) -> Iterator[_Video]:
+    """An open file; its video stream refuses damage. FFmpeg's errors become ours, with the file's name."""
     name = name or (str(file) if isinstance(file, Path) else "video")
     if isinstance(file, Path) and not file.is_file():
         raise UserError(f"{name}: no such video file")
     try:
-        with av.open(str(file) if isinstance(file, Path) else io.BytesIO(file)) as container:
-            if not container.streams.video:
-                raise UserError(f"{name}: holds no video; it is truncated or no video file: restore it")
-            stream = container.streams.video[0]
+        # The whole path: in a name like 12:30.mp4, FFmpeg would take what is before the colon for a protocol.
+        with av.open(os.path.abspath(file) if isinstance(file, Path) else io.BytesIO(file)) as container:
+            stream = _video_stream(container, name)
             stream.thread_type = "AUTO"
+            if run_up != 0:
+                stream.codec_context.thread_count = 1
             stream.codec_context.options = {"err_detect": "explode"}  # else damage is painted over in silence
-            yield container, name
-    except av.FFmpegError as error:
+            # AVI knows the rate and the order of decoding alone: what FFmpeg makes of them is wrong with B-frames.
+            counted = container.format.name == "avi" and not stream.codec_context.codec.intra_only
+            yield _Video(container, stream, name, counted=counted, run_up=run_up)
+    except (UserError, _BehindSeek, MemoryError, ImportError):
+        raise
+    except Exception as error:  # decoders raise whatever they like on damaged bytes
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{name}: cannot be decoded ({error.strerror or error}); the file is truncated or damaged: restore it"
+            f"{name}: cannot be decoded ({reason}); the file is truncated or damaged: restore it"
         ) from error
 
 
-def _frame_times(container: av.container.InputContainer, name: str) -> np.ndarray:
+def _video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
+    """The one video stream; cover pictures and thumbnails are none."""
+    still = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & still]
+    if not streams:
+        raise UserError(f"{name}: holds no video; it is truncated or no video file: restore it")
+    if len(streams) > 1:
+        sizes = ", ".join(f"{stream.width}x{stream.height}" for stream in streams)
+        raise UserError(f"{name}: holds {len(streams)} video streams ({sizes}); write each into a file of its own")
+    return streams[0]
+
+
+def _frame_times(video: _Video) -> np.ndarray:
     """Seconds of every frame in presentation order, float64 (T,), from the packets' headers alone."""
-    stream = container.streams.video[0]
-    pts = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None and packet.size)
-    if not pts:
-        raise UserError(f"{name}: holds no frames")
-    return np.array(pts, np.float64) * float(stream.time_base)
+    times, packets = [], 0
+    for packet in video.container.demux(video.stream):
+        packets += packet.size > 0
+        if _is_shown(packet, video.stream):
+            times.append(packet.dts if video.counted else packet.pts)
+    if "mp4" in video.container.format.name and packets < (indexed := len(video.stream.index_entries)):
+        raise _truncated(video, packets, indexed)
+    if not times:
+        raise UserError(f"{video.name}: holds no frames")
+    if None in times:
+        raise UserError(
+            f"{video.name}: frames have no times; write the video into a container that has them, with its frame rate "
+            "(ffmpeg -r FPS -i FILE -c copy NEW.mp4)"
+        )
+    return np.sort(np.array(times, np.float64)) * float(video.stream.time_base)
 
 
-def _decoded(container: av.container.InputContainer, start: float, name: str) -> Iterator[tuple[float, av.VideoFrame]]:
-    """(seconds, frame) from the key frame at or before `start` on."""
-    stream = container.streams.video[0]
-    container.seek(max(int(start / float(stream.time_base)) - 1, 0), stream=stream, backward=True)
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise UserError(f"{name}: is truncated or damaged at {_seconds(packet)}: restore it")
-        for frame in packet.decode():
-            yield float(frame.pts * frame.time_base), frame
+def _is_shown(packet: av.Packet, stream: av.VideoStream) -> bool:
+    """Whether a packet gives a frame that a player shows."""
+    if not packet.size or packet.is_discard:  # the second: hidden by an edit list
+        return False
+    return stream.codec_context.name not in ("vp8", "libvpx") or bool(bytes(packet)[0] >> 4 & 1)
 
 
-def _seconds(packet: av.Packet) -> str:
-    return "an unknown time" if packet.pts is None else f"{float(packet.pts * packet.time_base):.3f} s"
+def _decoded(video: _Video, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    """(seconds, frame) in presentation order, from a key frame at or before `start` on."""
+    if video.counted:
+        times = _frame_times(video)
+        video.container.seek(0, stream=video.stream)
+        frames = (frame for packet in video.container.demux(video.stream) for frame in _frames_of(packet, video))
+        yield from zip(times, frames)
+        return
+    before = -np.inf
+    for packet, needed, sought in _packets(video, start):
+        try:
+            frames = _frames_of(packet, video)
+        except (av.FFmpegError, UserError):
+            if not needed:
+                continue
+            if sought and video.run_up is not None:
+                raise _BehindSeek from None
+            raise
+        for frame in frames:
+            if frame.pts is None or (time := video.seconds(frame.pts)) < before:
+                raise UserError(
+                    f"{video.name}: the times of its frames are missing or out of order behind {before:.3f} s; encode "
+                    "the video again"
+                )
+            yield time, frame
+            before = time
 
 
-def _all_frames(container: av.container.InputContainer, name: str) -> np.ndarray:
-    promised = container.streams.video[0].frames
-    frames = [_pixels(frame) for _, frame in _decoded(container, 0.0, name)]
-    if not frames or len(frames) < promised:
-        raise UserError(f"{name}: holds {len(frames)} readable frames of {promised}; it is truncated: restore it")
-    return np.stack(frames)
+def _frames_of(packet: av.Packet, video: _Video) -> list[av.VideoFrame]:
+    if packet.is_corrupt:
+        where = "an unknown time" if packet.pts is None else f"{video.seconds(packet.pts):.3f} s"
+        raise UserError(f"{video.name}: is truncated or damaged at {where}: restore it")
+    return packet.decode()
 
 
-def _fill(out: np.ndarray, container: av.container.InputContainer, name: str) -> np.ndarray:
+def _packets(video: _Video, start: float) -> Iterator[tuple[av.Packet, bool, bool]]:
+    """(packet, whether it is needed or only run-up, whether reading began behind the file's first key frame)."""
+    key = _seek(video, start)
+    first = key
+    if key is not None and video.run_up != 0:
+        first = _seek(video, video.seconds(key - 1)) if video.run_up else _seek(video, 0.0)
+    begun = needed = key is None
+    for packet in video.container.demux(video.stream):
+        begun = begun or packet.is_keyframe or first is None
+        needed = needed or packet.pts == key
+        if begun:
+            yield packet, needed, first is not None
+
+
+def _seek(video: _Video, start: float) -> int | None:
+    """Go to a key frame that is shown at or before `start`; its pts, None for the start of the file.
+
+    Files are searched by the times of decoding, which come before those of showing.
+    """
+    back = 0.0
+    while target := max(int((start - back) / float(video.stream.time_base)) - 1, 0):
+        video.container.seek(target, stream=video.stream, backward=True)
+        key = next((p.pts for p in video.container.demux(video.stream) if p.is_keyframe and p.pts is not None), None)
+        if key is not None and video.seconds(key) <= start + TOLERANCE_S:
+            video.container.seek(target, stream=video.stream, backward=True)
+            return key
+        back = 2 * back + 1
+    video.container.seek(0, stream=video.stream, backward=True)
+    return None
+
+
+def _all_frames(video: _Video) -> np.ndarray:
+    found = [(time, video.pixels(frame)) for time, frame in _decoded(video, 0.0)]
+    if not found or len(found) < video.stream.frames:  # which counts hidden ones, too
+        video.container.seek(0, stream=video.stream)
+        if len(found) < (promised := len(_frame_times(video))):
+            raise _truncated(video, len(found), promised)
+    return _stack([picture for _, picture in found], [time for time, _ in found], video.name)
+
+
+def _fill(out: np.ndarray, video: _Video) -> np.ndarray:
     count = 0
-    for _, frame in _decoded(container, 0.0, name):
-        picture = _pixels(frame)
+    for _, frame in _decoded(video, 0.0):
+        picture = video.pixels(frame)
         if count == len(out) or picture.shape != out.shape[1:]:
-            raise UserError(f"{name}: frame {count} has shape {picture.shape}, expected {len(out)} of {out.shape[1:]}")
+            raise UserError(
+                f"{video.name}: frame {count} has shape {picture.shape}, expected {len(out)} of {out.shape[1:]}"
+            )
         out[count] = picture
         count += 1
     if count < len(out):
-        raise UserError(f"{name}: holds {count} readable frames, expected {len(out)}; it is truncated: restore it")
+        raise _truncated(video, count, len(out))
     return out
 
 
-def _at_times(container: av.container.InputContainer, times: np.ndarray, tolerance_s: float, name: str) -> np.ndarray:
+def _truncated(video: _Video, count: int, promised: int) -> UserError:
+    return UserError(f"{video.name}: holds {count} readable frames of {promised}; it is truncated: restore it")
+
+
+def _stack(pictures: Sequence[np.ndarray], times: Sequence[float], name: str) -> np.ndarray:
+    """Pictures of one size in one array."""
+    first = pictures[0].shape
+    for picture, time in zip(pictures, times):
+        if picture.shape != first:
+            raise UserError(
+                f"{name}: the picture changes from {first[1]}x{first[0]} to {picture.shape[1]}x{picture.shape[0]} at "
+                f"{time:.3f} s; cut the video there"
+            )
+    return np.stack(pictures)
+
+
+def _at_times(video: _Video, times: np.ndarray, tolerance_s: float) -> np.ndarray:
     """The frames nearest to `times` (n,), each wanted frame decoded and converted once."""
     if not len(times):
-        return np.zeros((0, container.streams.video[0].height, container.streams.video[0].width, 3), np.uint8)
+        return np.zeros((0, video.stream.height, video.stream.width, 3), np.uint8)
     wanted, inverse = np.unique(times, return_inverse=True)
     runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > _RESEEK_S) + 1)
-    pictures = [picture for run in runs for picture in _run(container, run, tolerance_s, name)]
-    return np.stack(pictures)[inverse]
+    pictures = [picture for run in runs for picture in _run(video, run, tolerance_s)]
+    return _stack(pictures, wanted, video.name)[inverse]
 
 
-def _run(
-    container: av.container.InputContainer, wanted: np.ndarray, tolerance_s: float, name: str
-) -> Iterator[np.ndarray]:
+def _run(video: _Video, wanted: np.ndarray, tolerance_s: float) -> Iterator[np.ndarray]:
     """One picture per ascending `wanted` time, decoding once through all of them."""
     before: tuple[float, av.VideoFrame] | None = None
     position = 0
-    frames = _decoded(container, float(wanted[0]), name)
-    for time, frame in frames:
+    for time, frame in _decoded(video, float(wanted[0])):
         # The frame that is exactly meant ends the wait at once; otherwise the first one past it does.
         while position < len(wanted) and time >= wanted[position] - min(tolerance_s, TOLERANCE_S):
             nearest = min(filter(None, (before, (time, frame))), key=lambda f: abs(f[0] - wanted[position]))
-            yield _picture(nearest, wanted[position], tolerance_s, name)
+            yield _picture(video, nearest, wanted[position], tolerance_s)
             position += 1
         if position == len(wanted):
             return
         before = (time, frame)
     if before is None:
-        raise UserError(f"{name}: holds no frame at {wanted[position]:.4f} s; it is truncated or the lookup is wrong")
+        raise UserError(
+            f"{video.name}: holds no frame at {wanted[position]:.4f} s; it is truncated or the lookup is wrong"
+        )
     for time in wanted[position:]:
-        yield _picture(before, time, tolerance_s, name)
+        yield _picture(video, before, time, tolerance_s)
 
 
-def _picture(found: tuple[float, av.VideoFrame], wanted: float, tolerance_s: float, name: str) -> np.ndarray:
+def _picture(video: _Video, found: tuple[float, av.VideoFrame], wanted: float, tolerance_s: float) -> np.ndarray:
     if abs(found[0] - wanted) > tolerance_s:
         raise UserError(
-            f"{name}: the frame nearest to {wanted:.4f} s lies at {found[0]:.4f} s, farther than the tolerance of "
-            f"{tolerance_s:g} s; the timestamps and the video do not belong together"
+            f"{video.name}: the frame nearest to {wanted:.4f} s lies at {found[0]:.4f} s, farther than the tolerance "
+            f"of {tolerance_s:g} s; the timestamps and the video do not belong together"
         )
-    return _pixels(found[1])
-
-
-def _pixels(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 (H, W, 3), upright: telephones store a sideways picture and the angle to turn it back by."""
-    picture = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+    return video.pixels(found[1])

@@ -5,7 +5,6 @@ Shapes: T frames of the episode, n frames asked for, H height, W width. Nothing 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dataloaders.files.images import read_image
 from dataloaders.files.urls import join
 from dataloaders.files.video import TOLERANCE_S, decode_mp4
 from dataloaders.lerobot.layout import (
@@ -234,13 +234,8 @@ def _numeric(column: pa.ChunkedArray, where: str) -> np.ndarray | None:
 
 def _picture(value: Any, root: Path, camera: str) -> np.ndarray:
     """uint8 (H, W, 3) of an inline image: its encoded bytes, or else the path of its file."""
-    from PIL import Image
-
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
     if data is None and not (path and Path(join(root, path)).is_file()):
         raise UserError(f"{root}: a picture of {camera!r} has neither bytes nor a file (path {path!r}); restore it")
-    try:
-        with Image.open(io.BytesIO(data) if data is not None else Path(join(root, path))) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{root}: a picture of {camera!r} cannot be decoded ({error}); restore it") from error
+    source = data if data is not None else Path(join(root, path))
+    return read_image(source, name=f"{root}: a picture of {camera!r}", scale_16_bits=False)

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataloaders.files.video import CODECS, Mp4Encoder
+from dataloaders.files.video_encoder import CODECS, Mp4Encoder
 from dataloaders.lerobot.layout import (
     DATA_PATH,
     EPISODE_COLUMNS,

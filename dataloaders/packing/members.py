@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dataloaders.files.video import encode_mp4
+from dataloaders.files.video_encoder import encode_mp4
 from dataloaders.sources.base import Clip
 from kairos_train.basics.errors import UserError
 

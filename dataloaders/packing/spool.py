@@ -23,6 +23,7 @@ from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import replacing, write_whole
 
 _FOLDER_UNITS = 1000  # units of a folder
+_NOT_THE_SOURCE = (MemoryError, ImportError)  # the machine's fault; of any other error, --on-bad skip blames the source
 
 
 @dataclass
@@ -99,10 +100,12 @@ class Spool:
 def _pack(unit: int, source: Source, writer: MemberWriter, file: io.BufferedWriter, skip_bad: bool) -> SpoolRecord:
     try:
         found = source.unit(unit)
-    except UserError as error:
+    except _NOT_THE_SOURCE:
+        raise
+    except Exception as error:
         if not skip_bad:
             raise
-        return SpoolRecord(bad=[[f"{source.name}: unit {unit}", str(error)]])
+        return SpoolRecord(bad=[[f"{source.name}: unit {unit}", _reason(error)]])
     record = SpoolRecord(files=_signatures(found.files))
     for sample in _samples(found, skip_bad):
         if sample is None:  # an episode that cannot be read to its end counts as none
@@ -137,11 +140,18 @@ def _samples(unit: Unit, skip_bad: bool) -> Iterator[Clip | Bad | None]:
             if isinstance(sample, Bad) and not skip_bad:
                 raise UserError(f"{sample.name}: {sample.reason} (--on-bad skip leaves such out)")
             yield sample
-    except UserError as error:
+    except _NOT_THE_SOURCE:
+        raise
+    except Exception as error:
         if not skip_bad:
             raise
-        yield Bad(unit.name, str(error))
+        yield Bad(unit.name, _reason(error))
         yield None
+
+
+def _reason(error: Exception) -> str:
+    """Of an error that nobody foresaw, its type as well."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _signatures(files) -> dict[str, list[int]]:

@@ -13,7 +13,6 @@ Shapes: N frames of the file, T of a sample, H W height and width.
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -22,11 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.config import ClipConfig
+from dataloaders.files.images import read_image as stored_image
 from dataloaders.files.video import decode_mp4, frame_times
 from dataloaders.sources.base import Clip
 from dataloaders.sources.rows import Row
 from dataloaders.windows import cover
-from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import PIXEL_MULTIPLE, whole_frames
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -86,13 +86,7 @@ def cut_video(
 
 def read_image(data: bytes, row: Row, clips: ClipConfig, *, key: str, name: str, meta: dict) -> Clip:
     """The sample of an image: one frame. Raises UserError when it cannot be decoded."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            picture = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: cannot be decoded ({one_line(error)}); restore it") from error
+    picture = stored_image(data, name=name)
     frames = cover(picture[None], *clip_size(*picture.shape[:2], clips))
     return Clip(f"{key}-000000", frames, clips.fps, row.captions, dict(meta), scores=row.scores)
 

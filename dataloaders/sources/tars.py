@@ -41,8 +41,14 @@ class TarSource:
         if not is_url(location) and Path(location).is_dir():
             self._paths: list[Path | str] = sorted(Path(location).glob("*.tar"))
             name = Path(location).resolve().name
+        elif not is_url(location) and Path(location).is_file():
+            self._paths = [location]  # whatever braces its name has
+            name = base_name(parent(location)) or base_name(location)
         else:
-            self._paths = list(braceexpand(str(location)))
+            try:
+                self._paths = list(braceexpand(str(location)))
+            except ValueError as error:
+                raise UserError(f"{location}: is neither a tar nor a pattern of tars ({error}); mend it") from error
             name = base_name(parent(self._paths[0])) or base_name(self._paths[0])
         self.name = plain_name(name)
         self.units, self.sizes_differ, self.fps = len(self._paths), True, settings.clips.fps

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dataloaders.files.urls import is_url, join, parent, read_url, reason_of
 from dataloaders.sources.base import Bad, Clip, SourceSettings, Unit
@@ -66,8 +67,9 @@ class VideoSource:
                 yield Bad(f"{self._path}: line {number}", str(error))
 
     def _clips_of(self, number: int, row: Row, left_out: Counter[str]) -> Iterator[Clip]:
-        place = row.path if is_url(row.path) else join(self._folder, row.path)
-        name, suffix = str(place), Path(row.path.partition("?")[0]).suffix.lower()
+        place = _place(self._folder, row.path)
+        path = urlsplit(row.path).path if is_url(row.path) else row.path  # only URLs have a query
+        name, suffix = str(place), Path(path).suffix.lower()
         if suffix not in (*VIDEOS, *IMAGES):
             raise UserError(f"{name}: is no video or image by its name; use one of {', '.join((*VIDEOS, *IMAGES))}")
         if not is_url(place) and not place.is_file():
@@ -82,3 +84,16 @@ class VideoSource:
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({reason_of(error)})") from error
         yield from cut_video(file, row, self._clips, key=key, name=name, meta=meta, left_out=left_out)
+
+
+def _place(folder: Path | str, path: str) -> Path | str:
+    """Where the file of a row is: a URL, or below the manifest's folder under any name that the file system takes."""
+    if is_url(path):
+        return path
+    if is_url(folder):
+        return join(folder, path)
+    if not path or "\0" in path or path.startswith("/") or ".." in path.split("/"):
+        raise UserError(
+            f"{folder}: the file name {path!r} leads out of the folder; names must be relative, without '..'"
+        )
+    return Path(folder) / path

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from dataloaders.files.video import encode_mp4
+from dataloaders.files.video_encoder import encode_mp4
 from dataloaders.windows import cover
 from evaluation.benchmarks.completeness import MANIFEST, missing_images, read_manifest, video_fault
 from evaluation.benchmarks.interface import (

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataloaders.files.video import encode_mp4
+from dataloaders.files.video_encoder import encode_mp4
 from dataloaders.lerobot.reader import LeRobotDataset
 
 

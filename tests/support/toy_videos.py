@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataloaders.files.video import encode_mp4
+from dataloaders.files.video_encoder import encode_mp4
 
 
 def counting(frames: int, height: int = 64, width: int = 96) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.toy_shards import assert_same, npy, take, toy_key, toy_loader, toy_members, write_clips, write_folder
 
-from dataloaders.files.video import encode_mp4
+from dataloaders.files.video_encoder import encode_mp4
 from dataloaders.loading.loader import fixed_batches
 from dataloaders.shards import INDEX, read_index
 from kairos_train.basics.errors import UserError

@@ -8,7 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from dataloaders.files.video import CODECS, Mp4Encoder, decode_mp4, encode_mp4, frame_times
+from dataloaders.files.video import decode_mp4, frame_times
+from dataloaders.files.video_encoder import CODECS, Mp4Encoder, encode_mp4
 from kairos_train.basics.errors import UserError
 
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from support.serving_exports import config_of, write_export
 
-from dataloaders.files.video import decode_mp4, encode_mp4
+from dataloaders.files.video import decode_mp4
+from dataloaders.files.video_encoder import encode_mp4
 from evaluation.benchmarks.completeness import MANIFEST, check
 from evaluation.benchmarks.generate import first_frame, write
 from evaluation.benchmarks.registry import VIDEO_BENCHMARKS

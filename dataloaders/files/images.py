@@ -1,0 +1,89 @@
+"""Encoded images and decoded video frames as upright RGB, uint8 (H, W, 3), square pixels.
+
+What is stored is not always what is shown: telephones store sideways or mirrored pictures beside the way to turn them,
+old video formats store pixels that are not square, and some pictures have 16 bits where 8 are wanted.
+"""
+
+from __future__ import annotations
+
+import io
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from kairos_train.basics.errors import UserError
+
+_TURNS = {  # (a, b, c, d) of a display matrix, x' = a x + c y and y' = b x + d y -> what shows the picture so
+    (1, 0, 0, 1): lambda p: p,
+    (0, 1, -1, 0): lambda p: np.rot90(p, 3),
+    (-1, 0, 0, -1): lambda p: np.rot90(p, 2),
+    (0, -1, 1, 0): lambda p: np.rot90(p, 1),
+    (-1, 0, 0, 1): lambda p: p[:, ::-1],
+    (1, 0, 0, -1): lambda p: p[::-1],
+    (0, 1, 1, 0): lambda p: p.swapaxes(0, 1),
+    (0, -1, -1, 0): lambda p: np.rot90(p, 2).swapaxes(0, 1),
+}
+
+
+def read_image(source: bytes | Path, *, name: str, scale_16_bits: bool = True) -> np.ndarray:
+    """An encoded image, upright by its EXIF orientation.
+
+    Args:
+        source: the bytes of a file, or its path.
+        name: what errors call it.
+        scale_16_bits: show 16 bits of grey as 8, as a viewer does; False refuses them.
+
+    Raises:
+        UserError: it cannot be decoded, or has more bits per pixel than can be shown.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+            bits = 16 if deep else 32 if image.mode in ("I", "F") else 8
+            if bits > (16 if scale_16_bits else 8):
+                raise UserError(
+                    f"{name}: has {bits} bits of grey per pixel, as depth has, and 8 are packed; leave it out, or "
+                    "store it as an 8-bit image"
+                )
+            upright = ImageOps.exif_transpose(image)
+            if not deep:
+                return np.asarray(upright.convert("RGB"))
+            grey = (np.asarray(upright).astype(np.uint32) * 255 + 32767) // 65535
+            return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    except (UserError, MemoryError, ImportError):
+        raise
+    except Exception as error:  # decoders raise whatever they like on damaged bytes
+        raise UserError(f"{name}: cannot be decoded ({' '.join(str(error).split())}); restore it") from error
+
+
+def frame_pixels(frame: av.VideoFrame, aspect: Fraction | None, *, name: str) -> np.ndarray:
+    """A decoded frame as it is meant to be shown; more than 8 bits per channel are scaled.
+
+    Args:
+        aspect: width over height of a stored pixel; None: square. The shorter side is stretched.
+        name: what errors call the video.
+
+    Raises:
+        UserError: it is to be shown at an angle that is no multiple of 90 degrees.
+    """
+    width, height = frame.width, frame.height
+    if aspect and aspect != 1:
+        width, height = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+    picture = frame.to_ndarray(format="rgb24", width=width, height=height)
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].astype(np.float64)
+    if not (scale := max(abs(a), abs(b), abs(c), abs(d))):
+        return picture
+    turn = tuple(round(v) if abs(v - round(v)) < 1e-3 else None for v in np.array([a, b, c, d]) / scale)
+    if turn not in _TURNS:
+        raise UserError(
+            f"{name}: its display matrix turns or shears the picture by no multiple of 90 degrees ({a:g} {b:g} {c:g} "
+            f"{d:g}); write the picture as it is to be shown"
+        )
+    return np.ascontiguousarray(_TURNS[turn](picture))
