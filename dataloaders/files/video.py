@@ -177,6 +177,7 @@ def _is_shown(packet: av.Packet, stream: av.VideoStream) -> bool:
 def _decoded(video: _Video, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
     """(seconds, frame) in presentation order, from a key frame at or before `start` on."""
     if video.counted:
+        video.container.seek(0, stream=video.stream)
         times = _frame_times(video)
         video.container.seek(0, stream=video.stream)
         frames = (frame for packet in video.container.demux(video.stream) for frame in _frames_of(packet, video))

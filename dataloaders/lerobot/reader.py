@@ -101,7 +101,8 @@ class LeRobotDataset:
     """A LeRobot dataset folder of version 2.0, 2.1 or 3.0.
 
     Attributes: `version`; `fps` (float); `robot_type`; `features` (as in info.json); `tasks` (strings by task index);
-    `camera_keys` (cameras with files or inline images, sorted: declared ones without are left out); `num_episodes`.
+    `camera_keys` (cameras with files or inline images, sorted: declared ones without are left out); `depth_keys` (those
+    of them whose pictures are declared to be depth); `num_episodes`.
 
     Raises:
         UserError: the folder is not such a dataset, or a table of it is missing or malformed.
@@ -115,6 +116,7 @@ class LeRobotDataset:
         self._entries = read_episodes(info)
         self._image_keys = self._inline_images()
         self.camera_keys = sorted([*self._image_keys, *self._video_keys()])
+        self.depth_keys = [key for key in self.camera_keys if is_depth(self.features[key])]
         self._table: tuple[Path, pa.Table] | None = None  # v3.0: neighbouring episodes share a file
 
     @property
@@ -207,6 +209,12 @@ class LeRobotDataset:
             return []
         names = pq_names(self._entries[0].data)
         return [key for key in declared if key in names]
+
+
+def is_depth(feature: dict[str, Any]) -> bool:
+    """Whether a camera's pictures are declared to be depth, in the words of any version of LeRobot."""
+    notes = [feature, *(feature[name] for name in ("info", "video_info") if isinstance(feature.get(name), dict))]
+    return any(note.get(name) is True for note in notes for name in ("is_depth_map", "video.is_depth_map"))
 
 
 def _numeric(column: pa.ChunkedArray, where: str) -> np.ndarray | None:

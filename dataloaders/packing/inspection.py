@@ -90,6 +90,7 @@ def _of_shards(folder: Path | str, samples: int) -> Findings:
         found.facts.append(
             ("left out", f"{source.get('quarantined', 0):,} quarantined" + (f", {left}" if left else ""))
         )
+    found.facts += [("note", note) for note in source.get("notes", [])]
     if index.shapes:
         _resolutions(found, [(s["frames"], s["height"], s["width"], s["samples"]) for s in index.shapes])
     _shard_samples(found, index, samples)
@@ -171,18 +172,26 @@ def _of_lerobot(root: Path, data: DataConfig, samples: int) -> Findings:
     tasks = Counter(task for _, _, texts, _ in outline for task in texts)
     _texts(found, tasks, Counter(), f"{len(outline):,} episodes")
     for camera in dataset.camera_keys:
-        shape = dataset.episode(0).frames(camera, [0]).shape[1:3]
-        found.facts.append(("camera", f"{camera}, {shape[0]}×{shape[1]}"))
+        found.facts.append(("camera", _camera(dataset, camera)))
     if declared := sorted(set(_cameras(dataset.features)) - set(dataset.camera_keys)):
         found.facts.append(("without files", ", ".join(declared)))
     _lerobot_numbers(found, dataset, data)
-    for number in _spread(dataset.num_episodes, samples) if dataset.camera_keys else ():
-        episode = dataset.episode(number)
-        camera = (data.window.cameras or dataset.camera_keys)[0]
+    shown = data.window.cameras or [key for key in dataset.camera_keys if key not in dataset.depth_keys]
+    for number in _spread(dataset.num_episodes, samples) if shown else ():
+        episode, camera = dataset.episode(number), shown[0]
         pictures = episode.frames(camera, _spread(episode.length, FRAMES))
         label = f"episode {episode.index}, {episode.length} frames, {camera}"
         found.strips.append(Strip(label, episode.tasks[0] if episode.tasks else "", pictures))
     return found
+
+
+def _camera(dataset: LeRobotDataset, camera: str) -> str:
+    depth = ", depth: packed only where data.window.cameras names it" if camera in dataset.depth_keys else ""
+    try:
+        height, width = dataset.episode(0).frames(camera, [0]).shape[1:3]
+    except UserError as error:
+        return f"{camera}{depth}, cannot be packed: {error}"
+    return f"{camera}, {height}×{width}{depth}"
 
 
 def _lerobot_numbers(found: Findings, dataset: LeRobotDataset, data: DataConfig) -> None:

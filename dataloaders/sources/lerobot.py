@@ -74,7 +74,16 @@ class LeRobotSource:
             )
         if self._dataset.num_episodes < 1:
             raise UserError(f"{root}: has no episodes; there is nothing to pack")
-        self._cameras = choose_cameras(window, self._dataset.camera_keys)
+        # Depth is taken where it is named: beside pictures nobody expects it.
+        unasked = [] if window.cameras else self._dataset.depth_keys
+        available = [key for key in self._dataset.camera_keys if key not in unasked]
+        if unasked and not available:
+            raise UserError(f"{root}: its cameras hold depth ({', '.join(unasked)}); name them in data.window.cameras")
+        self._cameras = choose_cameras(window, available)
+        self._notes: list[str] = []
+        if unasked:
+            left_out = ", ".join(unasked)
+            self._notes.append(f"depth is packed only where data.window.cameras names it: left out {left_out}")
         self._captions = read_captions(settings.captions) if settings.captions else {}
         self.name = plain_name(root.resolve().name)
         self.units, self.sizes_differ, self.fps = self._dataset.num_episodes, False, self._dataset.fps
@@ -94,6 +103,7 @@ class LeRobotSource:
             "version": dataset.version,
             "robot_type": dataset.robot_type,
             "cameras": list(self._cameras),
+            "notes": list(self._notes),
         }
 
     def unit(self, number: int) -> Unit:

@@ -82,6 +82,8 @@ def run_data_pack(args: argparse.Namespace) -> int:
         progress=_show_progress if sys.stderr.isatty() else None,
     )
     print(f"{args.out}: {index['samples']} samples in {len(index['shards'])} shards")
+    for note in index["source"].get("notes", []):
+        print(f"note: {note}")
     return 0
 
 

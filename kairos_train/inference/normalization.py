@@ -4,6 +4,10 @@ Modes (model specification, State and actions): `minmax` and `quantile` map [min
 dimension whose range is under 1e-4 to 0 with scale 1; `zscore` subtracts the mean and divides by std + 1e-8; all three
 are then clamped to ±5. `none` changes nothing.
 
+A dimension that never moved (max - min under 1e-4; std where neither is known) has scale 1 in `zscore`, too: divided by
+its std, a reading a millionth away would be at the clamp (ours). On the way back it stays between its min and max, that
+is, at its constant, whatever the model says: nothing in the data taught it (ours).
+
 Shapes: D dimensions of a state or an action, A steps of a chunk.
 """
 
@@ -46,6 +50,8 @@ class Normalizer:
         if low.shape != high.shape:
             fields = " and ".join(prefix + field for field in _FIELDS[mode])
             raise UserError(f"{name}: {fields} have shapes {low.shape} and {high.shape}; they must be equal")
+        least, most = _bounds(stats, prefix, low, high, mode, name)
+        still = most - least < MIN_RANGE
         if mode in ("minmax", "quantile"):
             if (high < low).any():
                 raise UserError(
@@ -54,34 +60,41 @@ class Normalizer:
             flat = high - low < MIN_RANGE
             shift, scale = np.where(flat, low, (low + high) / 2), np.where(flat, 1.0, (high - low) / 2)
         elif mode == "zscore":
-            shift, scale = low, high + 1e-8
+            shift, scale = low, np.where(still, 1.0, high + 1e-8)
         else:
             shift, scale = np.zeros_like(low), np.ones_like(low)
-        self.shift = torch.from_numpy(shift.astype(np.float32))  # (D,) or (A, D)
-        self.scale = torch.from_numpy(scale.astype(np.float32))
-        self.dim = int(self.shift.shape[-1])
+        # (D,) or (A, D) each; what moves is not bounded
+        self._maps = tuple(
+            torch.from_numpy(values.astype(np.float32))
+            for values in (shift, scale, np.where(still, least, -np.inf), np.where(still, most, np.inf))
+        )
+        self.dim = int(shift.shape[-1])
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """(…, D) any float dtype -> float32 of the same shape, within ±5 (mode `none`: unbounded)."""
-        shift, scale = self._fitted(x)
+        shift, scale, *_ = self._fitted(x)
         out = (x.float() - shift) / scale
         return out if self.mode == "none" else out.clamp(-CLAMP, CLAMP)
 
     def unnormalize(self, x: torch.Tensor) -> torch.Tensor:
-        """The inverse of `normalize` (what was clamped stays at the bound): (…, D) -> float32 of the same shape."""
-        shift, scale = self._fitted(x)
-        return x.float() * scale + shift
+        """The inverse of `normalize` (what was clamped stays at the bound): (…, D) -> float32 of the same shape.
 
-    def _fitted(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if x.ndim < self.shift.ndim or x.shape[-1] != self.dim:
+        A dimension that never moved is its constant (mode `none`: what is given).
+        """
+        shift, scale, least, most = self._fitted(x)
+        out = x.float() * scale + shift
+        return out if self.mode == "none" else out.clamp(least, most)
+
+    def _fitted(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Shift, scale and bounds for a tensor's steps, on its device."""
+        steps, ndim = len(self._maps[0]), self._maps[0].ndim
+        if x.ndim < ndim or x.shape[-1] != self.dim:
             raise UserError(f"{self.name}: are of {self.dim} dimensions, the tensor has shape {tuple(x.shape)}")
-        shift, scale = self.shift, self.scale
-        if self.stepwise:
-            steps = x.shape[-2]
-            if steps > len(shift):
-                raise UserError(f"{self.name}: are of {len(shift)} steps, the tensor has shape {tuple(x.shape)}")
-            shift, scale = shift[:steps], scale[:steps]
-        return shift.to(x.device), scale.to(x.device)
+        if not self.stepwise:
+            return tuple(values.to(x.device) for values in self._maps)
+        if x.shape[-2] > steps:
+            raise UserError(f"{self.name}: are of {steps} steps, the tensor has shape {tuple(x.shape)}")
+        return tuple(values[: x.shape[-2]].to(x.device) for values in self._maps)
 
 
 def from_statistics(
@@ -110,6 +123,21 @@ def from_statistics(
         there = ", ".join(sorted(entries)) if isinstance(entries, dict) and entries else "nothing"
         raise UserError(f"{name}: no {group} statistics for key {key!r}; it has {there}")
     return Normalizer(entries[key], mode, stepwise=stepwise, name=f"{name}: {group}/{key}")
+
+
+def _bounds(
+    stats: dict[str, Any], prefix: str, low: np.ndarray, high: np.ndarray, mode: str, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest value; of statistics without them, what the mode's own fields say of a constant."""
+    if f"{prefix}min" in stats and f"{prefix}max" in stats:
+        least, most = (_field(stats, prefix + field, low.ndim, name) for field in ("min", "max"))
+        if least.shape == most.shape == low.shape:
+            return least, most
+        raise UserError(
+            f"{name}: {prefix}min and {prefix}max have shapes {least.shape} and {most.shape}, the other fields "
+            f"{low.shape}; recompute them"
+        )
+    return (low - high, low + high) if mode in ("zscore", "none") else (low, high)
 
 
 def _field(stats: dict[str, Any], field: str, ndim: int, name: str) -> np.ndarray:
