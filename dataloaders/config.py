@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from kairos_train.basics.setting import FRACTION, NOT_NEGATIVE, POSITIVE, one_of, setting
 
 NORMALIZATION = one_of("minmax", "quantile", "zscore", "none")
+MIN_RANGE = 1e-4  # a dimension of states or actions whose range is below never moves
 
 
 @dataclass

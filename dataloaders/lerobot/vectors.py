@@ -10,14 +10,17 @@ Shapes: T frames of an episode, D dimensions.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dataloaders.config import MIN_RANGE, WindowConfig
 from kairos_train.basics.errors import UserError
 
 MODALITY_PATH = "meta/modality.json"
@@ -65,6 +68,66 @@ def columns_of(key: str, features: Mapping[str, Any], modality: Mapping[str, tup
             there = ", ".join([*sorted(features), *sorted(modality)])
             raise UserError(f"{name!r}: the dataset has no such column; it has {there}")
     return parts
+
+
+def stillness(
+    group: str,
+    low: Sequence[float],
+    high: Sequence[float],
+    *,
+    parts: Sequence[tuple],
+    features: Mapping[str, Any],
+    window: WindowConfig,
+) -> str | None:
+    """Which dimensions of a vector never move, and how to leave them out; None where all move.
+
+    Args:
+        group: "action" or "state".
+        low, high: of every dimension, D each.
+        parts: of `columns_of`.
+        features: of the dataset.
+    """
+    still = [d for d, (a, b) in enumerate(zip(low, high)) if b - a < MIN_RANGE]
+    if not still:
+        return None
+    told = f"{group}: {len(still)} of {len(low)} dimensions never move ({', '.join(_runs(still))})"
+    places = [(name, d) for name, part in parts for d in range(_width(features[name]))[part]]
+    moving = [place for d, place in enumerate(places) if d not in still]
+    if not moving or len(places) != len(low):
+        return told
+    if window.action_values == "minus_state":  # a dimension of actions is paired with the state's of the same number
+        return f"{told}; leave the same ones out of data.window.action_key and state_key, as {_key_of(moving)}"
+    absolute = ", where data.window.absolute_dims then counts what is left" * (
+        group == "action" and bool(window.absolute_dims)
+    )
+    return f"{told}; data.window.{group}_key='{_key_of(moving)}' leaves them out{absolute}"
+
+
+def _width(feature: Mapping[str, Any]) -> int:
+    shape = feature.get("shape")
+    return math.prod(shape) if isinstance(shape, list | tuple) and all(isinstance(n, int) for n in shape) else 0
+
+
+def _runs(numbers: Sequence[int]) -> list[str]:
+    """1, 2, 3, 7 -> "1 to 3", "7"."""
+    return [str(a) if a + 1 == b else f"{a} to {b - 1}" for a, b in _spans(numbers)]
+
+
+def _key_of(places: Sequence[tuple[str, int]]) -> str:
+    """The key of dimensions of columns, in their order."""
+    groups = itertools.groupby(places, key=lambda place: place[0])
+    return "+".join(f"{name}[{a}:{b}]" for name, run in groups for a, b in _spans([d for _, d in run]))
+
+
+def _spans(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, end) of every run of numbers that follow each other."""
+    spans: list[tuple[int, int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number:
+            spans[-1] = (spans[-1][0], number + 1)
+        else:
+            spans.append((number, number + 1))
+    return spans
 
 
 def read_vector(columns: Mapping[str, np.ndarray], length: int, parts: list[tuple], where: str) -> np.ndarray:

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.config import DataConfig
+from dataloaders.config import MIN_RANGE, DataConfig
 from dataloaders.files.urls import is_url
 from dataloaders.files.video import decode_mp4
 from dataloaders.lerobot.reader import LeRobotDataset
-from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector
+from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector, stillness
 from dataloaders.packing.findings import Findings, Strip, Vector
 from dataloaders.shards import INDEX, CorruptData, ShardIndex, ShardInfo, read_index, read_shard
 from dataloaders.sources.base import Clip, SourceSettings
@@ -151,7 +151,7 @@ def _ranges_of_statistics(found: Findings, index: ShardIndex) -> None:
             if vector.name == group:
                 vector.low, vector.high = fields["global_min"], fields["global_max"]
         low, high = min(fields["global_min"]), max(fields["global_max"])
-        still = sum(b - a < 1e-4 for a, b in zip(fields["global_min"], fields["global_max"]))
+        still = sum(b - a < MIN_RANGE for a, b in zip(fields["global_min"], fields["global_max"]))
         found.facts.append((group, f"{len(rows)} dimensions from {low:.4g} to {high:.4g}, {still} never move"))
 
 
@@ -214,10 +214,13 @@ def _lerobot_numbers(found: Findings, dataset: LeRobotDataset, data: DataConfig)
         head = ["dimension", "min", "mean", "std", "max"]
         table = np.stack([low, rows.mean(0), rows.std(0), high], axis=1)
         found.tables[f"{name}: {key}"] = [head, *([str(d), *(f"{v:.4g}" for v in row)] for d, row in enumerate(table))]
-        still = int((high - low < 1e-4).sum())
+        still = int((high - low < MIN_RANGE).sum())
         found.facts.append(
             (name, f"{rows.shape[1]} dimensions from {low.min():.4g} to {high.max():.4g}, {still} never move")
         )
+        about = {"parts": parts, "features": dataset.features, "window": data.window}
+        if note := stillness(name, low, high, **about):
+            found.facts.append(("note", note))
 
 
 def _of_clips(location: Path | str, data: DataConfig, samples: int) -> Findings:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataloaders.config import MIN_RANGE
 from dataloaders.packing.findings import Findings, Strip, Vector
 from kairos_train.basics.files import write_json
 from kairos_train.basics.pages import escape, page, png_of, table
@@ -89,7 +90,7 @@ def _histograms(vector: Vector, path: Path) -> None:
         low, high = vector.low[d], vector.high[d]
         axes.set_title(f"{d}", fontsize=8, loc="left", pad=2)
         axes.set_yticks([])
-        if high - low < 1e-4:
+        if high - low < MIN_RANGE:
             axes.axvline(0, color="#a9b3bf", linewidth=4)
             axes.set_xlim(-1, 1)
             axes.set_xticks([0], [f"always {low:.3g}"], fontsize=7)

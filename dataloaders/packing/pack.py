@@ -280,7 +280,7 @@ def _write_folder(
         fps=float(source.fps),
         encoders=None,
         tasks=sorted({task for record in records for task in record.tasks}),
-        source=source.describe() | about,
+        source=source.describe() | about | {"notes": source.notes(statistics)},
         shards=shards,
         clips=job.settings.clips if source.sizes_differ else None,
         shapes=_shapes(entries),

@@ -9,7 +9,7 @@ Shapes: T frames shown, H W height and width, L raw frames of an episode, A acti
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,6 +92,9 @@ class Source(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What the index says about the source: JSON values."""
+
+    def notes(self, statistics: Mapping[str, Any]) -> list[str]:
+        """What whoever packs it should know: sentences. `statistics`: the content of dataset_stats.json."""
 
 
 @dataclass(frozen=True)

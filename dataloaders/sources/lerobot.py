@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from dataloaders.lerobot.layout import INFO_PATH
 from dataloaders.lerobot.reader import DatasetEpisode, LeRobotDataset
-from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector
+from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector, stillness
 from dataloaders.sources.base import Clip, SourceSettings, Unit
 from dataloaders.sources.rows import plain_name, read_captions
 from dataloaders.windows import (
@@ -103,8 +103,18 @@ class LeRobotSource:
             "version": dataset.version,
             "robot_type": dataset.robot_type,
             "cameras": list(self._cameras),
-            "notes": list(self._notes),
         }
+
+    def notes(self, statistics: Mapping[str, Any]) -> list[str]:
+        return [*self._notes, *filter(None, (self._still(statistics, group) for group in ("action", "state")))]
+
+    def _still(self, statistics: Mapping[str, Any], group: str) -> str | None:
+        key, parts = getattr(self._window, f"{group}_key"), self._parts[f"{group}_key"]
+        if not parts:
+            return None
+        fields = statistics[group][key]
+        bounds = fields["global_min"], fields["global_max"]
+        return stillness(group, *bounds, parts=parts, features=self._dataset.features, window=self._window)
 
     def unit(self, number: int) -> Unit:
         episode = self._dataset.episode(number)

@@ -10,7 +10,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,9 @@ class TarSource:
 
     def describe(self) -> dict[str, Any]:
         return {"dataset": self.name, "tars": len(self._paths)}
+
+    def notes(self, statistics: Mapping[str, Any]) -> list[str]:
+        return []
 
     def unit(self, number: int) -> Unit:
         path, left_out = self._paths[number], Counter()

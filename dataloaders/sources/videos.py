@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,6 +48,9 @@ class VideoSource:
             "rows": len(self._manifest.rows),
             "columns_left_out": self._manifest.left_out,
         }
+
+    def notes(self, statistics: Mapping[str, Any]) -> list[str]:
+        return []
 
     def unit(self, number: int) -> Unit:
         rows = self._manifest.rows[number * ROWS_PER_UNIT : (number + 1) * ROWS_PER_UNIT]

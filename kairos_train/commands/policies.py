@@ -73,6 +73,8 @@ def run_serve(args: argparse.Namespace) -> int:
         steps=args.steps,
         cameras=args.cameras,
         fps=args.fps,
+        clip_actions=args.clip_actions,
+        clip_margin=args.clip_margin,
         device=device_of(args.device),
     )
     return 0
@@ -147,4 +149,13 @@ def add(commands: Any) -> None:
         "--cameras", default="", metavar="KEY,KEY", help="where the export names none: those of training"
     )
     serve.add_argument("--fps", type=float, default=None, help="of actions, told to clients; none: as the export says")
+    serve.add_argument(
+        "--clip-actions",
+        choices=("minmax", "quantile"),
+        default=None,
+        help="keep actions between the data's min and max, or its q01 and q99; none: as the model says",
+    )
+    serve.add_argument(
+        "--clip-margin", type=float, default=None, metavar="SHARE", help="of the range: widens it on both sides"
+    )
     serve.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it is computed")

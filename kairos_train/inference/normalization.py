@@ -25,6 +25,7 @@ from kairos_train.basics.errors import UserError
 MODES = ("minmax", "quantile", "zscore", "none")
 _FIELDS = {"minmax": ("min", "max"), "quantile": ("q01", "q99"), "zscore": ("mean", "std"), "none": ("mean", "std")}
 MIN_RANGE = 1e-4
+RANGES = ("minmax", "quantile")
 CLAMP = 5.0
 
 
@@ -109,6 +110,29 @@ def from_statistics(
     Raises:
         UserError: the file, the group or the key does not exist (the keys that do are named); see also `Normalizer`.
     """
+    entry, name = _entry(stats, group, key)
+    return Normalizer(entry, mode, stepwise=stepwise, name=name)
+
+
+def action_range(stats: dict[str, Any], *, key: str, kind: str, margin: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest action of a dataset, float32 (D,) each, in the units of its windows.
+
+    Args:
+        stats, key: as for `from_statistics`.
+        kind: one of RANGES: all values, or those between the 1 % and the 99 % quantile.
+        margin: what both sides are moved outwards, as a share of the range.
+
+    Raises:
+        UserError: as `from_statistics`.
+    """
+    entry, name = _entry(stats, "action", key)
+    low, high = (_field(entry, f"global_{field}", 1, name) for field in _FIELDS[kind])
+    more = margin * (high - low)
+    return (low - more).astype(np.float32), (high + more).astype(np.float32)
+
+
+def _entry(stats: dict[str, Any] | Path | str, group: str, key: str) -> tuple[dict[str, Any], str]:
+    """One entry of a dataset's statistics, and what errors call it."""
     name = "dataset statistics"
     if isinstance(stats, (str, Path)):
         name = str(stats)
@@ -122,7 +146,7 @@ def from_statistics(
     if not isinstance(entries, dict) or not isinstance(entries.get(key), dict):
         there = ", ".join(sorted(entries)) if isinstance(entries, dict) and entries else "nothing"
         raise UserError(f"{name}: no {group} statistics for key {key!r}; it has {there}")
-    return Normalizer(entries[key], mode, stepwise=stepwise, name=f"{name}: {group}/{key}")
+    return entries[key], f"{name}: {group}/{key}"
 
 
 def _bounds(

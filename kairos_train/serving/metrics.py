@@ -15,7 +15,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """Counters and histograms of one server, used from its event loop."""
+    """Counters and histograms of one server, used from its event loop; `clipped` from the batcher's thread."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -23,6 +23,9 @@ class Metrics:
         self.requests = Counter("kairos_policy_requests", "Observations answered with actions", **with_registry)
         self.errors = Counter("kairos_policy_errors", "Errors by kind", ["kind"], **with_registry)
         self.resets = Counter("kairos_policy_resets", "Histories cleared by clients", **with_registry)
+        self.clipped = Counter(
+            "kairos_policy_clipped_action_values", "Values of actions bounded to the data's range", **with_registry
+        )
         self.connections = Gauge("kairos_policy_connections", "Open connections", **with_registry)
         self.waiting = Gauge("kairos_policy_waiting", "Requests accepted and not answered yet", **with_registry)
         self.latency = Histogram(

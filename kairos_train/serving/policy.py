@@ -10,7 +10,7 @@ Shapes: B requests, T given frames, H W pixels of the picture made of all camera
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import sha256_of
 from kairos_train.basics.geometry import video_frames
 from kairos_train.inference.load import STATISTICS_FILE, load
+from kairos_train.inference.normalization import action_range
 from kairos_train.inference.predict import Predictor, Request
 from kairos_train.serving.observation import Observation, ObservationReader, layouts_of
 
@@ -68,6 +69,19 @@ class ObservationHistory:
         return ModelInput(np.stack(pictures), self._states[0], observation.prompt, observation.seed)
 
 
+@dataclass(frozen=True)
+class ActionClipping:
+    """Keep actions within what the data holds, as the model gives them: before a state is added.
+
+    Attributes:
+        range: "minmax" or "quantile" (q01 to q99).
+        margin: what both sides are moved outwards, as a share of the range.
+    """
+
+    range: str
+    margin: float = 0.0
+
+
 class ServedPolicy:
     """A loaded export behind the keys of its clients.
 
@@ -76,9 +90,11 @@ class ServedPolicy:
         steps: of the sampler; None takes the export's.
         cameras: the dataset's camera keys in the order of training, for an export that does not say.
         fps: of actions, told to clients; None: as the export says.
+        clipping: of actions; None: they are as the model says.
         device: where it is computed.
 
     Attributes:
+        clipped: values of actions that have been bounded so far.
         metadata: what a client is told on connecting.
         reader: checks its observations.
 
@@ -93,6 +109,7 @@ class ServedPolicy:
         steps: int | None = None,
         cameras: Sequence[str] = (),
         fps: float | None = None,
+        clipping: ActionClipping | None = None,
         device: str = "cpu",
     ) -> None:
         policy = load(folder, device=device)
@@ -101,6 +118,11 @@ class ServedPolicy:
         self._policy, self._data = policy, policy.config.data
         self._predictor = Predictor(policy, sampler=policy.sampler.replaced(steps=steps))
         self._window = self._data.window
+        self.clipped, self._bounds = 0, None
+        if clipping is not None:
+            self._bounds = action_range(
+                policy.statistics, key=self._window.action_key, kind=clipping.range, margin=clipping.margin
+            )
         self.given_frames = video_frames(policy.history_frames)
         self._past = (self.given_frames - 1) * self._window.action_video_freq_ratio
         robot = policy.about.get("robot") or {}  # imported weights do not know theirs
@@ -121,6 +143,7 @@ class ServedPolicy:
             "statistics_sha256": sha256_of(Path(folder) / STATISTICS_FILE),
             "model": {key: policy.about.get(key) for key in ("weights", "step", "checkpoint_sha256")},
             "sampling_steps": self._predictor.sampler.steps,
+            "clipping": None if clipping is None else asdict(clipping),
         }
 
     def history(self) -> ObservationHistory:
@@ -135,9 +158,18 @@ class ServedPolicy:
         """
         requests = [Request(window.frames, window.state, window.prompt, window.seed) for window in windows]
         actions = np.stack([prediction.actions for prediction in self._predictor.predict_batch(requests)])
+        actions = self._bounded(actions[:, self._past :])
         states = np.stack([window.state for window in windows])
         offset = action_offset(actions.shape[-1], states, np.arange(len(states)), self._window)  # (B, D)
-        return (actions + offset[:, None])[:, self._past :]
+        return actions + offset[:, None]
+
+    def _bounded(self, actions: np.ndarray) -> np.ndarray:
+        """Actions (B, A, D) within the bounds; those that are not finite stay so, for they are a fault."""
+        if self._bounds is None:
+            return actions
+        bounded = np.where(np.isfinite(actions), np.clip(actions, *self._bounds), actions)
+        self.clipped += int((bounded != actions)[np.isfinite(actions)].sum())
+        return bounded
 
     def warm_up(self, batch: int) -> None:
         """Compute one batch of nothing, so that faults and memory errors come before the first client."""

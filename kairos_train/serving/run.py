@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.log import log_to_stderr, logger
-from kairos_train.serving.policy import ServedPolicy
+from kairos_train.serving.policy import ActionClipping, ServedPolicy
 from kairos_train.serving.server import ServerSettings, run_server
 
 
@@ -24,12 +24,15 @@ def run(
     steps: int | None,
     cameras: str,
     fps: float | None,
+    clip_actions: str | None,
+    clip_margin: float | None,
     device: str,
 ) -> None:
     """Serve an export until SIGINT or SIGTERM; prints one line once clients can connect.
 
     Args:
         cameras: keys joined by commas, for an export that names none; "" otherwise.
+        clip_actions, clip_margin: of `ActionClipping`; None: not clipped, and no margin.
 
     Raises:
         UserError: an option out of range, a token file that holds no token, an export that cannot be served, or an
@@ -40,9 +43,13 @@ def run(
         ("max-message-mb", max_message_mb, 0 < max_message_mb <= 1024, "above 0, up to 1024"),
         ("batch-window-ms", batch_window_ms, 0 <= batch_window_ms <= 1000, "from 0 to 1000"),
         ("fps", fps, fps is None or 0 < fps < 1e6, "above 0"),
+        ("clip-margin", clip_margin, clip_margin is None or 0 <= clip_margin < 1e6, "0 or more"),
     ):
         if not fits:
             raise UserError(f"{name}={value}: must be {rule}")
+    if clip_margin is not None and clip_actions is None:
+        raise UserError(f"clip-margin={clip_margin}: widens the range of --clip-actions, which is not given; add it")
+    clipping = None if clip_actions is None else ActionClipping(clip_actions, clip_margin or 0.0)
     settings = ServerSettings(
         host=host,
         port=port,
@@ -55,7 +62,14 @@ def run(
     log_to_stderr(dated=True)
     if settings.token is None and not is_local(host):
         logger.warning("host=%s is reachable by others and no --token-file is given: anyone may ask the policy", host)
-    policy = ServedPolicy(export, steps=steps, cameras=[c for c in cameras.split(",") if c], fps=fps, device=device)
+    policy = ServedPolicy(
+        export,
+        steps=steps,
+        cameras=[c for c in cameras.split(",") if c],
+        fps=fps,
+        clipping=clipping,
+        device=device,
+    )
     for batch in sorted({1, max_batch}):
         policy.warm_up(batch)
 

@@ -18,11 +18,12 @@ import hmac
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import numpy as np
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
@@ -33,7 +34,7 @@ from kairos_train.basics.log import logger
 from kairos_train.serving.batching import Batcher
 from kairos_train.serving.codec import decode, encode
 from kairos_train.serving.metrics import CONTENT_TYPE, Metrics
-from kairos_train.serving.policy import ObservationHistory, ServedPolicy
+from kairos_train.serving.policy import ModelInput, ObservationHistory, ServedPolicy
 
 ENDPOINT, RESET = "endpoint", "reset"
 SCHEMES = ("bearer ", "api-key ")  # the second is what openpi's client sends
@@ -87,12 +88,19 @@ class PolicyServer:
         self._metadata = encode(policy.metadata)
         self._connections = 0
         self._batcher = Batcher(
-            policy.act,
+            self._act,
             max_batch=settings.max_batch,
             window=settings.batch_window,
             clients=lambda: self._connections,
             metrics=self.metrics,
         )
+
+    def _act(self, windows: Sequence[ModelInput]) -> np.ndarray:
+        """`ServedPolicy.act`, counting what it bounds; in the batcher's thread."""
+        before = self._policy.clipped
+        actions = self._policy.act(windows)
+        self.metrics.clipped.inc(self._policy.clipped - before)
+        return actions
 
     async def run(self, stop: asyncio.Event, listening: Callable[[int], None]) -> None:
         """Serve until `stop` is set; then finish the requests that were accepted, and close with code 1001.

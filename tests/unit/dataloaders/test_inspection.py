@@ -1,15 +1,17 @@
 """`data inspect`: what it says is what is there, and its pictures show it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.toy_datasets import WINDOW, write_dataset
+from support.toy_datasets import CAMERA, WINDOW, write_dataset
 from support.toy_videos import counting, mp4, write_manifest
 
 from dataloaders.config import ClipConfig, DataConfig
 from dataloaders.lerobot.reader import LeRobotDataset
+from dataloaders.lerobot.writer import LeRobotWriter
 from dataloaders.packing.inspection import FRAMES, inspect
 from dataloaders.packing.pack import pack
 from dataloaders.shards import read_index
@@ -72,6 +74,40 @@ def test_a_dimension_that_never_moves_is_said(shared, tmp_path):
     lines = inspect(shared / "samples/lerobot_v20_gr1", tmp_path / "page", data=DataConfig())
     assert facts_of(lines)["action"] == "44 dimensions from -3 to 3, 25 never move"
     assert facts_of(lines)["without files"] == "observation.images.egoview"
+    assert (
+        "note: action: 25 of 44 dimensions never move (7 to 21, 34 to 43); "
+        "data.window.action_key='action[0:7]+action[22:34]' leaves them out"
+    ) in lines
+
+
+def test_what_never_moves_is_left_out_by_the_key_that_packing_tells(tmp_path, capsys):
+    moves, still = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32), np.full((12, 3), 0.5, np.float32)
+    names = [f"j{i}" for i in range(5)]
+    with LeRobotWriter(
+        tmp_path / "set", fps=10, robot_type="a", cameras={CAMERA: (32, 32)}, state_names=names, action_names=names
+    ) as writer:
+        vectors = np.concatenate([moves[:, :1], still[:, :1], moves[:, 1:], still[:, 1:]], axis=1)
+        writer.add_episode({CAMERA: np.zeros((12, 32, 32, 3), np.uint8)}, vectors, vectors, "stay")
+    words = ["data", "pack", str(tmp_path / "set"), "data=custom", "data.window.frames=5", "data.window.cameras=[]"]
+    assert cli.main([*words, "--out", str(tmp_path / "all")]) == 0
+    told = "never move (1, 3 to 4); data.window.{0}_key='{1}[0:1]+{1}[2:3]' leaves them out"
+    notes = [
+        f"action: 3 of 5 dimensions {told.format('action', 'action')}",
+        f"state: 3 of 5 dimensions {told.format('state', 'observation.state')}",
+    ]
+    assert read_index(tmp_path / "all").source["notes"] == notes
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")] == [
+        f"note: {note}" for note in notes
+    ]
+    window = replace(WINDOW, action_key="action[0:1]+action[2:3]", state_key="observation.state[0:1]")
+    index = pack(tmp_path / "set", tmp_path / "some", window=window, prompt_template="{task}")
+    assert (index["action_dim"], index["state_dim"], index["source"]["notes"]) == (2, 1, [])
+    relative = replace(WINDOW, action_values="minus_state", absolute_dims=[4])
+    index = pack(tmp_path / "set", tmp_path / "relative", window=relative, prompt_template="{task}")
+    assert index["source"]["notes"][1].endswith(
+        "leave the same ones out of data.window.action_key and state_key, as observation.state[0:1]+"
+        "observation.state[2:3]"
+    )
 
 
 def test_videos_of_a_manifest_are_looked_at_with_what_cannot_be_used(tmp_path):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from dataloaders import config
 from kairos_train.basics.errors import UserError
-from kairos_train.inference.normalization import Normalizer, from_statistics
+from kairos_train.inference.normalization import MIN_RANGE, MODES, Normalizer, action_range, from_statistics
 
 STATS = {
     "global_min": [-2.0, 1.0, 0.5],
@@ -37,6 +38,48 @@ def test_constant_dimension_maps_to_zero_with_scale_one():
 def test_zscore_subtracts_mean_and_divides_by_std():
     out = Normalizer(STATS, "zscore").normalize(torch.tensor([5.0, 2.25, 0.5]))
     torch.testing.assert_close(out, torch.tensor([2.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
+@pytest.mark.parametrize("mode", ["minmax", "quantile", "zscore"])
+def test_a_dimension_that_never_moved_is_neither_amplified_nor_driven(mode, stepwise):
+    """Dimension 0 moves, 1 is a constant, 2 moves by less than a reading's noise."""
+    low, high = np.array([-2.0, 0.1, 0.5]), np.array([2.0, 0.1, 0.50002])
+    fields = {"min": low, "max": high, "q01": low, "q99": high, "mean": (low + high) / 2, "std": (high - low) / 4}
+    stats = {f"global_{k}": v.tolist() for k, v in fields.items()}
+    stats |= {f"stepwise_{k}": [(v + step).tolist() for step in (0, 1)] for k, v in fields.items() if k != "std"}
+    stats["stepwise_std"] = [fields["std"].tolist()] * 2
+    normalizer = Normalizer(stats, mode, stepwise=stepwise)
+    step = torch.tensor([0.0, 1.0 if stepwise else 0.0])[:, None]  # (A, 1)
+    near = torch.tensor([0.0, 0.1001, 0.50101]) + step
+    assert normalizer.normalize(near)[:, 1:].abs().max() < 2e-3
+    driven = normalizer.unnormalize(torch.full((5, 2, 3), 0.7))
+    torch.testing.assert_close(driven[..., 1], (0.1 + step[:, 0]).expand(5, 2))
+    assert (driven[..., 2] - step[:, 0]).min() >= 0.5 - 1e-6
+    assert (driven[..., 2] - step[:, 0]).max() <= 0.50002 + 1e-6
+    assert (driven[..., 0] - step[:, 0]).min() > 0.6, "what moves is driven"
+    inside = torch.tensor([1.5, 0.1, 0.50001]) + step
+    torch.testing.assert_close(normalizer.unnormalize(normalizer.normalize(inside)), inside, atol=1e-6, rtol=0)
+
+
+def test_inference_which_needs_no_loader_means_what_the_loader_means():
+    assert config.MIN_RANGE == MIN_RANGE
+    assert all(map(config.NORMALIZATION.holds, MODES))
+
+
+def test_statistics_without_a_range_tell_a_constant_by_its_std():
+    normalizer = Normalizer({"global_mean": [0.1, 0.1], "global_std": [0.0, 1.0]}, "zscore")
+    assert normalizer.normalize(torch.tensor([0.2, 0.2])).tolist() == pytest.approx([0.1, 0.1])
+    assert normalizer.unnormalize(torch.tensor([3.0, 3.0])).tolist() == pytest.approx([0.1, 3.1])
+
+
+def test_the_range_of_actions_is_widened_by_a_share_of_it():
+    stats = {"action": {"arm": STATS}}
+    low, high = action_range(stats, key="arm", kind="quantile", margin=0.5)
+    assert low.tolist() == pytest.approx([-3.0, 1.0, 0.5])
+    assert high.tolist() == pytest.approx([5.0, 3.0, 0.5])
+    low, high = action_range(stats, key="arm", kind="minmax")
+    assert (low.tolist(), high.tolist()) == (pytest.approx(STATS["global_min"]), pytest.approx(STATS["global_max"]))
 
 
 @pytest.mark.parametrize("mode", ["minmax", "quantile", "zscore"])

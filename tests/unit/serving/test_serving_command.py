@@ -14,7 +14,7 @@ from kairos_train.basics.errors import UserError
 from kairos_train.cli import main
 from kairos_train.serving.client import PolicyClient, PolicyLost
 from kairos_train.serving.codec import decode, encode
-from kairos_train.serving.policy import ServedPolicy
+from kairos_train.serving.policy import ActionClipping, ServedPolicy
 from kairos_train.serving.run import is_local, read_token
 
 SLOW_STEPS = 100  # some tenths of a second for the tiny model
@@ -68,6 +68,16 @@ def test_a_message_over_the_cap_is_not_sent_again(policy):
         assert 1 <= server.metric('kairos_policy_errors_total{kind="size"}') <= 2
 
 
+def test_what_is_clipped_is_counted(exported):
+    served = ServedPolicy(exported, steps=1, clipping=ActionClipping("minmax", -0.4))
+    served.warm_up(1)  # what nobody asked for does not count
+    before = served.clipped
+    with in_thread(served) as server, PolicyClient(server.url) as client:
+        assert server.metric("kairos_policy_clipped_action_values_total") == 0
+        client.infer(observation(0))
+        assert server.metric("kairos_policy_clipped_action_values_total") == served.clipped - before > 0
+
+
 # --- the command ---
 
 
@@ -98,6 +108,8 @@ def test_shutdown_answers_what_was_accepted(exported):
         (["--max-message-mb", "0"], "max-message-mb=0.0: must be above 0"),
         (["--batch-window-ms", "-1"], "batch-window-ms=-1.0: must be from 0 to 1000"),
         (["--fps", "0"], "fps=0.0: must be above 0"),
+        (["--clip-margin", "0.1"], "clip-margin=0.1: widens the range of --clip-actions, which is not given"),
+        (["--clip-actions", "minmax", "--clip-margin", "-1"], "clip-margin=-1.0: must be 0 or more"),
         (["--token-file", "nowhere"], "token-file=nowhere: cannot be read"),
         (["--token-file", "/dev/null"], "must hold one word of printable ASCII"),
         (["--cameras", "front"], "cameras=front"),

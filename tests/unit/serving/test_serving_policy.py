@@ -13,7 +13,7 @@ from kairos_train.basics.errors import UserError
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
 from kairos_train.serving.observation import Observation
-from kairos_train.serving.policy import ServedPolicy
+from kairos_train.serving.policy import ActionClipping, ServedPolicy
 from kairos_train.weights.export import export
 
 LIBERO = ["observation.images.image", "observation.images.wrist_image"]
@@ -83,6 +83,33 @@ def test_actions_relative_to_the_state_get_it_back(tmp_path):
     plain, back = (policy.act([window])[0] for policy in policies)
     added = np.array([*window.state, 0], np.float32)
     np.testing.assert_allclose(back - plain, np.broadcast_to(added, plain.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("values", ["recorded", "minus_state"])
+def test_clipped_actions_stay_within_the_data_and_are_counted(tmp_path, values):
+    """The statistics' range is [-1, 1]; with a margin of -0.45 of it on each side, [-0.1, 0.1]."""
+    folder = write_export(tmp_path / "toy", config_of(action_values=values, absolute_dims=[2]))
+    plain = ServedPolicy(folder)
+    window = windows_of(plain, 1)[0]
+    offset = np.zeros(3) if values == "recorded" else np.array([*window.state, 0])
+    free = plain.act([window])[0] - offset
+    assert plain.clipped == 0
+    for margin, bound in ((-0.45, 0.1), (0.5, 2.0)):
+        policy = ServedPolicy(folder, clipping=ActionClipping("quantile", margin))
+        actions = policy.act([window])[0] - offset
+        np.testing.assert_allclose(actions, np.clip(free, -bound, bound), atol=1e-5)
+        assert policy.clipped == (np.abs(free) > bound).sum()
+        assert (policy.clipped > 0) == (margin < 0)
+        assert policy.metadata["clipping"] == {"range": "quantile", "margin": margin}
+
+
+def test_clipping_does_not_hide_actions_that_are_not_finite(exported):
+    policy = ServedPolicy(exported, clipping=ActionClipping("minmax"))
+    bounded = policy._bounded(np.array([[[np.inf, np.nan, -1e9]]], np.float32))[0, 0]
+    assert np.isposinf(bounded[0])
+    assert np.isnan(bounded[1])
+    assert bounded[2] > -1e9
+    assert policy.clipped == 1
 
 
 @pytest.fixture(scope="module")
