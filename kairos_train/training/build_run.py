@@ -249,7 +249,7 @@ def open_loader(
         seed=seed,
         with_frames=with_frames,
         quarantine=quarantine if topology.rank == 0 else None,
-        gather=partial(from_all, topology=topology) if topology.size > 1 else None,
+        gather=partial(from_all, size=topology.size) if topology.size > 1 else None,
         pin_memory=topology.device.type == "cuda",
     )
 
