@@ -1,7 +1,7 @@
-"""The audit of a sharded model before training: what would otherwise go wrong in silence.
+"""The audit of a sharded model before training: it finds what would otherwise go wrong in silence.
 
-A parameter without an entry in the sharding table would be counted wrongly in the gradient norm and its gradient never
-completed; copies that start out different stay different for ever, since only their gradients are averaged.
+A parameter without an entry in the sharding table would count wrongly in the gradient norm, and nobody would complete
+its gradient; replicas that start out different stay different, since only their gradients are averaged.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from parallel.sharding import Shape, ShardingError, ShardingTable
 from parallel.topology import Topology
 
 CHUNK = 1 << 24
-"""Elements that a checksum widens to 64 bits at once."""
+"""Elements that a checksum converts to 64 bits at once."""
 
 NOWHERE = 1 << 62
-"""Stands for the number of a parameter where none is meant."""
+"""The index of no parameter."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,7 +28,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def audit(model: nn.Module, table: ShardingTable, topology: Topology, *, full_shapes: Mapping[str, Shape]) -> None:
     """Check a model against its table and against the other ranks. Collective over the world.
 
-    Every parameter has an entry, and its shape here is its share of the full one; all ranks hold the same names, dtypes
+    Every parameter has an entry, and its local shape is a shard of the full one; all ranks hold the same names, dtypes
     and choice of trainable parameters; parameters are equal, bit by bit, over the gradient group, and replicated ones
     over the tensor group as well.
 
@@ -37,15 +37,15 @@ def audit(model: nn.Module, table: ShardingTable, topology: Topology, *, full_sh
         full_shapes: name → shape of the unsharded parameter, from a model on the meta device.
 
     Raises:
-        ShardingError: on every rank, naming the first parameter in the model's order; the rank that sees the fault says
-            what it is.
+        ShardingError: on every rank, naming the first parameter in the model's order; the rank that finds the fault
+            describes it.
     """
     parameters = dict(model.named_parameters())
     faults = [_fault(name, p, table, full_shapes) for name, p in parameters.items()]
     first = next((i for i, fault in enumerate(faults) if fault is not None), NOWHERE)
     described = "\n".join(f"{name} {p.dtype} {p.requires_grad}" for name, p in parameters.items())
     names = torch.tensor([zlib.crc32(described.encode()), len(parameters)])
-    # What any rank finds has to end the audit on all of them: everything is exchanged before anything is raised.
+    # A fault on any rank has to end the audit on all of them: all exchange first, and raise after that.
     earliest = -int(_world_max(torch.tensor([-first]), topology))
     alike = _equal(names, topology.tensor_group) & _equal(names, topology.gradient_group)
     alike = not _world_max((~alike).long(), topology).any()
@@ -62,13 +62,13 @@ def audit(model: nn.Module, table: ShardingTable, topology: Topology, *, full_sh
 def _fault(name: str, parameter: Tensor, table: ShardingTable, full: Mapping[str, Shape]) -> str | None:
     """What is wrong with one parameter on this rank alone."""
     if name not in table.entries:
-        return f"parameter {name} has no entry in the sharding table; give it a rule"
+        return f"parameter {name} has no entry in the sharding table; give it a sharding rule"
     if name not in full:
         return f"parameter {name} is not in the unsharded model"
     local, expected = tuple(parameter.shape), table.local_shape(name, tuple(full[name]))
     if local != expected:
         return (
-            f"parameter {name} is {local} here; a {table[name].kind} share over {table.tensor} tensor ranks of "
+            f"parameter {name} is {local} on this rank; a {table[name].kind} shard over {table.tensor} tensor ranks of "
             f"{tuple(full[name])} is {expected}"
         )
     return None

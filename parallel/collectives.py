@@ -1,19 +1,20 @@
-"""Regions: where activations pass between what is whole on every rank and what is shared between ranks.
+"""Collectives with gradients, at the borders of what tensor ranks split: the width, and the tokens between layers.
 
-Each is one collective forward and its transpose backward, on any device, backend and dimension:
+Each is one collective forward and its transpose backward, on any device, backend and dimension. "Width shard" is the
+rank's part of heads or channels, "token shard" its part of the tokens:
 
-    region          forward          backward         from → to
-    copy_to         identity         all-reduce       whole → part of the width computed here
-    reduce_from     all-reduce       identity         partial sums → whole
-    reduce_both     all-reduce       all-reduce       partial sums → whole, used by every rank for its own part
-    gather_tokens   all-gather       reduce-scatter   shared tokens → all tokens, part of the width computed here
-    scatter_sums    reduce-scatter   all-gather       partial sums of all tokens → shared tokens
-    split_tokens    own part         all-gather       whole → shared tokens
-    join_tokens     all-gather       own part         shared tokens → whole, computed alike by every rank
+    function        forward          backward         from → to
+    copy_to         identity         all-reduce       replicated → into a width shard
+    reduce_from     all-reduce       identity         partial sums → replicated
+    reduce_both     all-reduce       all-reduce       partial sums → replicated, into a width shard
+    gather_tokens   all-gather       reduce-scatter   token shard → all tokens, into a width shard
+    scatter_sums    reduce-scatter   all-gather       partial sums of all tokens → token shard
+    split_tokens    local shard      all-gather       replicated → token shard
+    join_tokens     all-gather       local shard      token shard → replicated, with the same consumers on every rank
 
-Group None: everything is here, x is returned. Sums run in x's dtype; in bfloat16 that costs one rounding per addition,
-as a matrix product split over ranks does anyway. Tensors without elements are not sent: group members agree on shapes.
-Groups are along the tensor axis; tokens come in equal shares, so that each region is a single collective.
+Group None: there is one rank, and x is returned. Sums run in x's dtype; in bfloat16 that costs one rounding per
+addition, as a matrix product split over ranks does anyway. Tensors without elements are not sent: group members agree
+on shapes. Groups are along the tensor axis; token shards are equal, so that each function is a single collective.
 """
 
 from __future__ import annotations
@@ -29,55 +30,55 @@ Group = dist.ProcessGroup | None
 
 
 def copy_to(x: Tensor, group: Group) -> Tensor:
-    """Enter a part of the width: x, any shape, as it is; its gradients are summed over the group."""
-    return x if group is None else _Region.apply(x, _same, _sum, group)
+    """Enter a width shard: x of any shape, unchanged; backward sums its gradients over the group."""
+    return x if group is None else _Collective.apply(x, _same, _sum, group)
 
 
 def reduce_from(x: Tensor, group: Group) -> Tensor:
-    """Leave a part of the width: the sum of x over the group; the gradient, equal on every rank, as it is."""
-    return x if group is None else _Region.apply(x, _sum, _same, group)
+    """Leave a width shard: the sum of x over the group; the gradient, equal on every rank, stays as it is."""
+    return x if group is None else _Collective.apply(x, _sum, _same, group)
 
 
 def reduce_both(x: Tensor, group: Group) -> Tensor:
-    """The sum of x over the group, which every rank then uses for its own part of the width.
+    """The sum of x over the group, which every rank then uses for its width shard.
 
-    Forward and backward sum, as the loss reaches x by every rank: sums of squares for a norm over the full width.
+    Forward and backward sum, because the loss reaches x by every rank: sums of squares for a norm over the full width.
     """
-    return x if group is None else _Region.apply(x, _sum, _sum, group)
+    return x if group is None else _Collective.apply(x, _sum, _sum, group)
 
 
 def gather_tokens(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Shared tokens, l along `dim`, → all L = l·ranks in rank order; gradients are summed and each rank gets its own.
+    """Token shard, l along `dim`, → all L = l·ranks tokens in rank order; gradients are summed and scattered.
 
-    For inputs of a part that computes its own share of the width from all tokens.
+    For inputs of layers that compute a width shard from all tokens.
     """
-    return x if group is None else _Region.apply(x, _along(_gather, x, dim), _along(_scatter_sums, x, dim), group)
+    return x if group is None else _Collective.apply(x, _along(_gather, x, dim), _along(_scatter_sums, x, dim), group)
 
 
 def scatter_sums(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Partial sums of all L tokens along `dim` → complete sums of the l = L/ranks that are this rank's.
+    """Partial sums of all L tokens along `dim` → complete sums of the local l = L/ranks tokens.
 
     Raises:
         ValueError: the tokens do not divide.
     """
-    return x if group is None else _Region.apply(x, _along(_scatter_sums, x, dim), _along(_gather, x, dim), group)
+    return x if group is None else _Collective.apply(x, _along(_scatter_sums, x, dim), _along(_gather, x, dim), group)
 
 
 def split_tokens(x: Tensor, dim: int, group: Group) -> Tensor:
-    """All L tokens along `dim`, computed alike on every rank, → this rank's l = L/ranks; gradients are gathered.
+    """All L tokens along `dim`, equal on every rank, → the local l = L/ranks; gradients are gathered.
 
     Raises:
         ValueError: the tokens do not divide.
     """
-    return x if group is None else _Region.apply(x, _along(_own, x, dim), _along(_gather, x, dim), group)
+    return x if group is None else _Collective.apply(x, _along(_local, x, dim), _along(_gather, x, dim), group)
 
 
 def join_tokens(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's l tokens along `dim` → all L = l·ranks; of the gradient, equal on every rank, the own part."""
-    return x if group is None else _Region.apply(x, _along(_gather, x, dim), _along(_own, x, dim), group)
+    """The local l tokens along `dim` → all L = l·ranks; of the gradient, equal on every rank, the local shard."""
+    return x if group is None else _Collective.apply(x, _along(_gather, x, dim), _along(_local, x, dim), group)
 
 
-class _Region(torch.autograd.Function):
+class _Collective(torch.autograd.Function):
     """`forward_with` forward, `backward_with` backward."""
 
     @staticmethod
@@ -106,8 +107,8 @@ def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-def _own(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    return _shares(x, group, dim).select(dim, group.rank()).contiguous()
+def _local(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    return _shards(x, group, dim).select(dim, group.rank()).contiguous()
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
@@ -118,22 +119,22 @@ def _gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 
 
 def _scatter_sums(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    parts = _shares(x, group, dim).movedim(dim, 0).contiguous()
+    parts = _shards(x, group, dim).movedim(dim, 0).contiguous()
     out = torch.empty_like(parts[0])
     if out.numel():
         _reduce_scatter(out, parts, group)
     return out
 
 
-def _shares(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+def _shards(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """(…, L, …) → (…, ranks, l, …)."""
     if x.shape[dim] % group.size():
-        raise ValueError(f"{x.shape[dim]} tokens do not divide into {group.size()} equal shares")
+        raise ValueError(f"{x.shape[dim]} tokens do not divide into {group.size()} equal shards")
     return x.unflatten(dim, (group.size(), x.shape[dim] // group.size()))
 
 
 # torch 2.13 renamed the collectives on one tensor; older versions know the old names only. The tensors are contiguous
-# and go flat: backends have their own rules on shapes.
+# and flattened, because backends differ in the shapes that they take.
 
 
 def _all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:

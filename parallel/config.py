@@ -11,12 +11,12 @@ from kairos_train.basics.setting import POSITIVE, one_of, setting
 class ParallelConfig:
     """How a model is split over processes; what is left of the world is data-parallel."""
 
-    tensor: int = setting(1, POSITIVE)  # ranks that share every layer's heads and FFN channels
-    context: int = setting(1, POSITIVE)  # ranks that share a sample's latent frames
-    sequence: bool = False  # with tensor > 1: between layers, tensor ranks share the tokens of each frame
-    # how states of GATED layers pass between context ranks
+    tensor: int = setting(1, POSITIVE)  # ranks that split every layer's heads and FFN channels
+    context: int = setting(1, POSITIVE)  # ranks that split a sample's latent frames
+    sequence: bool = False  # with tensor > 1: between layers, tensor ranks split the tokens of each frame
+    # how states of Gated DeltaNet layers pass between context ranks
     state_exchange: str = setting("auto", one_of("auto", "serial", "ring", "all_gather"))
-    # who computes dilated windows; auto: fewer bytes
+    # which rank computes which dilated windows; auto: fewer bytes
     frame_layout: str = setting("auto", one_of("auto", "contiguous", "residue"))
 
 

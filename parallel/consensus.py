@@ -1,4 +1,4 @@
-"""What all ranks must know of each other between two steps."""
+"""What ranks agree on between two steps: flags, plain values, and whether rank 0 succeeded."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def first_does(action: Callable[[], Result], *, rank: int, size: int) -> Result 
 
     Raises:
         UserError, RunStopped, MachineFault, Interrupted: on every rank what `action` raised on rank 0.
-        MachineFault: on the others, when it raised something else, which keeps its traceback on rank 0.
+        MachineFault: on the others, when it raised another error, which keeps its traceback on rank 0.
     """
     result, error = None, None
     if rank == 0:
@@ -67,11 +67,11 @@ def first_does(action: Callable[[], Result], *, rank: int, size: int) -> Result 
             result = action()
         except Exception as raised:
             error = raised
-    told = from_first(None if error is None else (_kind_of(error), str(error)), size)
+    reported = from_first(None if error is None else (_kind_of(error), str(error)), size)
     if error is not None:
         raise error
-    if told is not None:
-        kind, text = told
+    if reported is not None:
+        kind, text = reported
         raise next(known for known in EXIT_CODES if known.__name__ == kind)(text)
     return result
 

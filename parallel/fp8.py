@@ -1,26 +1,26 @@
 """FP8 in the linear layers of the blocks: which layers take it, and what computes them.
 
 FP8 goes where the arithmetic is: q, k, v, o of self- and cross-attention, both layers of the FFN, q, k, v, g, o
-projections of GATED layers. Everything else keeps its precision, because it is small and its errors are not:
+projections of Gated DeltaNet layers. Everything else keeps its precision: it is small, but its errors would not be:
   a_proj, b_proj            H outputs each; a decay's rounding error is raised to the power of the sequence length
-  embeddings, heads         first and last layers: their rounding goes straight into the velocity
+  embeddings, heads         first and last layers: the velocity gets their rounding directly
   time MLPs, modulations    computed in float32 already; they scale whole frames
   norms, convolutions       no matrix products
 The model asks its parallel hooks for the first of these as `high_precision` layers and makes the others without hooks.
 
-Recipes, by Transformer Engine (written for versions 2.9 to 2.20, where `autocast` takes a `recipe`): weights stay in
-bfloat16, because ZeRO flattens parameters, and are rounded at each use.
+Recipes of Transformer Engine (written for versions 2.9 to 2.20, where `autocast` takes a `recipe`): weights stay in
+bfloat16, because ZeRO flattens parameters, and each use quantizes them.
   current   one scale per tensor, from the tensor itself; E4M3 forward, E5M2 gradients
   delayed   one scale per tensor, from the largest magnitudes of earlier steps; E4M3 forward, E5M2 gradients
   block     one scale per 1×128 values (weights 128×128), E4M3 (needs CUDA 12.9 too)
   mxfp8     one power-of-two scale per 32 values, E4M3
-and `emulated`, which is `current` computed without FP8 matrix units (`parallel.fp8_emulated`).
+and `emulated`, which is `current` without FP8 matrix units (`parallel.fp8_emulated`).
 
-Scales and ranks. Each rank multiplies its own shard with scales of its own and takes them out again before sums cross
-ranks, in bfloat16. So no recipe needs its scales agreed on: `current`, `block` and `mxfp8` communicate nothing (a
-column layer's input is whole on every tensor rank and gets the same scale there by itself). `delayed` alone keeps
-state, and reduces its magnitudes over the tensor group, so that replicas of a tensor stay replicas; its state is not
-saved and starts anew on resume.
+Scales and ranks. Each rank multiplies its own shard with scales of its own and divides them out before sums cross
+ranks, in bfloat16. So ranks need not agree on scales: `current`, `block` and `mxfp8` communicate nothing (a column
+layer's input is whole on every tensor rank, where it gets the same scale). `delayed` alone keeps state, and reduces its
+magnitudes over the tensor group, so that replicas of a tensor stay replicas; checkpoints do not hold its state, and a
+resumed run starts without it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RECIPE_CLASSES = {
 """Recipe → its class in transformer_engine.common.recipe."""
 
 CAPABILITIES = {"current": (8, 9), "delayed": (8, 9), "block": (9, 0), "mxfp8": (10, 0)}
-"""The least compute capability of each recipe."""
+"""Minimum compute capability of each recipe."""
 
 MINIMUM_VERSION = (2, 9)
 """Of Transformer Engine: the first with `transformer_engine.pytorch.autocast`."""
@@ -77,9 +77,9 @@ class Fp8Policy:
 
     @property
     def alignment(self) -> int:
-        """Both widths of a layer here, and its number of tokens, must be multiples of this.
+        """Both local widths of a layer, and its number of tokens, must be multiples of this.
 
-        Matrix units read FP8 in 16-byte rows, in both layouts of the operands (backward transposes them); MXFP8 scales
+        Matrix units read FP8 in 16-byte rows, in both orders of the operands (backward transposes them); MXFP8 scales
         32 values together.
         """
         return {None: 1, "emulated": 1, "mxfp8": 32}.get(self.recipe, 16)
@@ -102,10 +102,10 @@ def make_linear(
     """One FP8 layer, or one rank's shard of it. Parameters are `weight` and `bias`, as in `nn.Linear`.
 
     Args:
-        in_features, out_features: widths here, after the split.
-        complete: of a row layer: what completes the sum over tensor ranks (all-reduce, or reduce-scatter over tokens).
-            The bias is added after it, once. None: the product is complete.
-        group: tensor ranks, None when there is one. Used by recipe `delayed`.
+        in_features, out_features: local widths, after the split.
+        complete: of a row layer: completes the sum over tensor ranks (all-reduce, or reduce-scatter over tokens); the
+            bias follows, once. None: the product is complete.
+        group: tensor ranks, None when there is one. Recipe `delayed` uses it.
 
     Raises:
         UserError: a width that the recipe cannot take.
@@ -122,9 +122,9 @@ def make_linear(
 class TransformerEngineLinear(nn.Linear):
     """`nn.Linear` whose products Transformer Engine computes in FP8, without communication.
 
-    The parameters are this module's own, so that checkpoints, ZeRO and the sharding table see a plain linear layer and
-    no `_extra_state`; Transformer Engine's module is made at the first use (it needs CUDA) and borrows them.
-    x (…, I) in bfloat16 → (…, O), or what `complete` makes of it.
+    The module owns its parameters, so that checkpoints, ZeRO and the sharding table see a plain linear layer and no
+    `_extra_state`. The first forward pass makes Transformer Engine's module (it needs CUDA), which borrows them.
+    x (…, I) in bfloat16 → (…, O), or what `complete` returns for it.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class TransformerEngineLinear(nn.Linear):
 
             fused_bias = self.bias is not None and self.complete is None
             self._borrower = (
-                # On meta: it shall own no memory.
+                # On the meta device, so that it owns no memory.
                 Linear(
                     self.in_features, self.out_features, bias=fused_bias, params_dtype=self.weight.dtype, device="meta"
                 ),
@@ -174,9 +174,9 @@ class TransformerEngineLinear(nn.Linear):
 def pad_rows(x: Tensor, multiple: int) -> Tensor:
     """Tokens (S, I) → (S', I): zero rows appended up to a multiple, at least one whole multiple.
 
-    Exact. Zero rows raise no maximum, hence no scale; other rows of x Wᵀ do not see them; their own outputs are cut, so
-    their gradients are zero and add nothing to dW = gᵀx and db = Σ g. A rank without tokens still computes one tile:
-    its zero gradients must exist, or the ranks' gradient reductions would not match.
+    Exact. Zero rows raise no maximum, hence no scale; other rows of x Wᵀ do not depend on them; `cut_rows` drops their
+    outputs, so that their gradients are zero and add nothing to dW = gᵀx and db = Σ g. A rank without tokens still
+    computes one tile: its zero gradients must exist, or the ranks' gradient reductions would not match.
     """
     rows = max(-(-x.shape[0] // multiple), 1) * multiple
     return x if rows == x.shape[0] else F.pad(x, (0, 0, 0, rows - x.shape[0]))
@@ -189,7 +189,7 @@ def cut_rows(y: Tensor, rows: int) -> Tensor:
 
 @contextlib.contextmanager
 def forward_autocast(policy: Fp8Policy, group: ProcessGroup | None = None) -> Iterator[None]:
-    """Around each forward pass of the model. Only recipe `delayed` needs it: its scales move on when the context ends.
+    """The autocast context of each forward pass. Only recipe `delayed` needs it: its scales move on when it ends.
 
     Args:
         group: tensor ranks, None when there is one.
@@ -205,7 +205,7 @@ def forward_autocast(policy: Fp8Policy, group: ProcessGroup | None = None) -> It
 
 @contextlib.contextmanager
 def _layer_autocast(policy: Fp8Policy, group: ProcessGroup | None) -> Iterator[None]:
-    """Around one layer: the recipes without state need no more, and recomputation in backward meets the same."""
+    """The autocast context of one layer, all that recipes without state need; recomputation enters it too."""
     if policy.recipe == "delayed":
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
@@ -227,11 +227,11 @@ def _recipe(policy: Fp8Policy, group: ProcessGroup | None) -> object:
     return kind(reduce_amax=group is not None) if policy.recipe == "delayed" else kind()
 
 
-# --- what a recipe asks for ---
+# --- what a recipe requires ---
 
 
 def width_fault(policy: Fp8Policy, features: int) -> str | None:
-    """What is wrong with a layer width on one rank, None when nothing is."""
+    """Why a rank cannot have layers of this width in the recipe; None: it can."""
     if features % policy.alignment == 0:
         return None
     return (
@@ -242,7 +242,7 @@ def width_fault(policy: Fp8Policy, features: int) -> str | None:
 
 
 def require(policy: Fp8Policy, *, recompute: str = "none", context: int = 1) -> None:
-    """Ask whether the recipe can run in this process. Reads properties of the GPU and allocates nothing on it.
+    """Raise unless the recipe can run in this process. Reads properties of the GPU and allocates nothing on it.
 
     Args:
         recompute: `train.recompute`.
@@ -261,11 +261,11 @@ def require(policy: Fp8Policy, *, recompute: str = "none", context: int = 1) -> 
         )
     if policy.recipe == "delayed" and context > 1:
         raise UserError(
-            f"{named} with parallel.context={context}: GATED projections run twice in a pass (their halo), and one "
-            "history cannot follow both; use precision.fp8.recipe=current or parallel.context=1"
+            f"{named} with parallel.context={context}: Gated DeltaNet projections run twice in a pass (their "
+            "halo), and one amax history cannot follow both; use precision.fp8.recipe=current or parallel.context=1"
         )
     if not torch.cuda.is_available():
-        raise UserError(f"{named} needs a CUDA GPU and there is none here; train on one, {INSTEAD}")
+        raise UserError(f"{named} needs a CUDA GPU and this machine shows none; train on one, {INSTEAD}")
     if fault := capability_fault(policy, torch.cuda.get_device_capability()):
         raise UserError(fault)
     if fault := _transformer_engine_fault(policy):
@@ -273,7 +273,7 @@ def require(policy: Fp8Policy, *, recompute: str = "none", context: int = 1) -> 
 
 
 def capability_fault(policy: Fp8Policy, capability: tuple[int, int]) -> str | None:
-    """What is wrong with a GPU of this compute capability, None when nothing is."""
+    """Why a GPU of this compute capability cannot run the recipe; None: it can."""
     least = CAPABILITIES[policy.recipe]
     if capability >= least:
         return None
@@ -294,7 +294,7 @@ def _transformer_engine_fault(policy: Fp8Policy) -> str | None:
         import transformer_engine.pytorch as engine
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"{named}: Transformer Engine does not load ({reason}); install it anew with {install}, {INSTEAD}"
+        return f"{named}: Transformer Engine does not load ({reason}); reinstall it: {install}, {INSTEAD}"
     version = transformer_engine.__version__
     if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < MINIMUM_VERSION:
         return f"{named}: Transformer Engine {version} is too old; {install}, {INSTEAD}"

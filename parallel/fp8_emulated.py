@@ -1,15 +1,15 @@
-"""A linear layer that rounds its operands to FP8 and multiplies them in the tensor's own precision, on any device.
+"""A linear layer that quantizes its operands to FP8 and multiplies them in the tensor's own precision, on any device.
 
-It shows what FP8 does to a loss curve; it is slower than the plain layer, never faster. Of y = x Wᵀ + b all three
-matrix products take rounded operands, each tensor with one scale of its own ("current scaling"):
+It shows what FP8 does to a loss curve; it is slower than the plain layer, never faster. All three matrix products of
+y = x Wᵀ + b take quantized operands, each tensor with one scale of its own ("current scaling"):
 
     s(x) = max(F) / max|x|,   x₈ = round_F(s(x)·x)
     forward   y  = (x₈ W₈ᵀ) / (s(x) s(W)) + b        F = E4M3 for x and W
     backward  dx = (g₈ W₈) / (s(g) s(W))              F = E5M2 for the incoming gradient g
               dW = (g₈ᵀ x₈) / (s(g) s(x)),  db = Σ g  (g as it came)
 
-E4M3 holds up to 448 with 3 bits of mantissa, E5M2 up to 57344 with 2 (arXiv 2209.05433). Rounded values are exact in
-bfloat16, so that the products here are those of an FP8 matrix unit up to the order of their sums. The layer needs whole
+E4M3 holds up to 448 with 3 bits of mantissa, E5M2 up to 57344 with 2 (arXiv 2209.05433). FP8 values are exact in
+bfloat16, so that these products equal those of an FP8 matrix unit up to the order of their sums. The layer needs whole
 tensors: a shard would get another scale than its tensor.
 
 Shapes: S tokens (any leading dimensions), I input features, O output features.
@@ -23,7 +23,7 @@ FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factor that brings the largest finite magnitude of x to the largest number of `dtype`; finite for zeros too.
+    """The factor that brings the largest finite magnitude of x to the largest value of `dtype`; finite for zeros too.
 
     Returns a 0-dimensional tensor in float32 (float64 for float64 x).
     """
@@ -35,9 +35,9 @@ def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale`·x rounded to `dtype`, saturating at its largest number.
+    """`scale`·x rounded to `dtype`, saturating at its largest value.
 
-    What is not finite becomes NaN: E4M3 has no infinity, and saturating would hide one.
+    Values that are not finite become NaN: E4M3 has no infinity, and saturating would hide one.
     """
     largest = torch.finfo(dtype).max
     scaled = (x.to(scale.dtype) * scale).clamp(-largest, largest)
@@ -67,7 +67,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _rescaled(product: Tensor, *scales: Tensor) -> Tensor:
-    """The product over each scale in turn: their product may leave the range of float32."""
+    """The product divided by each scale in turn, because the product of scales may leave the range of float32."""
     out = product.to(scales[0].dtype)
     for scale in scales:
         out = out / scale
@@ -75,10 +75,10 @@ def _rescaled(product: Tensor, *scales: Tensor) -> Tensor:
 
 
 class EmulatedFp8Linear(nn.Linear):
-    """`nn.Linear` with operands rounded to FP8: E4M3 forward, E5M2 gradients, one scale per tensor and use.
+    """`nn.Linear` with operands quantized to FP8: E4M3 forward, E5M2 gradients, one scale per tensor and use.
 
-    Parameters are those of `nn.Linear` and stay in their own precision; the bias is added and its gradient summed in
-    that precision. x (…, I) of the weight's dtype → (…, O); at least one leading dimension, which may be empty.
+    Parameters are those of `nn.Linear` and stay in their own precision, in which the layer also adds the bias and sums
+    its gradient. x (…, I) of the weight's dtype → (…, O); at least one leading dimension, which may be empty.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,24 +1,24 @@
-"""Gradients of copies that see a part of the data: summed over tensor ranks as they arrive.
+"""Partial gradients of replicated parameters: summed over tensor ranks as they arrive.
 
-A `replicated_partial` parameter (see `parallel.sharding`) is whole on every tensor rank and applied there to some heads
-or tokens only, so that its gradient is a sum over ranks,
+A `replicated_partial` parameter (see `parallel.sharding`) is whole on every tensor rank, which applies it to the local
+heads or tokens only, so that its gradient is a sum over ranks,
 
-    gradient = Σ_r gradient_r,
+    gradient = Σ_r gradient_r.
 
-which nobody else takes: DeepSpeed averages over the gradient group alone.
+DeepSpeed does not take this sum: it averages over the gradient group alone.
 
-A hook on the parameter takes it. The other way, passing the weight through `copy_to` where it is used, would put the
-layout into the model's math at every norm, bias and modulation, and would sum once per use instead of once per
-backward pass. The hook sees what one backward pass adds to the gradient, all uses together, before it is added:
+A gradient hook on the parameter takes it. The alternative, passing the weight through `copy_to` at each use, would put
+the parallel layout into the model's math at every norm, bias and modulation, and sum once per use instead of once per
+backward pass. The hook sees what one backward pass adds to the gradient, all uses together, before autograd adds it:
 
-- with gradient accumulation each micro-batch's part is summed, not the sum so far again;
-- DeepSpeed reads gradients after they were added, at every ZeRO stage, so it finds complete ones; hooks belong to the
-  parameter itself and outlive the partitioning and regathering of its values in stage 3;
-- recomputation runs the forward pass again, not the hook; where it makes several backward passes out of one, their
-  parts are summed one by one.
+- with gradient accumulation it sums each micro-batch's part, not the running sum again;
+- DeepSpeed reads gradients after autograd added them, at every ZeRO stage, so it finds complete ones; hooks belong to
+  the parameter itself and survive the partitioning and regathering of its values in stage 3;
+- recomputation runs the forward pass again, not the hook; where it makes several backward passes out of one, the hook
+  sums their parts one by one.
 
-The sum is taken in float32 or wider and handed on in the gradient's dtype (bfloat16 for bfloat16 parameters unless
-their `grad_dtype` says float32).
+The sum runs in float32 or wider and returns in the gradient's dtype (bfloat16 for bfloat16 parameters unless their
+`grad_dtype` says float32).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def sum_partial_gradients(model: nn.Module, table: ShardingTable, topology: Topo
     Tensor ranks must run the same layers in the same order, as their sums are collective.
 
     Returns:
-        Handles whose `remove()` takes the hooks off; none where there is one tensor rank.
+        Handles whose `remove()` removes the hooks; none where there is one tensor rank.
     """
     group = topology.tensor_group
     if group is None:
@@ -65,8 +65,8 @@ def _summed(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
 def gradient_norm(model: nn.Module, topology: Topology) -> Tensor:
     """2-norm of the gradient of the whole model, a float32 scalar or wider, equal on every rank. Collective.
 
-    For gradients that are reduced and complete on every rank (no ZeRO partitions): each parameter counts once, split
-    ones by their parts. Parameters carry the attributes of `parallel.sharding.set_attributes`.
+    For gradients that are reduced and complete on every rank (no ZeRO partitions): each parameter counts once, a split
+    one by its shards. Parameters have the attributes of `parallel.sharding.set_attributes`.
     """
     counted = [
         p.grad.detach()

@@ -1,6 +1,6 @@
-"""Linear layers whose features are split over tensor ranks: one torch layer where there is one rank, Megatron's else.
+"""Linear layers whose features tensor ranks split: torch's layer where there is one rank, else Megatron's.
 
-All have the parameters `weight` (out, in) and `bias` (out,), this rank's share of them, not initialised.
+All have the parameters `weight` (out, in) and `bias` (out,), this rank's shards of them, not initialised.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ TOKENS = -2
 def column_linear(in_features: int, out_features: int, *, bias: bool, topology: Topology) -> nn.Module:
     """Output features split: x (…, in), whole on every rank, → (…, out/ranks).
 
-    Nothing is sent, backward neither: the caller enters by `parallel.collectives.copy_to` or `gather_tokens`, once for
-    all layers that read the same x.
+    The layer communicates nothing, forward or backward: the caller enters by `parallel.collectives.copy_to` or
+    `gather_tokens`, once for all layers that read the same x.
 
     Raises:
         ValueError: the output features do not divide.
@@ -34,8 +34,8 @@ def column_linear(in_features: int, out_features: int, *, bias: bool, topology: 
 def row_linear(in_features: int, out_features: int, *, bias: bool, topology: Topology, sequence: bool) -> nn.Module:
     """Input features split: (…, in/ranks) → (…, out), sums over all ranks with the whole bias added once.
 
-    With `sequence` the sums of each frame's tokens are shared out: (B, F, L, in/ranks) → (B, F, L/ranks, out). The bias
-    then sees this rank's tokens only, and its gradient has to be summed over the group (`replicated_partial`).
+    With `sequence` each rank gets the sums of its tokens of each frame: (B, F, L, in/ranks) → (B, F, L/ranks, out). The
+    bias then meets the local tokens only, and its gradient has to be summed over the group (`replicated_partial`).
 
     Raises:
         ValueError: the input features do not divide; at the call, with `sequence`: the tokens do not.

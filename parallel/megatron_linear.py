@@ -1,15 +1,15 @@
 """Megatron-core's column and row parallel linear layers as plain modules: tensor in, tensor out, `weight` and `bias`.
 
-    column   y_r = x W_rᵀ + b_r          rows W_r of the weight and b_r of the bias are here; nothing is sent
-    row      y   = Σ_r x_r W_rᵀ + b      columns W_r of the weight are here, the bias is whole
+    column   y_r = x W_rᵀ + b_r          rank r has rows W_r of the weight and b_r of the bias; no communication
+    row      y   = Σ_r x_r W_rᵀ + b      rank r has columns W_r of the weight and the whole bias
 
 What differs from Megatron-core 0.16.1:
-- Nothing here reads its global state: the group is given, and there is no gradient accumulation fusion, which would
-  write to `main_grad`, where DeepSpeed does not look.
-- Parameters are not initialised, and are made on whatever device is current (the meta device too).
-- No `_extra_state` beside the parameters in state dicts.
-- The sums of the row layer go through `parallel.collectives`. Megatron's own reduce-scatter works on the first
-  dimension and allocates on `torch.cuda.current_device()`, which a machine without CUDA has not.
+- These layers read no global state: they take the group as an argument, and do without gradient accumulation fusion,
+  which would write to `main_grad`, where DeepSpeed does not look.
+- Parameters are allocated on the current device (the meta device too) and not initialised.
+- State dicts hold no `_extra_state` beside the parameters.
+- The row layer sums by `parallel.collectives`. Megatron's own reduce-scatter works on the first dimension and allocates
+  on `torch.cuda.current_device()`, which a machine without CUDA does not have.
 
 Shapes: B batch, F frames, L tokens per frame, l = L/ranks of them, D width, W full hidden width.
 """
@@ -36,12 +36,12 @@ def _config(group: dist.ProcessGroup) -> ModelParallelConfig:
 
 
 def _unset(weight: Tensor) -> None:
-    """The `init_method` that Megatron asks for and never calls here."""
-    raise AssertionError("parameters are initialised by the model")
+    """The `init_method` that Megatron requires, and does not call with these settings."""
+    raise AssertionError("the model initialises its parameters")
 
 
 class _ShardedLinear(nn.Module):
-    """What is not as in Megatron-core. It takes back the empty `_extra_state` entry of state dicts."""
+    """The differences from Megatron-core. It removes the empty `_extra_state` entry of state dicts."""
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
@@ -50,9 +50,9 @@ class _ShardedLinear(nn.Module):
         self._load_state_dict_pre_hooks.clear()  # Megatron's only one puts the entry into what is loaded
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (…, in) Wᵀ + b of this rank's shares, before any sum over ranks.
+        """x (…, in) Wᵀ + b of this rank's shards, before any sum over ranks.
 
-        By Megatron's autograd function, which flattens three dimensions and no others.
+        Megatron's autograd function computes it, for inputs of three dimensions only.
         """
         out = self._forward_impl(
             input=x.reshape(1, -1, x.shape[-1]),
@@ -69,7 +69,7 @@ class _ShardedLinear(nn.Module):
 
 
 class ColumnLinear(_ShardedLinear, ColumnParallelLinear):
-    """A share of the output features. The way in (`copy_to`, `gather_tokens`) is the caller's."""
+    """A shard of the output features. The caller enters by `copy_to` or `gather_tokens`."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, group: dist.ProcessGroup) -> None:
         super().__init__(
@@ -90,11 +90,11 @@ class ColumnLinear(_ShardedLinear, ColumnParallelLinear):
 
 
 class RowLinear(_ShardedLinear, RowParallelLinear):
-    """A share of the input features; the outputs are summed over the group, then the bias is added once.
+    """A shard of the input features; it sums the outputs over the group and adds the bias once.
 
     Args:
-        tokens_dim: dimension of the tokens that are shared out between ranks with the sum (sequence parallelism);
-            None: every rank gets all of them.
+        tokens_dim: dimension of the tokens, of which each rank gets the sums of its own (sequence parallelism); None:
+            every rank gets all of them.
     """
 
     def __init__(

@@ -1,16 +1,16 @@
-"""What DeepSpeed asks of a "model parallel unit": which ranks hold parts of the same parameters, and which hold copies.
+"""DeepSpeed's "model parallel unit": which ranks hold shards of the same parameters, and which hold replicas.
 
-DeepSpeed knows two axes, model and data. Here they are
+DeepSpeed knows two axes, model and data. They are
 
-    model = tensor               ranks that hold different parts of a parameter: norms are summed over it
-    data  = context and data     ranks that hold the same parts: gradients are averaged and partitioned over it
+    model = tensor               ranks that hold different shards of a parameter: norms are summed over it
+    data  = context and data     ranks that hold the same shards: gradients are averaged and partitioned over it
 
-so that gradients are reduced over context ranks as well. DeepSpeed must not learn of sequence or context parallelism by
+so that DeepSpeed reduces gradients over context ranks as well. It must not learn of sequence or context parallelism by
 any other call (`get_sequence_parallel_*`, `initialize_sequence_parallel`): ZeRO 3 would scale gradients by it.
 
-What is asked by DeepSpeed 0.19.8: rank, world size and group of both axes when it starts; the model group in the norms
-of stages 0 and 1 (bf16) without looking at its size, and of stages 1 to 3 where it has more than one rank; the data
-group by stage 3 for partitions. Every group must therefore be real, also of one rank: None would be the whole world.
+DeepSpeed 0.19.8 asks for rank, world size and group of both axes when it starts; for the model group in the norms of
+stages 0 and 1 (bf16) whatever its size, and of stages 1 to 3 where it has more than one rank; for the data group in
+stage 3, for partitions. Every group must therefore be real, also of one rank: None would be the whole world.
 
 The adapter is global to a process (`deepspeed.utils.groups.mpu`), and an engine started without one keeps that of the
 engine before. So every engine gets one, and all engines of a process the same.
@@ -38,7 +38,7 @@ class DeepSpeedMpu:
         self._alone: dist.ProcessGroup = topology.self_group
         self._model_ranks, self._data_ranks = topology.ranks("tensor"), topology.ranks("gradient")
 
-    # Ranks that hold parts of the same parameters, by the old and the new name.
+    # Ranks that hold shards of the same parameters, by the old and the new name.
 
     def get_model_parallel_rank(self) -> int:
         return self._model.rank()
@@ -61,7 +61,7 @@ class DeepSpeedMpu:
     def get_tensor_model_parallel_src_rank(self) -> int:
         return self._model_ranks[0]
 
-    # Ranks that hold the same parameters.
+    # Ranks that hold replicas.
 
     def get_data_parallel_rank(self) -> int:
         return self._data.rank()
@@ -75,7 +75,7 @@ class DeepSpeedMpu:
     def get_data_parallel_group_ranks(self) -> tuple[int, ...]:
         return self._data_ranks
 
-    # One pipeline stage, here.
+    # There is one pipeline stage.
 
     def get_pipeline_model_parallel_rank(self) -> int:
         return 0

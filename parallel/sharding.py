@@ -1,15 +1,15 @@
 """The sharding table: for every parameter by name, whether and how its tensor is split over tensor ranks.
 
-    kind                 here                                 its gradient
+    kind                 on a rank                            its gradient
     column               rows of a weight, part of a bias     complete
     row                  columns of a weight                  complete
-    head                 the part of this rank's heads        complete
+    head                 the part of the local heads          complete
     replicated_full      whole                                complete and equal on every rank
-    replicated_partial   whole                                of this rank's heads or tokens: to be summed over ranks
+    replicated_partial   whole                                of the local heads or tokens: to be summed over ranks
 
-Split parameters are split evenly in rank order: rank r of n holds [r·size/n, (r+1)·size/n) of their dimension. Whoever
-needs to know goes by this table: slices of checkpoints and initial values, norms, gradient sums, the audit at start.
-It knows no names itself; they come as rules, `(pattern, kind)`, of which exactly one fits each parameter.
+Split parameters are split evenly in rank order: rank r of n holds [r·size/n, (r+1)·size/n) of their dimension. Slices
+of checkpoints and initial values, norms, gradient sums and the audit at start all follow this table. It knows no names
+itself; they come as `ShardingRule`s, of which exactly one fits each parameter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ShardingError(ValueError):
 
 
 @dataclass(frozen=True)
-class Rule:
+class ShardingRule:
     """Parameters whose whole name matches the regular expression `pattern` are of this kind."""
 
     pattern: str
@@ -46,7 +46,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Shard:
-    """How one parameter is held.
+    """How tensor ranks hold one parameter.
 
     Attributes:
         kind: see the top of this file.
@@ -65,8 +65,8 @@ class ShardingTable:
     tensor: int
 
     @classmethod
-    def of(cls, rules: Sequence[Rule], names: Iterable[str], *, tensor: int) -> ShardingTable:
-        """Find each parameter's rule.
+    def of(cls, rules: Sequence[ShardingRule], names: Iterable[str], *, tensor: int) -> ShardingTable:
+        """Find each parameter's sharding rule.
 
         Raises:
             ShardingError: a parameter that no rule fits, or more than one.
@@ -78,7 +78,7 @@ class ShardingTable:
             if len(fitting) != 1:
                 which = " and ".join(rule.pattern for rule in fitting) or "none"
                 raise ShardingError(
-                    f"parameter {name} needs exactly one sharding rule, and {which} fits it; mend the rules"
+                    f"parameter {name} needs exactly one sharding rule, and {which} fits it; fix the rules"
                 )
             kind = fitting[0].kind
             entries[name] = Shard(kind=kind, dim=SPLIT.get(kind) if tensor > 1 else None)
@@ -86,7 +86,7 @@ class ShardingTable:
 
     def __getitem__(self, name: str) -> Shard:
         if name not in self.entries:
-            raise ShardingError(f"parameter {name} has no entry in the sharding table; give it a rule")
+            raise ShardingError(f"parameter {name} has no entry in the sharding table; give it a sharding rule")
         return self.entries[name]
 
     def of_kind(self, kind: str) -> tuple[str, ...]:
@@ -125,10 +125,10 @@ class ShardingTable:
 
 
 def set_attributes(model: nn.Module, table: ShardingTable) -> None:
-    """Mark every parameter for the gradient norms of DeepSpeed and Megatron. Before the engine takes the model.
+    """Mark every parameter for the gradient norms of DeepSpeed and Megatron, before the engine takes the model.
 
     They count a parameter on every tensor rank when its `tensor_model_parallel` is true, else on the first one only.
-    Megatron's layers set that on some parameters and not on others, so all of them are set here.
+    Megatron's layers set that attribute on some parameters and not on others, so this function sets it on all.
 
     Raises:
         ShardingError: a parameter without an entry.

@@ -1,16 +1,16 @@
-"""Degrees → coordinates → process groups: who shares what with whom. The only place that makes groups.
+"""Degrees → coordinates → process groups: which ranks communicate what. The only module that makes groups.
 
     world = tensor · context · data
     rank  = (data_rank · context + context_rank) · tensor + tensor_rank
 
-Neighbours share most: tensor ranks exchange activations in every layer and sit next to each other (one node), context
-ranks exchange states and frames in every layer, data ranks gradients once a step.
+Neighbours communicate most: tensor ranks exchange activations in every layer and sit next to each other (one node),
+context ranks exchange states and frames in every layer, data ranks gradients once a step.
 
     group      ranks that differ in   what travels on it
     tensor     tensor_rank            activations of every layer, gradients of partly computed replicated parameters
     context    context_rank           states and frames of one sample
     data       data_rank              nothing but counts and reports
-    gradient   context and data       gradients and ZeRO partitions: every rank here holds the same parameters
+    gradient   context and data       gradients and ZeRO partitions: all its ranks hold the same parameters
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from kairos_train.basics.errors import UserError
 from parallel.config import ParallelConfig
 
 TIMEOUT = timedelta(hours=3)
-"""After which a collective gives up by itself. Longer than the watch over a run (`watch.stuck`, four times that while
-validating or saving) takes to find out who is stuck: a backend's own limit names nobody (ours)."""
+"""After which a collective gives up by itself. Longer than hang detection (`watch.stuck`, four times that while
+validating or saving) takes to find out which rank is stuck: a backend's own limit names no rank (ours)."""
 
 AXES = {"tensor": ("tensor",), "context": ("context",), "data": ("data",), "gradient": ("context", "data")}
-"""Kind of group → the coordinates in which its members differ."""
+"""Kind of group → the coordinates in which its ranks differ."""
 
 
 class Coordinates(NamedTuple):
-    """Where a rank stands on each axis."""
+    """The position of a rank on each axis."""
 
     tensor: int
     context: int
@@ -45,7 +45,7 @@ class Coordinates(NamedTuple):
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks share each thing."""
+    """Ranks along each axis."""
 
     tensor: int = 1
     context: int = 1
@@ -78,7 +78,7 @@ class Degrees:
         return self.tensor * self.context * self.data
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where `rank` stands."""
+        """The position of `rank`."""
         if not 0 <= rank < self.size:
             raise ValueError(f"rank {rank} of {self.size}")
         rest, tensor = divmod(rank, self.tensor)
@@ -106,27 +106,27 @@ class Degrees:
 
 
 def split_frames(frames: int, parts: int) -> tuple[range, ...]:
-    """Frames 0 … frames−1 in `parts` contiguous shares, sizes differing by at most one, larger ones first.
+    """Frames 0 … frames−1 in `parts` contiguous shards, sizes differing by at most one, larger ones first.
 
     More parts than frames leave the last ones empty: 1 frame on 4 is 1, 0, 0, 0.
     """
     if frames < 0 or parts < 1:
         raise ValueError(f"{frames} frames in {parts} parts")
-    share, larger = divmod(frames, parts)
-    starts = [part * share + min(part, larger) for part in range(parts + 1)]
+    size, larger = divmod(frames, parts)
+    starts = [part * size + min(part, larger) for part in range(parts + 1)]
     return tuple(range(start, end) for start, end in itertools.pairwise(starts))
 
 
 _BUILT: WeakKeyDictionary[dist.ProcessGroup, dict] = WeakKeyDictionary()
-"""World → (degrees, device) → its topology. As `torch.distributed` itself, one per process; gone with the world."""
+"""World → (degrees, device) → its topology. One per process, as `torch.distributed` itself; it ends with the world."""
 
 
 @dataclass(frozen=True)
 class Topology:
     """This process among the others.
 
-    A group is None where its degree is 1: there is nobody to talk to. (torch would take None for the whole world, so
-    None never reaches a collective.)
+    A group is None where its degree is 1: there is no other rank. (torch would take None for the whole world, so None
+    never reaches a collective.)
 
     Attributes:
         rank, size: in the world.
@@ -154,8 +154,8 @@ class Topology:
     def build(cls, degrees: Degrees, device: torch.device) -> Topology:
         """This layout's groups, made at the first call. Collective over the whole world.
 
-        The same call again, for as long as `torch.distributed` is not started anew, gives the same groups: each costs
-        threads or memory of the GPU until the process ends, and the stages of a curriculum come one after another.
+        The same call returns the same groups for as long as `torch.distributed` runs: each costs threads or GPU memory
+        until the process ends, and a process may run several stages of a curriculum.
 
         Raises:
             ValueError: `torch.distributed` runs with another number of processes than the degrees have.
@@ -172,7 +172,7 @@ class Topology:
     def _make(cls, degrees: Degrees, device: torch.device, rank: int, size: int) -> Topology:
         at = degrees.coordinates(rank)
         # All ranks make all groups, in one order: torch.distributed.new_group is collective over the world. Context and
-        # gradient groups are two even of the same ranks: gradients are reduced while states are on their way.
+        # gradient groups are two even of the same ranks: gradients are reduced while states travel.
         tensor, context, gradient = (_own(degrees, kind, rank) for kind in ("tensor", "context", "gradient"))
         data = gradient if degrees.context == 1 else _own(degrees, "data", rank)
         alone = dist.new_group([rank], timeout=TIMEOUT, use_local_synchronization=True)

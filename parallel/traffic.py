@@ -1,11 +1,11 @@
-"""Bytes that collectives bring to this rank, told by the code that calls them.
+"""Bytes that this rank receives by collectives, reported by the code that calls them.
 
     traffic = Traffic()
-    ... hand it to what communicates ...
+    ... pass it to the code that communicates ...
     traffic.received["states"], traffic.total()
 
-What a rank receives is counted, whatever way the backend takes: the result of a collective less the part of it that
-was here before. Kinds name what travels; gradients on the way back have ".backward" added.
+It counts what a rank receives, whatever the backend's algorithm: the result of a collective less the local part of it.
+Kinds name what travels; gradients on the way back have ".backward" added.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ class Traffic:
         self.calls: Counter[str] = Counter()
 
     def add(self, kind: str, received_bytes: int) -> None:
-        """One collective of `kind` that brings `received_bytes` from other ranks."""
+        """Count one collective of `kind` that brings `received_bytes` from other ranks."""
         if received_bytes < 0:
             raise ValueError(f"{kind}: {received_bytes} bytes")
         self.received[kind] += received_bytes
@@ -35,6 +35,6 @@ class Traffic:
         return self.received.total()
 
     def clear(self) -> None:
-        """Begin again at zero."""
+        """Reset to zero."""
         self.received.clear()
         self.calls.clear()

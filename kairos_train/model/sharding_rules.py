@@ -12,7 +12,7 @@ long as their inputs, and the consumers of their outputs, are whole. Two things 
 
 from collections.abc import Iterable
 
-from parallel.sharding import Rule, ShardingTable
+from parallel.sharding import ShardingRule, ShardingTable
 
 _LINEAR = r"(weight|bias)"
 _BLOCK = r"(video|action)_dit\.blocks\.\d+"
@@ -25,29 +25,29 @@ _COLUMN = rf"({_BLOCK}\.({_ATTENTION}\.[qkv]|ffn\.0)|{_GDN}\.[qkvabg]_proj)"
 _ROW = rf"({_BLOCK}\.({_ATTENTION}\.o|ffn\.2)|{_GDN}\.o_proj)"
 
 SPLIT = (
-    Rule(rf"{_COLUMN}\.{_LINEAR}", "column"),
-    Rule(rf"{_COLUMN}\.lora_b", "column"),
-    Rule(rf"{_ROW}\.weight", "row"),
-    Rule(rf"{_ROW}\.lora_a", "row"),
-    Rule(rf"{_BLOCK}\.{_ATTENTION}\.norm_[qk]\.weight", "head"),
-    Rule(rf"{_GDN}\.[qkv]_conv1d\.weight", "head"),
-    Rule(rf"{_GDN}\.(A_log|dt_bias)", "head"),
+    ShardingRule(rf"{_COLUMN}\.{_LINEAR}", "column"),
+    ShardingRule(rf"{_COLUMN}\.lora_b", "column"),
+    ShardingRule(rf"{_ROW}\.weight", "row"),
+    ShardingRule(rf"{_ROW}\.lora_a", "row"),
+    ShardingRule(rf"{_BLOCK}\.{_ATTENTION}\.norm_[qk]\.weight", "head"),
+    ShardingRule(rf"{_GDN}\.[qkv]_conv1d\.weight", "head"),
+    ShardingRule(rf"{_GDN}\.(A_log|dt_bias)", "head"),
 )
 """Split over tensor ranks in both streams."""
 
 WHOLE = (
-    Rule(rf"video_dit\.patch_embedding\.{_LINEAR}", "replicated_full"),
-    Rule(rf"(video|action)_dit\.text_embedding\.[02]\.{_LINEAR}", "replicated_full"),
-    Rule(rf"action_dit\.(action_encoder|proprio_encoder\.[02]|head)\.{_LINEAR}", "replicated_full"),
-    Rule(rf"action_dit\.(time_embedding\.[02]|time_projection\.1)\.{_LINEAR}", "replicated_full"),
-    Rule(rf"{_ACTION_BLOCK}\.{_WHOLE_IN_BLOCK}", "replicated_full"),
+    ShardingRule(rf"video_dit\.patch_embedding\.{_LINEAR}", "replicated_full"),
+    ShardingRule(rf"(video|action)_dit\.text_embedding\.[02]\.{_LINEAR}", "replicated_full"),
+    ShardingRule(rf"action_dit\.(action_encoder|proprio_encoder\.[02]|head)\.{_LINEAR}", "replicated_full"),
+    ShardingRule(rf"action_dit\.(time_embedding\.[02]|time_projection\.1)\.{_LINEAR}", "replicated_full"),
+    ShardingRule(rf"{_ACTION_BLOCK}\.{_WHOLE_IN_BLOCK}", "replicated_full"),
 )
 """On every rank with complete gradients, in any layout."""
 
 OF_SOME_FEATURES = (
-    Rule(rf"{_GDN}\.o_norm\.weight", "replicated_partial"),
-    Rule(rf"{_COLUMN}\.lora_a", "replicated_partial"),
-    Rule(rf"{_ROW}\.lora_b", "replicated_partial"),
+    ShardingRule(rf"{_GDN}\.o_norm\.weight", "replicated_partial"),
+    ShardingRule(rf"{_COLUMN}\.lora_a", "replicated_partial"),
+    ShardingRule(rf"{_ROW}\.lora_b", "replicated_partial"),
 )
 """On every rank, with gradients of the local heads or features alone, in any layout."""
 
@@ -75,6 +75,6 @@ def sharding_table(*, tensor: int, sequence: bool, names: Iterable[str]) -> Shar
         *SPLIT,
         *WHOLE,
         *OF_SOME_FEATURES,
-        *(Rule(pattern, between) for pattern in BETWEEN_LAYERS),
+        *(ShardingRule(pattern, between) for pattern in BETWEEN_LAYERS),
     )
     return ShardingTable.of(rules, names, tensor=tensor)

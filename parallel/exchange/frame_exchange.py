@@ -8,8 +8,8 @@
 Each is one all-to-all of uneven parts. The backward pass sends gradients along the same lists the other way and adds
 them at the owner, in float32 or wider: its own first, then in the order of the ranks, whenever they arrive.
 
-Every rank of the group must make every call, with or without frames, and must run the backward pass of each: what it
-computes from the outputs has to be part of its loss, if only as an empty sum.
+Every rank of the group must make every call, with or without frames, and must run the backward pass of each: its loss
+has to depend on the outputs, if only by an empty sum.
 
 Shapes: B batch, n frames of a rank, L tokens per frame, H heads, E head width, D width, T tensors that travel together.
 """
@@ -37,10 +37,10 @@ class FrameExchange:
         plan: the same on every rank.
         group: the context group; None with one rank.
         rank: of this process within the group.
-        traffic: told the bytes received, as kinds "frames.hidden" and "frames.keys", with ".backward" for gradients.
+        traffic: counts the bytes received, as kinds "frames.hidden" and "frames.keys", with ".backward" for gradients.
 
     Attributes:
-        query_frames: the frames that this rank computes attention for.
+        query_frames: the frames for which this rank computes attention.
         key_frames: the frames whose keys and values it has after `collect`.
     """
 
@@ -74,7 +74,7 @@ class FrameExchange:
         held = len(route.source[self.rank])
         if any(x.shape[1] != held for x in tensors):
             raise ValueError(f"{[tuple(x.shape) for x in tensors]}: rank {self.rank} holds {held} frames (dimension 1)")
-        if route.stays:  # on every rank alike, so nobody waits
+        if route.stays:  # on all ranks alike, so no rank waits
             return tensors
         return _Exchange.apply(_Leg(route, self.group, self.rank, self.traffic, kind), *tensors)
 
@@ -107,12 +107,12 @@ class _Leg:
         """(B, held, ...) → (B, needed, ...)."""
         send, receive = self.route.send[self.rank], self.route.receive[self.rank]
         arrived = self._all_to_all(tensors, send, receive, self.kind)
-        here, there = self.route.kept[self.rank]
+        source, target = self.route.kept[self.rank]
         needed = len(self.route.target[self.rank])
         outputs = tuple(x.new_empty(x.shape[0], needed, *x.shape[2:]) for x in tensors)
         for t, (x, out) in enumerate(zip(tensors, outputs, strict=True)):
-            if here:
-                out[:, _index(there, x.device)] = x[:, _index(here, x.device)]
+            if source:
+                out[:, _index(target, x.device)] = x[:, _index(source, x.device)]
             for part, index in _parts(receive, x.device):
                 out[:, index] = arrived[part, t].transpose(0, 1)
         return outputs
@@ -121,14 +121,14 @@ class _Leg:
         """(B, needed, ...) → (B, held, ...)."""
         send, receive = self.route.send[self.rank], self.route.receive[self.rank]
         returned = self._all_to_all(gradients, receive, send, f"{self.kind}.backward")
-        here, there = self.route.kept[self.rank]
+        source, target = self.route.kept[self.rank]
         held = len(self.route.source[self.rank])
         sums = []
         for t, gradient in enumerate(gradients):
-            wide = torch.promote_types(gradient.dtype, torch.float32) if self.route.shares else gradient.dtype
+            wide = torch.promote_types(gradient.dtype, torch.float32) if self.route.replicates else gradient.dtype
             total = gradient.new_zeros(gradient.shape[0], held, *gradient.shape[2:], dtype=wide)
-            if here:
-                total[:, _index(here, total.device)] = gradient[:, _index(there, total.device)].to(wide)
+            if source:
+                total[:, _index(source, total.device)] = gradient[:, _index(target, total.device)].to(wide)
             add_returned(total, returned[:, t], send)
             sums.append(total.to(gradient.dtype))
         return tuple(sums)
@@ -151,7 +151,7 @@ class _Leg:
 
 
 def add_returned(total: Tensor, returned: Tensor, send: tuple[Frames, ...]) -> None:
-    """Add what came back (n, B, ...) for frames send[peer] to total (B, held, ...), in the order of the peers."""
+    """Add returned gradients (n, B, ...) of frames send[peer] to total (B, held, ...), in the order of the peers."""
     for part, index in _parts(send, total.device):
         total[:, index] += returned[part].transpose(0, 1)
 

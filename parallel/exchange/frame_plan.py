@@ -1,6 +1,6 @@
-"""Who computes which frames of a windowed attention layer, and which frames move for it. Pure arithmetic, no group.
+"""Which rank computes which frames of a windowed attention layer, and which frames move for it. Arithmetic, no group.
 
-Frames are owned in contiguous shares, one per rank (`parallel.topology.split_frames`). Attention of a frame's queries
+Each rank owns one contiguous shard of the frames (`parallel.topology.split_frames`). Attention of a frame's queries
 needs the keys and values of the frames it reads. Two layouts:
 
     contiguous   a rank computes the frames it owns.             owned = queries → keys
@@ -11,9 +11,9 @@ needs the keys and values of the frames it reads. Two layouts:
     owned, 8 ranks       0-7       8-15      16-23     24-31     32-39     40-47     48-55     56-63
     residue, 8 ranks     0,4…28    1,5…29    2,6…30    3,7…31    32,36…60  33,37…61  34,38…62  35,39…63
 
-Residue classes are dealt so that frames move between neighbouring ranks only. With ranks that divide the period, a rank
-has whole classes and no key moves; with a multiple of it, equal runs of one class, so that windows reach over the ends
-of a run; otherwise the classes stand in a row that is cut evenly. A rank computes as many frames as it owns.
+The deal of residue classes moves frames between neighbouring ranks only. With ranks that divide the period, a rank has
+whole classes and no key moves; with a multiple of it, equal runs of one class, so that windows reach over the ends of a
+run; otherwise the classes form a row that is cut evenly. A rank computes as many frames as it owns.
 
 Elements received by a rank in the forward pass, h elements of hidden state and s of keys and values in a frame:
 
@@ -44,7 +44,7 @@ class Route:
         target: the frames that each rank needs.
         send: [rank][peer] positions in source[rank] of what it sends to peer, in the order of their frames.
         receive: [rank][peer] positions in target[rank] of what comes from peer, in the same order.
-        kept: [rank] (positions in source, positions in target) of what stays; `send` and `receive` leave it out.
+        kept: [rank] (positions in source, positions in target) of local frames, which `send` and `receive` leave out.
     """
 
     source: tuple[Frames, ...]
@@ -58,7 +58,7 @@ class Route:
         """The route on which each rank gets the frames of `target[rank]` from their holders."""
         ranks = range(len(source))
         holder = {frame: rank for rank in ranks for frame in source[rank]}
-        common: list[list[list[int]]] = [[[] for _ in ranks] for _ in ranks]  # [holder][who needs it]
+        common: list[list[list[int]]] = [[[] for _ in ranks] for _ in ranks]  # [holder][rank that needs it]
         for b in ranks:
             for frame in target[b]:
                 common[holder[frame]][b].append(frame)
@@ -72,12 +72,12 @@ class Route:
 
     @cached_property
     def stays(self) -> bool:
-        """Every rank needs just what it holds: nothing is exchanged or copied."""
+        """Every rank needs just the frames that it holds: no exchange, no copy."""
         return self.source == self.target
 
     @cached_property
-    def shares(self) -> bool:
-        """Some frame is needed by several ranks: its gradient is a sum."""
+    def replicates(self) -> bool:
+        """Several ranks need the same frame: its gradient is a sum."""
         return sum(map(len, self.target)) > sum(map(len, self.source))
 
     def sent(self, rank: int) -> int:
@@ -90,9 +90,9 @@ class Route:
 
 
 def positions(frames: Sequence[int], wanted: Iterable[int]) -> Frames:
-    """Where the `wanted` frames stand among `frames`."""
-    place = {frame: i for i, frame in enumerate(frames)}
-    return tuple(place[frame] for frame in wanted)
+    """Positions of the `wanted` frames in `frames`."""
+    position = {frame: i for i, frame in enumerate(frames)}
+    return tuple(position[frame] for frame in wanted)
 
 
 def _elsewhere(frames: Frames, wanted: list[int], moves: bool) -> Frames:
@@ -106,7 +106,7 @@ class FramePlan:
     Attributes:
         layout: "contiguous" or "residue".
         owned: the frames of each rank between layers, contiguous.
-        queries: the frames that each rank computes attention for. It projects their queries, keys and values.
+        queries: the frames for which each rank computes attention. It projects their queries, keys and values.
         keys: the frames whose keys and values each rank has after the exchange; a superset of `queries`.
         hidden_elements: of one frame's hidden state on one rank.
         kv_elements: of one frame's keys and values together on one rank.
@@ -121,7 +121,7 @@ class FramePlan:
 
     @property
     def ranks(self) -> int:
-        """How many ranks share the frames."""
+        """Ranks of the context group."""
         return len(self.owned)
 
     @cached_property
@@ -194,7 +194,7 @@ def plan_frames(
         raise ValueError(f"frames are numbered 0 to {frames - 1}: zero padding is not exchanged")
     if choice not in ("auto", *LAYOUTS) or period < 1:
         raise ValueError(f"choice={choice!r}, period={period}: no such layout")
-    owned = tuple(tuple(share) for share in split_frames(frames, ranks))
+    owned = tuple(tuple(shard) for shard in split_frames(frames, ranks))
     computed = {"contiguous": owned}
     if period > 1:
         computed["residue"] = residue_frames(frames, ranks, period)
@@ -216,9 +216,9 @@ def plan_frames(
 def residue_frames(frames: int, ranks: int, period: int) -> tuple[Frames, ...]:
     """The frames of each rank in the residue layout (see the top of this file).
 
-    gcd(ranks, period) groups of ranks deal the classes among themselves, class c to group c mod gcd; a group stands its
-    frames in a row, class by class, and cuts it evenly. Neighbouring ranks are of different groups, so that run j of
-    every class is with the ranks that own that stretch of the video.
+    gcd(ranks, period) groups of ranks deal the classes among themselves, class c to group c mod gcd; a group puts its
+    frames in a row, class by class, and cuts it evenly. Neighbouring ranks are of different groups, so that the ranks
+    that own a stretch of the video also get the run of each class there.
     """
     groups = gcd(ranks, period)
     runs: list[Frames] = [()] * ranks

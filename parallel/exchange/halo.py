@@ -1,7 +1,7 @@
 """The halo of the short convolutions: a context rank needs the last tokens of the rank before it.
 
-They travel as hidden states, before projection, where they are fewest bytes; each rank projects them again. Ranks
-without tokens are passed over, and join the exchange.
+They travel as hidden states, before projection, where they are fewest bytes; each rank projects them again. The halo
+skips ranks without tokens, which join the exchange all the same.
 
 Shapes: B batch, S tokens of this rank, D width.
 """
@@ -28,14 +28,14 @@ def previous_tokens(
     Args:
         x: hidden tokens (B, S, D), before projection: there they are fewest bytes.
         tokens: S of every rank of the group, in sequence order.
-        traffic: told the bytes received, as "halo" and "halo.backward".
+        traffic: counts the bytes received, as "halo" and "halo.backward".
 
     Returns:
-        (B, count, D); zeros where nothing is before (the first tokens of the sequence) and on ranks without tokens.
-        In backward its gradient is added to those tokens on their own rank.
+        (B, count, D); zeros before the first tokens of the sequence and on ranks without tokens. Backward adds its
+        gradient to those tokens on their own rank.
 
     Raises:
-        UserError: a rank has tokens, but fewer than `count`. Every rank raises alike, before anything is sent.
+        UserError: a rank has tokens, but fewer than `count`. All ranks raise alike, before they send anything.
     """
     if short := [n for n in tokens if 0 < n < count]:
         raise UserError(
@@ -48,7 +48,7 @@ def previous_tokens(
 
 
 def neighbours(tokens: Sequence[int], rank: int) -> tuple[int | None, int | None]:
-    """The nearest ranks before and after that have tokens; none for a rank that has none itself."""
+    """The nearest ranks before and after that have tokens; None for a rank that has none itself."""
     if not tokens[rank]:
         return None, None
     before = [r for r in range(rank) if tokens[r]]

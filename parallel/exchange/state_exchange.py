@@ -1,16 +1,16 @@
-"""States of the gated delta rule between context ranks: who sends which affine map, and who composes them.
+"""States of the gated delta rule between context ranks: which rank sends which affine map, and which composes them.
 
 Over the tokens of rank r the recurrence is the map S → A_r S + B_r, so that
-    forward     S_in(0) = 0,       S_in(r + 1) = A_r S_in(r) + B_r           (B_0 holds the initial state's share)
+    forward     S_in(0) = 0,       S_in(r + 1) = A_r S_in(r) + B_r           (B_0 includes the initial state)
     backward    D(N−1) = 0,        D(r − 1) = A_rᵀ D(r) + C_r                (D(r): gradient of the state after rank r)
 Three ways to the same values, per rank and head group:
     serial      the state itself goes from rank to rank, each scans with it: no A, N−1 scans in a row; the reference
-    ring        A stays here; N−1 hops of one state, head group after head group so that ranks work at the same time
-    all_gather  (N−1)·(A + B) arrive at once and are composed here; backward (N−1)·C, the A of later ranks being kept
-Everything travels and is composed in float32 (float64 for float64), oldest first.
+    ring        A stays local; N−1 hops of one state, head group after head group so that ranks work at the same time
+    all_gather  (N−1)·(A + B) arrive at once, each rank composes them; backward (N−1)·C, with the A of later ranks kept
+Maps travel and compose in float32 (float64 for float64), oldest first.
 
-`incoming_state` and `outgoing_state` are operators of torch, so that selective activation checkpointing can name them
-among what it keeps (`KEPT_OPERATORS`): the replay of a forward pass then makes no second exchange.
+`incoming_state` and `outgoing_state` are operators of torch, so that selective activation checkpointing can keep their
+results (`KEPT_OPERATORS`): the replay of a forward pass then makes no second exchange.
 
 Shapes: B batch, H heads, K key width, V value width, N ranks.
 """
@@ -35,7 +35,7 @@ HEAD_GROUPS = 4
 """Parts of a state on its way round the ring: rank r + 1 composes one while rank r composes the next."""
 
 _traffic: ContextVar[Traffic | None] = ContextVar("traffic", default=None)
-"""An operator takes tensors and plain values only; this hands the counter of one call around it."""
+"""An operator takes tensors and plain values only; this passes the counter of one call to it."""
 
 
 def resolve_method(requested: str, ranks: int) -> str:
@@ -73,7 +73,7 @@ def receive_state(
     """The state before this rank's tokens, by way of the operator `kairos_parallel::incoming_state`.
 
     Args:
-        transition: A (B, H, K, K); zero on rank 0. Not read by `serial`.
+        transition: A (B, H, K, K); zero on rank 0. `serial` does not read it.
         own: B (B, H, K, V); for `serial` anything of this shape.
 
     Returns:
@@ -91,12 +91,12 @@ def send_state(state: Tensor, group: dist.ProcessGroup) -> None:
 def return_gradient(
     transition: Tensor, later: Tensor, own: Tensor, group: dist.ProcessGroup, method: str, traffic: Traffic | None
 ) -> Tensor:
-    """D, the gradient of the state after this rank's tokens by what later ranks made of it (B, H, K, V).
+    """D (B, H, K, V), the gradient of the state after this rank's tokens, through all later ranks.
 
     Args:
         transition: A of this rank.
         later: A of later ranks, as `receive_state` returned them.
-        own: C, the gradient of this rank's incoming state by its own outputs (and final state).
+        own: C, the gradient of this rank's incoming state from its own outputs (and final state).
         method: "ring" or "all_gather".
     """
     rank, ranks = group.rank(), group.size()
@@ -167,7 +167,7 @@ KEPT_OPERATORS = (
     torch.ops.kairos_parallel.incoming_state.default,
     torch.ops.kairos_parallel.outgoing_state.default,
 )
-"""What a selective checkpoint must save for its replay not to communicate again."""
+"""Operators whose results a selective checkpoint must keep, so that its replay does not communicate again."""
 
 
 def _counted(traffic: Traffic | None, operator: Callable[..., tuple[Tensor, Tensor]], *args) -> tuple[Tensor, Tensor]:
@@ -191,7 +191,7 @@ def _pass_along(
     from_rank: int,
     to_rank: int,
 ) -> Tensor:
-    """Receive a state from one neighbour and send it, carried over this rank's tokens, to the other, by head groups."""
+    """Receive a state from one neighbour, apply this rank's map, send it to the other neighbour; by head groups."""
     parts = min(HEAD_GROUPS, own.shape[1])
     transitions, owns = transition.tensor_split(parts, dim=1), own.tensor_split(parts, dim=1)
     first, last = not 0 <= from_rank < group.size(), not 0 <= to_rank < group.size()

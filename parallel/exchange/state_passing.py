@@ -1,20 +1,20 @@
-"""The gated delta rule over a sequence that is cut into contiguous shards, one per context rank.
+"""State passing: the gated delta rule over a sequence in contiguous shards, one per context rank.
 
 One call of the local recurrence on values [v, 0] from the state [0, I] gives everything that does not depend on other
 ranks: its value columns are independent, so that outputs are [o_base, P] and the final state is [B, A] with
     o_t = o_base_t + P_t S_in,    S_out = A S_in + B.
-Ranks exchange A and B (`parallel.exchange.state_exchange`), not activations; S_in is known after that.
+Ranks exchange A and B (`parallel.exchange.state_exchange`), not activations; the exchange gives S_in.
 
 Backward: C = Pᵀ do needs no scan; the exchange the other way gives D, the gradient of S_out; then one ordinary local
-backward with cotangents (do, D) from the initial state S_in. Nothing flows through A or P.
+backward with cotangents (do, D) from the initial state S_in. No gradient flows through A or P.
 
-What is kept for backward: q, k, v, g, β, P, S_in, A, and when gathered the A of later ranks. The local scan runs once
-more in backward: to keep its graph instead would hold some 15 times v, and a graph of the widened call costs as much
-to go back through (1.5 times the columns) as running the plain one again. P is kept: it is as large as q.
+Backward keeps q, k, v, g, β, P, S_in, A, and when gathered the A of later ranks. It runs the local scan once more:
+keeping its graph instead would hold some 15 times v, and going back through a graph of the call with extra columns
+costs as much (1.5 times the columns) as running the plain one again. P is as large as q, and so is kept.
 The first rank needs neither A nor P (its incoming state is the initial state); an empty shard is the identity map.
 
-Every rank makes every call, with or without tokens, and runs backward for each: what it computes from the outputs has
-to be part of its loss, if only as an empty sum.
+Every rank makes every call, with or without tokens, and runs backward for each: its loss has to depend on the outputs,
+if only by an empty sum.
 
 Shapes: B batch, S tokens of this rank, H heads, K key width, V value width.
 """
@@ -52,8 +52,8 @@ def start(
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """Begin the recurrence over the whole sequence, of which this rank holds S tokens (0 is allowed).
 
-    On CUDA the exchange runs on a stream of its own: what is launched between this call and the call of its result
-    overlaps with it, and in backward likewise what autograd has to do for that. On a CPU it runs here.
+    On CUDA the exchange runs on a stream of its own: kernels launched between this call and the call of its result
+    overlap with it, and so do their gradients in backward. On a CPU the exchange runs within this call.
 
     Args:
         recurrence_fn: the local recurrence.
@@ -62,11 +62,11 @@ def start(
         v: values (B, S, H, V).
         g: log decays (B, S, H), float32 or wider. A neutral (padding) token has g = 0 and beta = 0.
         beta: write strengths (B, S, H).
-        initial_state: state before the whole sequence (B, H, K, V), float32 or wider; zeros when None. Read on the
-            first rank only, where it gets its gradient.
+        initial_state: state before the whole sequence (B, H, K, V), float32 or wider; zeros when None. Only the first
+            rank reads it, and has its gradient.
         group: the context group, in sequence order.
         method: how states travel: "auto", "serial", "ring" or "all_gather" (`parallel.exchange.state_exchange`).
-        traffic: told the bytes received, as "states" and "states.backward".
+        traffic: counts the bytes received, as "states" and "states.backward".
 
     Returns:
         A function that waits for (outputs (B, S, H, V) in v's dtype, state after this rank's tokens (B, H, K, V) in
@@ -84,7 +84,7 @@ def start(
 
     call = _Call(recurrence_fn, group, method, traffic)
     base, reads, transition, own = _LocalMap.apply(call, q, k, v, g, beta, initial_state)
-    # Detached: gradients take the way of `_Compose`. (Operators without a derivative refuse to be asked for one.)
+    # Detached: gradients go through `_Compose`. (Operators without a derivative refuse to be asked for one.)
     a, b = transition.detach(), own.detach()
     exchange = _Behind(lambda: state_exchange.receive_state(a, b, group, method, traffic), a, b)
 
@@ -97,7 +97,7 @@ def start(
 
 @dataclass
 class _Call:
-    """What the two halves of one call share; the last three only while backward is between them."""
+    """State of one call that its two halves share; the last three are set only between their backward passes."""
 
     recurrence_fn: Recurrence
     group: dist.ProcessGroup
@@ -113,7 +113,7 @@ class _Call:
 
 
 class _LocalMap(torch.autograd.Function):
-    """(q, k, v, g, β, initial state) → o_base, P, A, B; backward is that of the whole recurrence on this rank."""
+    """(q, k, v, g, β, initial state) → o_base, P, A, B; its backward is that of the whole local recurrence."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -180,7 +180,7 @@ class _Compose(torch.autograd.Function):
             shape, dtype = ctx.like
             d_outputs = state_in.new_zeros(shape, dtype=dtype)
         if call.first:
-            own = torch.zeros_like(state_in)  # nobody is before the first rank
+            own = torch.zeros_like(state_in)  # there is no rank before the first
         else:
             own = read_gradient(reads, d_outputs).to(state_in.dtype)
             if d_state is not None:
@@ -205,8 +205,8 @@ def local_map(
     keys, values = q.shape[-1], v.shape[-1]
     dtype = torch.promote_types(v.dtype, torch.float32)
     identity = torch.eye(keys, dtype=dtype, device=v.device).expand(*_state_shape(q, v)[:2], keys, keys)
-    widened = torch.cat([v, v.new_zeros(*v.shape[:-1], keys)], dim=-1)
-    outputs, state = _scan(recurrence_fn, q, k, widened, g, beta, torch.nn.functional.pad(identity, (values, 0)))
+    columns = torch.cat([v, v.new_zeros(*v.shape[:-1], keys)], dim=-1)
+    outputs, state = _scan(recurrence_fn, q, k, columns, g, beta, torch.nn.functional.pad(identity, (values, 0)))
     base, reads = outputs.split([values, keys], dim=-1)
     own, transition = state.split([values, keys], dim=-1)
     # Copies: a view of P would hold o_base's memory until backward.
@@ -243,7 +243,7 @@ def _scan(
 
 
 class _Behind:
-    """Work on a CUDA stream of its own, behind which other work goes on; on other devices it is done at once."""
+    """Work on a CUDA stream of its own while other work goes on; on other devices it runs at once."""
 
     def __init__(self, work: Callable[[], tuple[Tensor, ...]], *reads: Tensor) -> None:
         self.stream = torch.cuda.Stream(reads[0].device) if reads[0].is_cuda else None

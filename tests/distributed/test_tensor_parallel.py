@@ -107,7 +107,7 @@ def test_regions_take_samples_without_frames(world, name):
 
 
 def test_tokens_that_do_not_divide_are_refused(world):
-    assert set(world(4).run(ranks.uneven_tokens)) == {"3 tokens do not divide into 2 equal shares"}
+    assert set(world(4).run(ranks.uneven_tokens)) == {"3 tokens do not divide into 2 equal shards"}
 
 
 # --- linear layers ---

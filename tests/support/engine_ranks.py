@@ -21,7 +21,7 @@ from kairos_train.training.engine.deepspeed_engine import TrainingEngine, build_
 from kairos_train.training.engine.ema import Ema
 from kairos_train.training.engine.engine_state import gather_full_state, load_full_state, state_pieces
 from kairos_train.training.engine.optimizer import lr_at
-from parallel.sharding import Rule, ShardingTable
+from parallel.sharding import ShardingRule, ShardingTable
 from parallel.topology import Topology
 
 STEPS, SAVED, MICRO, SAMPLES, WIDTH = 4, 2, 2, 4, 301
@@ -68,7 +68,7 @@ def make_net(seed: int) -> Net:
 def build(seed: int, config: Config, world: Topology) -> TrainingEngine:
     net = make_net(seed)
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    table = ShardingTable.of([Rule(".*", "replicated_full")], shapes, tensor=1)
+    table = ShardingTable.of([ShardingRule(".*", "replicated_full")], shapes, tensor=1)
     return build_engine(net, config.train, config.optimizer, topology=world, table=table, full_shapes=shapes)
 
 

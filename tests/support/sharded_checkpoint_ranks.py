@@ -23,17 +23,17 @@ from kairos_train.training.engine.engine_state import gather_full_state, load_fu
 from kairos_train.training.engine.optimizer import lr_at
 from parallel.collectives import copy_to, reduce_from
 from parallel.config import ParallelConfig
-from parallel.sharding import Rule, ShardingTable
+from parallel.sharding import ShardingRule, ShardingTable
 from parallel.topology import Topology
 
 STEPS, SAVED, MICRO, SAMPLES = 4, 2, 2, 8
 INPUT, HEADS, HEAD, MIDDLE = 301, 4, 334, 304  # two weights are too large for stage 3 to keep whole, on 4 tensor ranks
 RULES = (
-    Rule("inner.(weight|bias)", "column"),
-    Rule("gain", "head"),
-    Rule("shared", "replicated_partial"),
-    Rule("fixed", "row"),
-    Rule("outer.(weight|bias)|modulation|offset", "replicated_full"),
+    ShardingRule("inner.(weight|bias)", "column"),
+    ShardingRule("gain", "head"),
+    ShardingRule("shared", "replicated_partial"),
+    ShardingRule("fixed", "row"),
+    ShardingRule("outer.(weight|bias)|modulation|offset", "replicated_full"),
 )
 
 

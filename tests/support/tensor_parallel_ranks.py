@@ -23,7 +23,7 @@ from parallel.audit import audit
 from parallel.gradient_sync import gradient_norm, sum_partial_gradients
 from parallel.linear import column_linear, row_linear
 from parallel.mpu import DeepSpeedMpu
-from parallel.sharding import Rule, ShardingError, ShardingTable, set_attributes
+from parallel.sharding import ShardingError, ShardingRule, ShardingTable, set_attributes
 from parallel.topology import AXES, Degrees, Topology
 
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def uneven_tokens() -> str:
 
 # --- linear layers ---
 
-MLP_RULES = (Rule(r"up\.\w+", "column"), Rule(r"down\.weight", "row"))
+MLP_RULES = (ShardingRule(r"up\.\w+", "column"), ShardingRule(r"down\.weight", "row"))
 
 
 class Mlp(nn.Module):
@@ -139,7 +139,7 @@ class Mlp(nn.Module):
         return collectives.join_tokens(x, 2, self.group)
 
 
-def table_of(model: nn.Module, rules: tuple[Rule, ...], t: Topology) -> ShardingTable:
+def table_of(model: nn.Module, rules: tuple[ShardingRule, ...], t: Topology) -> ShardingTable:
     names = [name for name, _ in model.named_parameters()]
     return ShardingTable.of(rules, names, tensor=t.degrees.tensor)
 
@@ -165,7 +165,7 @@ def mlp_gradients(
     t = topology() if sharded else SINGLE
     with default_dtype(dtype):
         model = Mlp(shape[-1], 12, t, sequence=sequence and sharded, bias=bias)
-    rules = (*MLP_RULES, Rule(r"down\.bias", "replicated_partial" if sequence else "replicated_full"))
+    rules = (*MLP_RULES, ShardingRule(r"down\.bias", "replicated_partial" if sequence else "replicated_full"))
     table = table_of(model, rules, t)
     fill(model, table, t)
     model.requires_grad_(not frozen)
@@ -220,7 +220,7 @@ def summed_gradient(*, recompute: str, dtype: torch.dtype, wide: bool) -> dict[s
     t = topology()
     model = nn.ParameterDict({"partial": torch.ones(4, dtype=dtype), "full": torch.ones(4, dtype=dtype)})
     frozen = model["frozen"] = nn.Parameter(torch.ones(4), requires_grad=False)
-    rules = (Rule("partial|frozen", "replicated_partial"), Rule("full", "replicated_full"))
+    rules = (ShardingRule("partial|frozen", "replicated_partial"), ShardingRule("full", "replicated_full"))
     handles = sum_partial_gradients(model, table_of(model, rules, t), t)
     if wide:
         model["partial"].grad_dtype = torch.float32
@@ -255,7 +255,7 @@ def audited(fault: str) -> str:
     """The audit's complaint on this rank about a model with one fault."""
     t = topology()
     model = Mlp(4, 6, t, sequence=False)
-    rules = (*MLP_RULES, Rule(r"down\.bias", "replicated_full"))
+    rules = (*MLP_RULES, ShardingRule(r"down\.bias", "replicated_full"))
     table = table_of(model, rules, t)
     fill(model, table, t)
     shapes = {name: table.full_shape(name, tuple(p.shape)) for name, p in model.named_parameters()}
@@ -285,14 +285,14 @@ def audited(fault: str) -> str:
 
 HEADS, HEAD, DIM = 4, 2, 6
 TOY_RULES = (
-    Rule(r"(mlp|frozen)\.up\.\w+", "column"),
-    Rule(r"(mlp|frozen)\.down\.weight", "row"),
-    Rule(r"(mlp|frozen)\.down\.bias|norm\.\w+|head\.\w+", "replicated_partial"),
-    Rule(r"q\.weight", "column"),
-    Rule("q_norm", "head"),
-    Rule("head_norm", "replicated_partial"),
-    Rule(r"o\.weight", "row"),
-    Rule(r"embed\.\w+", "replicated_full"),
+    ShardingRule(r"(mlp|frozen)\.up\.\w+", "column"),
+    ShardingRule(r"(mlp|frozen)\.down\.weight", "row"),
+    ShardingRule(r"(mlp|frozen)\.down\.bias|norm\.\w+|head\.\w+", "replicated_partial"),
+    ShardingRule(r"q\.weight", "column"),
+    ShardingRule("q_norm", "head"),
+    ShardingRule("head_norm", "replicated_partial"),
+    ShardingRule(r"o\.weight", "row"),
+    ShardingRule(r"embed\.\w+", "replicated_full"),
 )
 
 

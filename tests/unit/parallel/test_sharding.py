@@ -9,7 +9,7 @@ from kairos_train.model.public_keys import public_keys
 from kairos_train.model.sharding_rules import sharding_table
 from kairos_train.model.world_action import WorldActionModel
 from parallel.audit import audit, checksum
-from parallel.sharding import Rule, ShardingError, ShardingTable, set_attributes
+from parallel.sharding import ShardingError, ShardingRule, ShardingTable, set_attributes
 from parallel.topology import Topology
 
 FULL_SIZE = public_keys(ModelConfig())
@@ -21,7 +21,11 @@ SMALL = ModelConfig(
     video=VideoStreamConfig(dim=24, ffn_dim=32, gdn_key_dim=4, gdn_value_dim=8),
     action=ActionStreamConfig(dim=16, ffn_dim=32, action_dim=3, state_dim=3),
 )
-RULES = (Rule(r"up\.(weight|bias)", "column"), Rule(r"down\.weight", "row"), Rule(r"down\.bias", "replicated_full"))
+RULES = (
+    ShardingRule(r"up\.(weight|bias)", "column"),
+    ShardingRule(r"down\.weight", "row"),
+    ShardingRule(r"down\.bias", "replicated_full"),
+)
 
 
 def small_table(tensor: int = 2) -> ShardingTable:
@@ -74,7 +78,7 @@ def test_a_parameter_that_no_rule_fits_is_refused_by_name():
 
 
 def test_a_parameter_that_two_rules_fit_is_refused_by_name():
-    rules = (*RULES, Rule(r".*\.bias", "replicated_full"))
+    rules = (*RULES, ShardingRule(r".*\.bias", "replicated_full"))
     with pytest.raises(ShardingError, match=r"parameter up.bias .*up.* and \.\*.* fits"):
         ShardingTable.of(rules, ("up.weight", "up.bias"), tensor=2)
 
@@ -91,7 +95,7 @@ def test_a_name_outside_the_table_is_refused():
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="'diagonal' is no kind of sharding"):
-        Rule("up", "diagonal")
+        ShardingRule("up", "diagonal")
 
 
 def test_split_parameters_alone_are_marked_as_such():
@@ -186,7 +190,7 @@ def test_a_parameter_of_another_shape_fails_the_audit():
     model = WorldActionModel(SMALL)
     table = sharding_table(tensor=1, sequence=False, names=dict(model.named_parameters()))
     shapes = public_keys(SMALL) | {"video_dit.head.head.weight": (1, 1)}
-    with pytest.raises(ShardingError, match=r"video_dit.head.head.weight is \(64, 24\) here; .* is \(1, 1\)"):
+    with pytest.raises(ShardingError, match=r"video_dit.head.head.weight is \(64, 24\) on this rank; .* is \(1, 1\)"):
         audit(model, table, Topology.single(torch.device("cpu")), full_shapes=shapes)
 
 
