@@ -378,6 +378,7 @@ def toy_under_deepspeed(stage: int, precision: str, degrees: tuple[int, int, int
     if precision == "bf16":
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR, momentum=0.9)
+    deepspeed_internals.do_not_compile_all_reduce()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=DeepSpeedMpu(t))
     dtype, norms = torch.bfloat16 if precision == "bf16" else torch.float32, []
     share = SAMPLES // copies // ACCUMULATION
