@@ -214,7 +214,7 @@ def _build_state(config: Config, topology: Topology, checked: Checked, *, rollba
     model = build_model(config, feed.identity, topology)
     table, shapes = model_table(config, model), full_shapes(config)
     engine = build_engine(model, train, config.optimizer, topology=topology, table=table, full_shapes=shapes)
-    start = None if reader else initial_average(config, engine.layout.shapes)
+    start = None if reader else initial_average(config, engine.master_shards.shapes)
     state = RunState(
         engine=engine,
         ema=Ema(engine, train.ema_decay, start=start),
@@ -337,7 +337,7 @@ def _tell(
 
 def _headline(run: Run, stage: StageConfig, indices: Sequence[ShardIndex], place: StagePosition | None) -> str:
     topology, train = run.topology, run.train
-    parameters = sum(torch.Size(shape).numel() for shape in run.engine.layout.shapes.values())
+    parameters = sum(torch.Size(shape).numel() for shape in run.engine.master_shards.shapes.values())
     kernels = ", ".join(f"{name}={kind}" for name, kind in run.state.kernels.items())
     samples = " + ".join(f"{index.samples:,}" for index in indices)
     return (

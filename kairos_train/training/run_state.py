@@ -145,7 +145,7 @@ def save(saver: Saver, state: RunState) -> None:
             "best": None if state.best is None else asdict(state.best),
             "guard": state.guard.state_dict(),
             "layout": {**asdict(topology.degrees), "step_size": state.step_size},
-            "optimizer": {"updates": engine.layout.updates},
+            "optimizer": {"updates": engine.master_shards.updates},
             "ema": state.ema.state_dict(),
             "loader": loader.state_dict(),  # the same on all ranks
             "encoders": state.feed.identity,

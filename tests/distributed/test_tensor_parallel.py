@@ -198,7 +198,7 @@ def test_a_sound_model_passes_the_audit(world):
         ("missing entry on one rank", 2, "parameter extra has no entry", "ranks hold different lists"),
         ("tensor copy", 3, "copies of parameter down.bias differ", "copies of parameter down.bias differ"),
         ("split copy", 2, "copies of parameter up.weight differ", "copies of parameter up.weight differ"),
-        ("shape", 1, "parameter down.weight is (4, 6) here; a row share", "parameter down.weight does not fit"),
+        ("shape", 1, "parameter down.weight is (4, 6) on this rank; a row shard", "parameter down.weight does not fit"),
         ("frozen", 2, "ranks hold different lists of parameters", "ranks hold different lists of parameters"),
         ("order", 0, "ranks hold different lists of parameters", "ranks hold different lists of parameters"),
     ],

@@ -130,7 +130,7 @@ def digest_state(engine: TrainingEngine, ema: Ema) -> dict[str, str]:
 
 
 def save(folder: Path, engine: TrainingEngine, ema: Ema) -> None:
-    state = {"optimizer": {"updates": engine.layout.updates}, "ema": ema.state_dict()}
+    state = {"optimizer": {"updates": engine.master_shards.updates}, "ema": ema.state_dict()}
     world = engine.topology
     saver = Saver(folder, rank=world.rank, size=world.size, background=False)
     saver.save(SAVED, state_pieces(engine, ema.average), own_state={}, state=state, files={})

@@ -88,7 +88,7 @@ def _categories(engine: TrainingEngine, ema: Ema, others: list[Tensor]) -> dict[
     found = {
         "weights": weights,
         "gradients": _storages([p.grad for p in parameters] + list(gradient_buffers(engine.deepspeed.optimizer))),
-        "optimizer": _less(_storages([*engine.layout.masters, *states]), weights),
+        "optimizer": _less(_storages([*engine.master_shards.masters, *states]), weights),
         "ema": _storages(ema.average),
     }
     rest = _less(_storages(_alive()), _storages(others), *found.values())

@@ -138,7 +138,7 @@ def digests(engine: TrainingEngine, ema: Ema) -> dict[str, str]:
 
 
 def save(saver: Saver, engine: TrainingEngine, ema: Ema, step: int) -> None:
-    state = {"optimizer": {"updates": engine.layout.updates}, "ema": ema.state_dict()}
+    state = {"optimizer": {"updates": engine.master_shards.updates}, "ema": ema.state_dict()}
     rank = engine.topology.rank
     rng = whole_pieces({f"rank{rank}.torch": torch.full((3,), rank, dtype=torch.uint8)})
     sections = {**state_pieces(engine, ema.average), "rng": rng}
@@ -189,7 +189,7 @@ def resume(folder: Path, layout: Layout) -> dict:
 def written_by_one() -> dict[str, int]:
     """Bytes that this rank would write of each section of a net whose gradient group holds copies."""
     engine, _ = build(Layout(tensor=2, stage=0), seed=1)
-    pieces = state_pieces(engine, engine.layout.masters)
+    pieces = state_pieces(engine, engine.master_shards.masters)
     engine.close()
     return {section: sum(p.tensor.nbytes for p in held) for section, held in pieces.items()}
 

@@ -1,1 +1,1 @@
-"""DeepSpeed behind one interface: parameters, optimizer, EMA, their state."""
+"""DeepSpeed behind one interface: parameters, optimizer, EMA and their state."""

@@ -1,9 +1,9 @@
 """The model in DeepSpeed: processes, precision, ZeRO stage, backward and step.
 
-One loss equation for every stage and layout: a process gives `backward` the loss of its micro-batch as
+One loss equation for every stage and parallel layout: a process passes `backward` the loss of its micro-batch as
 local_sum · dp·cp / N_valid_of_the_whole_step, and the engine averages gradients over the dp·cp processes that hold the
-same parameters and adds them over the micro-batches. Tensor ranks compute the same loss. DeepSpeed is used for
-partitioning, reduction, clipping and the update; its data loader, schedulers, batch arithmetic and checkpoints are not.
+same parameters and adds them over the micro-batches. Tensor ranks compute the same loss. DeepSpeed partitions, reduces,
+clips and updates; this project does without its data loader, schedulers, batch arithmetic and checkpoints.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import OptimizerConfig, TrainConfig
 from kairos_train.training.engine import deepspeed_internals
-from kairos_train.training.engine.master_layout import MasterLayout
+from kairos_train.training.engine.master_shards import MasterShards
 from kairos_train.training.engine.optimizer import Masters, build_optimizer, parameter_groups, set_lr
 from kairos_train.training.engine.ownership import Ownership
 from parallel.audit import audit
@@ -45,24 +45,24 @@ class StepResult:
     """What one optimiser step did."""
 
     norm: float  # 2-norm of the whole gradient before clipping; inf when it was not finite
-    stepped: bool  # False: the gradient was not finite, it was dropped and no weight or moment changed
+    stepped: bool  # False: the gradient was not finite; the engine dropped it and changed no weight or moment
 
 
 def start_processes(device: str, parallel: ParallelConfig | None = None) -> Topology:
-    """Join the run's process group and take a place in its layout. Collective.
+    """Join the run's process group and take a position in its parallel layout. Collective.
 
-    The group is the one of torchrun, or of this process alone when there is none.
+    The group is torchrun's, or one of this process alone without torchrun.
 
-    The one place that touches the environment: DeepSpeed reads the local rank and, on a machine with GPUs that trains
-    on the CPU, its accelerator from there and from nowhere else.
+    Only this function sets environment variables: DeepSpeed reads the local rank from there and, on a machine with GPUs
+    that trains on the CPU, its accelerator.
 
     Args:
         device: "auto", "cpu" or "cuda". On CUDA each process takes the GPU of its local rank.
         parallel: degrees of tensor and context parallelism; None: all processes are data-parallel.
 
     Raises:
-        UserError: CUDA is asked for and not there, DeepSpeed was imported for another device before, or the number of
-            processes does not divide by the degrees.
+        UserError: there is no CUDA device though `device` names it, this process imported DeepSpeed for another device
+            before, or the number of processes does not divide by the degrees.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"train.device={device!r}: must be 'auto', 'cpu' or 'cuda'")
@@ -93,9 +93,9 @@ def start_processes(device: str, parallel: ParallelConfig | None = None) -> Topo
 def stop_processes() -> None:
     """Leave the process group at the end of a run that went well; the interpreter may end after this.
 
-    Gloo's threads still hold the tensors of the last collective when it returns, and need the interpreter's lock to let
-    go of them. One that asks for it while the interpreter is being torn down aborts the process (exit code -6): the
-    pause, without the lock, lets them finish.
+    Gloo's threads still hold the tensors of the last collective when it returns, and need the interpreter's lock to
+    release them. A thread that asks for the lock while the interpreter shuts down aborts the process (exit code -6):
+    the pause, without the lock, lets them finish.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -117,11 +117,11 @@ class TrainingEngine:
 
     Attributes:
         model: the wrapped module. Under ZeRO stage 3 its parameters are empty outside of its forward pass.
-        optimizer: the torch AdamW underneath.
+        optimizer: the torch optimizer underneath.
         deepspeed: the DeepSpeed engine.
         topology: this process among the others.
-        shares: which part of each tensor this process holds and writes.
-        layout: where the float32 masters of this process are.
+        ownership: which part of each tensor this process holds and writes.
+        master_shards: the float32 masters of this process.
         frozen: float32 values, on the CPU, of the parameters that do not train and that this process writes.
     """
 
@@ -132,7 +132,7 @@ class TrainingEngine:
         *,
         stage: int,
         topology: Topology,
-        shares: Ownership,
+        ownership: Ownership,
         frozen: dict[str, Tensor],
         hooks: Sequence[RemovableHandle],
     ) -> None:
@@ -140,9 +140,9 @@ class TrainingEngine:
         self.optimizer = optimizer
         self.stage = stage
         self.topology = topology
-        self.shares = shares
+        self.ownership = ownership
         self.model: nn.Module = deepspeed.module
-        self.layout = MasterLayout(deepspeed, optimizer, stage=stage, shares=shares)
+        self.master_shards = MasterShards(deepspeed, optimizer, stage=stage, ownership=ownership)
         self.frozen = frozen
         self._hooks = hooks
 
@@ -150,8 +150,8 @@ class TrainingEngine:
         """The model's forward pass.
 
         Raises:
-            TypeError: the output is something else than a tensor, tuple, named tuple, list or dictionary. DeepSpeed's
-                hooks look into nothing else: stage 1 in bf16 would add up the gradients of earlier micro-batches again.
+            TypeError: the output is no tensor, tuple, named tuple, list or dictionary. DeepSpeed's hooks look into
+                nothing else: stage 1 in bf16 would add up the gradients of earlier micro-batches again.
         """
         output = self.deepspeed(*args, **kwargs)
         if not isinstance(output, Tensor | tuple | list | dict):
@@ -159,10 +159,10 @@ class TrainingEngine:
         return output
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of `loss`; `last` marks the step's last micro-batch, after which gradients are reduced."""
+        """Add the gradient of `loss`; `last` marks the step's last micro-batch, whose backward reduces gradients."""
         if isinstance(self.optimizer, Masters):
             for parameter in self.optimizer.low_precision:
-                if parameter.grad is None:  # DeepSpeed would fill in zeros of the parameter's own type
+                if parameter.grad is None:  # DeepSpeed would fill in zeros of the parameter's own dtype
                     parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
@@ -177,7 +177,7 @@ class TrainingEngine:
         return StepResult(norm=norm, stepped=self.deepspeed.was_step_applied())
 
     def _step_unpartitioned(self) -> StepResult:
-        """Stage 0: DeepSpeed clips and steps without looking, so the norm is taken first."""
+        """Stage 0: DeepSpeed clips and steps without a check, so this takes the norm first."""
         norm = float(gradient_norm(self.model, self.topology))
         if math.isfinite(norm):
             self.deepspeed.step()
@@ -190,7 +190,7 @@ class TrainingEngine:
         set_lr(self.optimizer, lr)
 
     def close(self) -> None:
-        """Release hooks and DeepSpeed's buffers, give torch its `linear` back; the process groups stay."""
+        """Release hooks and DeepSpeed's buffers, restore torch's `linear`; the process groups stay."""
         for hook in self._hooks:
             hook.remove()
         self.deepspeed.destroy()
@@ -208,16 +208,16 @@ def build_engine(
 ) -> TrainingEngine:
     """Put a model, with its float32 weights, under DeepSpeed. Collective.
 
-    The weights and buffers of the first rank of each gradient group are everyone's in it. Parameters that do not
-    require gradients are never updated. In bf16 the masters start from the float32 weights, not from their bfloat16
-    rounding, which costs 4 bytes per parameter of host memory on every process until this returns.
+    The first rank of each gradient group gives its weights and buffers to the whole group. Parameters that do not
+    require gradients never change. In bf16 the masters start from float32 weights, not from their bfloat16 rounding,
+    which costs 4 bytes per parameter of host memory on every process until this returns.
 
     Args:
-        model: this tensor rank's part of the model, with the same values on all tensor ranks in what is not split.
+        model: this tensor rank's shard of the model, replicated parameters with the same values on all tensor ranks.
         train: precision, ZeRO stage, batches.
         optimizer: the update.
         topology: of all processes.
-        table: how each parameter of the model is split.
+        table: how tensor ranks hold each parameter of the model.
         full_shapes: of the parameters of the whole model.
 
     Raises:
@@ -229,15 +229,15 @@ def build_engine(
     if train.precision not in ("bf16", "fp32"):
         raise UserError(f"train.precision={train.precision!r}: must be 'bf16' or 'fp32'")
     model.to(topology.device)
-    _share_first(model, topology)
+    _broadcast_first(model, topology)
     audit(model, table, topology, full_shapes=full_shapes)
     set_attributes(model, table)
     hooks = sum_partial_gradients(model, table, topology)
     named = dict(model.named_parameters())
-    shares = Ownership(table, topology, {name: tuple(p.shape) for name, p in named.items()})
-    frozen = _float32_copies({n: p for n, p in named.items() if not p.requires_grad and n in shares.copies})
+    ownership = Ownership(table, topology, {name: tuple(p.shape) for name, p in named.items()})
+    frozen = _float32_copies({n: p for n, p in named.items() if not p.requires_grad and n in ownership.copies})
     trainable = {name: p for name, p in named.items() if p.requires_grad}
-    exact = _float32_copies(trainable) if train.precision == "bf16" else {}
+    float32 = _float32_copies(trainable) if train.precision == "bf16" else {}
     masters = train.precision == "bf16" and train.zero_stage == 0
     if masters:
         for parameter in model.parameters():
@@ -247,21 +247,21 @@ def build_engine(
     settings = _deepspeed_config(model, train, clip=optimizer.gradient_clip)
     engine = _initialize(model, built, settings, topology)
     wrapped = TrainingEngine(
-        engine, built, stage=train.zero_stage, topology=topology, shares=shares, frozen=frozen, hooks=hooks
+        engine, built, stage=train.zero_stage, topology=topology, ownership=ownership, frozen=frozen, hooks=hooks
     )
-    for name, tensor in exact.items():
-        wrapped.layout.scatter(name, tensor, wrapped.layout.masters)
-    wrapped.layout.refresh()
+    for name, tensor in float32.items():
+        wrapped.master_shards.scatter(name, tensor, wrapped.master_shards.masters)
+    wrapped.master_shards.refresh()
     return wrapped
 
 
-def _share_first(model: nn.Module, topology: Topology) -> None:
-    """Give the first rank's weights to all that hold the same part: never across tensor ranks."""
+def _broadcast_first(model: nn.Module, topology: Topology) -> None:
+    """Broadcast the first rank's weights to all ranks with the same shards: never across tensor ranks."""
     if topology.gradient_group is None:
         return
     first = topology.ranks("gradient")[0]
     for tensor in [*model.parameters(), *model.buffers()]:
-        content = tensor.detach().reshape(-1).view(torch.uint8)  # bytes: backends do not know every type
+        content = tensor.detach().reshape(-1).view(torch.uint8)  # bytes: backends do not know every dtype
         dist.broadcast(content, first, group=topology.gradient_group)
         tensor.data.copy_(content.view(tensor.dtype).view(tensor.shape))
 
@@ -271,7 +271,7 @@ def _float32_copies(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _deepspeed_config(model: nn.Module, train: TrainConfig, *, clip: float) -> dict[str, Any]:
-    """What DeepSpeed is told. No `train_batch_size`: DeepSpeed would take every process for one with own data."""
+    """DeepSpeed's configuration. Without `train_batch_size`: DeepSpeed would count every process as data-parallel."""
     bucket = min(LARGEST_BUCKET, sum(p.numel() for p in model.parameters()))
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
@@ -298,9 +298,8 @@ def _deepspeed_config(model: nn.Module, train: TrainConfig, *, clip: float) -> d
 def _initialize(
     model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], topology: Topology
 ) -> Any:
-    """`deepspeed.initialize`, without its talk on standard output."""
-    talk = io.StringIO()
-    with contextlib.redirect_stdout(talk):
+    """`deepspeed.initialize`, without its lines on standard output."""
+    with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
 
         deepspeed_internals.do_not_compile_all_reduce()

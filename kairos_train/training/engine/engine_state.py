@@ -1,9 +1,9 @@
-"""A run's whole state out of an engine and into one, whatever its layout, ZeRO stage and precision.
+"""A run's whole state out of an engine and into one, in any parallel layout, ZeRO stage and precision.
 
 Sections "model" (float32 masters, frozen parameters and persistent buffers), "exp_avg" and "exp_avg_sq" (AdamW's
 moments of the trainable parameters) and "ema", full-shape under the model's own names, which are the public ones. Each
-process gives and takes only what lies on it. Loading restores every bit, so a run continued in the same layout repeats
-the numbers of an uninterrupted one.
+process writes and reads local shards only. Loading restores every bit, so a run that resumes in the same layout repeats
+the losses of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def state_pieces(engine: TrainingEngine, average: Sequence[Tensor] | None = None
 
     Args:
         engine: not inside of a step.
-        average: float32, in the layout of the engine's masters; None: there is no section "ema".
+        average: float32, sharded as the engine's masters; None: there is no section "ema".
     """
-    layout = engine.layout
-    sections = {"model": layout.masters, **{key: layout.moments(key) for key in layout.moment_names}}
+    shards = engine.master_shards
+    sections = {"model": shards.masters, **{key: shards.moments(key) for key in shards.moment_names}}
     if average is not None:
         sections["ema"] = list(average)
-    pieces = {section: layout.pieces(tensors) for section, tensors in sections.items()}
-    for section in pieces.keys() - set(layout.moment_names):
+    pieces = {section: shards.pieces(tensors) for section, tensors in sections.items()}
+    for section in pieces.keys() - set(shards.moment_names):
         pieces[section] += _fixed_pieces(engine)
     return pieces
 
@@ -45,11 +45,11 @@ def state_pieces(engine: TrainingEngine, average: Sequence[Tensor] | None = None
 def gather_full_state(
     engine: TrainingEngine, average: Sequence[Tensor] | None = None
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Assemble the sections on rank 0: for tests and small tools, a run writes its pieces. Collective.
+    """Assemble the sections on rank 0, for tests and small tools; a run writes pieces. Collective.
 
     Returns:
-        Sections of whole CPU tensors (an empty dictionary on the other ranks), and plain state that belongs under the
-        key "optimizer" of the checkpoint's state.
+        Sections of whole CPU tensors (an empty dictionary on the other ranks), and the plain state under the key
+        "optimizer" of the checkpoint's state.
     """
     mine = {
         section: [(p.name, p.shape, p.offset, p.tensor.detach().cpu()) for p in pieces]
@@ -61,26 +61,26 @@ def gather_full_state(
     if engine.topology.rank == 0:
         for name in mine:
             sections[name] = _assemble([piece for rank in ranks for piece in rank[name]])
-    return sections, {"updates": engine.layout.updates}
+    return sections, {"updates": engine.master_shards.updates}
 
 
 def load_full_state(engine: TrainingEngine, reader: CheckpointReader) -> None:
-    """Restore weights, moments and AdamW's counter from a checkpoint. Collective; every process reads its own parts.
+    """Restore weights, moments and AdamW's counter from a checkpoint. Collective; every process reads its own shards.
 
     Raises:
         UserError: the checkpoint's tensors are not this model's, or it has no moments of a parameter that trains. The
             engine is unchanged then.
     """
-    layout = engine.layout
-    for key in layout.moment_names:
-        _check(reader, key, layout.shapes)
+    shards = engine.master_shards
+    for key in shards.moment_names:
+        _check(reader, key, shards.shapes)
     optimizer = reader.state.get("optimizer")
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("updates"), int):
         raise UserError(f"checkpoint {reader.path}: its state has no optimizer.updates; it can not be resumed")
     load_weights(engine, reader)
-    for key in layout.moment_names:
-        layout.fill(lambda name, box, section=key: reader.read(section, name, box), layout.moments(key))
-    layout.updates = optimizer["updates"]
+    for key in shards.moment_names:
+        shards.fill(lambda name, box, section=key: reader.read(section, name, box), shards.moments(key))
+    shards.updates = optimizer["updates"]
 
 
 def load_weights(engine: TrainingEngine, reader: CheckpointReader, *, section: str = "model") -> None:
@@ -89,15 +89,15 @@ def load_weights(engine: TrainingEngine, reader: CheckpointReader, *, section: s
     Raises:
         UserError: a missing, additional or differently shaped tensor. The engine is unchanged then.
     """
-    layout, shares = engine.layout, engine.shares
+    shards, ownership = engine.master_shards, engine.ownership
     frozen = {name: p for name, p in engine.model.named_parameters() if not p.requires_grad}
     buffers = dict(_persistent_buffers(engine.model))
-    shapes = {name: shares.full_shape(name, local_shape(p)) for name, p in frozen.items()}
-    _check(reader, section, layout.shapes | shapes | {name: tuple(b.shape) for name, b in buffers.items()})
-    layout.fill(lambda name, box: reader.read(section, name, box), layout.masters)
-    layout.refresh()
+    shapes = {name: ownership.full_shape(name, local_shape(p)) for name, p in frozen.items()}
+    _check(reader, section, shards.shapes | shapes | {name: tuple(b.shape) for name, b in buffers.items()})
+    shards.fill(lambda name, box: reader.read(section, name, box), shards.masters)
+    shards.refresh()
     for name, parameter in frozen.items():
-        value = reader.read(section, name, shares.slices(name, shapes[name]))
+        value = reader.read(section, name, ownership.slices(name, shapes[name]))
         if name in engine.frozen:
             engine.frozen[name].copy_(value)
         _set_frozen(engine, parameter, value)
@@ -106,11 +106,11 @@ def load_weights(engine: TrainingEngine, reader: CheckpointReader, *, section: s
 
 
 def _fixed_pieces(engine: TrainingEngine) -> list[Piece]:
-    """What this process writes of frozen parameters and of buffers, which are the same on all ranks."""
+    """What this process writes of frozen parameters, and of buffers, which are equal on all ranks."""
     pieces = []
     for name, tensor in engine.frozen.items():
-        full = engine.shares.full_shape(name, tuple(tensor.shape))
-        pieces.append(Piece(name, full, engine.shares.offset(name, full), tensor))
+        full = engine.ownership.full_shape(name, tuple(tensor.shape))
+        pieces.append(Piece(name, full, engine.ownership.offset(name, full), tensor))
     return pieces + (whole_pieces(dict(_persistent_buffers(engine.model))) if engine.topology.rank == 0 else [])
 
 
@@ -153,10 +153,10 @@ def _set_frozen(engine: TrainingEngine, parameter: nn.Parameter, value: Tensor) 
         return
     import deepspeed
 
-    # DeepSpeed's setters for partitioned parameters know only trainable ones. This sends the change of the gradient
-    # group's first rank to all of the group.
+    # DeepSpeed's setters for partitioned parameters take only trainable ones. This sends what the first rank of the
+    # gradient group changes to the whole group.
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        if engine.shares.copy == 0:
+        if engine.ownership.copy == 0:
             parameter.copy_(value)
 
 

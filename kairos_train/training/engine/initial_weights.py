@@ -1,6 +1,6 @@
-"""Where a stage's weights come from: fresh, or another checkpoint's, the action stream interpolated if it has none.
+"""A stage's initial weights: fresh, or another checkpoint's, with an interpolated action stream if that has none.
 
-A rank of a sharded layout fills its part of each tensor from the same full-size values as one process does.
+A rank of a parallel layout fills its shard of each tensor from the same full-size values as one process does.
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ FRESH_IN_ACTION_STREAM = ("action_encoder.", "proprio_encoder.", "head.")
 def build_model(
     config: Config, encoders: dict[str, Any] | None = None, topology: Topology | None = None
 ) -> WorldActionModel:
-    """This rank's part of the model of a stage with its initial weights, float32 on the CPU.
+    """This rank's shard of the model of a stage with its initial weights, float32 on the CPU.
 
-    A video stage has no action stream. Fresh weights depend on `seed` alone. What does not train
-    (`kairos_train.model.trainable`) does not require gradients.
+    A video stage has no action stream. Fresh weights depend on `seed` alone. Frozen parameters
+    (`kairos_train.model.trainable`) do not require gradients.
 
     Args:
-        encoders: identity of the encoders that this run is conditioned with; a checkpoint that was trained with others
-            is refused.
-        topology: the layout; None: all of the model, on one process.
+        encoders: identity of the encoders of this run; a checkpoint trained with others raises.
+        topology: the parallel layout; None: all of the model, on one process.
 
     Raises:
         UserError: `stage.init_from` holds no valid checkpoint, or one of another model or other encoders.
@@ -71,7 +70,7 @@ class InitialAverage:
 
     Attributes:
         read: name and slices → that part of its value.
-        updates: how many it has had.
+        updates: number of its updates.
     """
 
     read: Callable[[str, tuple[slice, ...]], Tensor]
@@ -119,14 +118,15 @@ def initial_weights(config: Config, section: str, encoders: dict[str, Any] | Non
 
 
 class InitialWeights:
-    """A checkpoint's weights as those that another model starts from.
+    """A checkpoint's weights as the initial ones of another model.
 
-    A checkpoint without an action stream gives only the video's; the action stream is then interpolated from it, tensor
-    by tensor, linearly along each dimension (*ours*), or not given (`action_init=random`). GATED layers have no
-    self-attention: that of the layer before them is taken. The action's own input and output layers are not given.
+    A checkpoint without an action stream has the video's weights only. The action stream is then interpolated from
+    them, tensor by tensor, linearly along each dimension (*ours*), or starts fresh (`action_init=random`). Gated
+    DeltaNet layers have no self-attention: their action layers start from that of the layer before. The action's own
+    input and output layers start fresh.
 
     Args:
-        reader: of the checkpoint; adapters that it has are merged, or those of the model start from them.
+        reader: of the checkpoint; its adapters are merged, or those of the model start from them.
         section: "model" | "ema".
         action_init: interpolate | random.
     """
@@ -137,11 +137,11 @@ class InitialWeights:
         self._interpolates = action_init == "interpolate"
         self._has_action = any(name.startswith(ACTION) for name in self._names)
         self._video = {name.removeprefix(VIDEO) for name in self._names if name.startswith(VIDEO)}
-        self._last: tuple[str, Tensor] | None = None  # parts of one tensor are asked for one behind the other
+        self._last: tuple[str, Tensor] | None = None  # callers read the parts of one tensor one after the other
 
     @property
     def average_updates(self) -> int:
-        """Updates that the checkpoint's moving average has had."""
+        """Number of updates of the checkpoint's moving average."""
         return int((self._reader.state.get("ema") or {}).get("updates", 0))
 
     def gives(self, name: str) -> bool:
@@ -162,7 +162,9 @@ class InitialWeights:
             return self._interpolated(name.removeprefix(ACTION), shape)[part]
         if name not in self._names or self._reader.shape(self._section, name) != tuple(shape):
             found = list(self._reader.shape(self._section, name)) if name in self._names else "nothing"
-            raise UserError(f"stage.init_from={self._reader.path}: {name} is {found} there, {list(shape)} here")
+            raise UserError(
+                f"stage.init_from={self._reader.path}: {name} is {found} there, {list(shape)} in this model"
+            )
         return self._reader.read(self._section, name, part)
 
     def _interpolated(self, name: str, shape: torch.Size) -> Tensor:
@@ -174,7 +176,7 @@ class InitialWeights:
 
 @torch.no_grad()
 def load_initial(model: WorldActionModel, given: InitialWeights, slices: LocalSlices = whole) -> None:
-    """Fill `model` in place with what is given; the rest keeps its values.
+    """Fill `model` in place from `given`; tensors that it does not have keep their values.
 
     Args:
         slices: of each tensor that the model holds.
@@ -202,12 +204,14 @@ def _source(name: str, video: Collection[str]) -> str:
     while f"blocks.{layer}.self_attn.q.weight" not in video:
         layer -= 1
         if layer < 0:
-            raise UserError("stage.action_init=interpolate: the first layer is GATED; use random")
+            raise UserError(
+                "stage.action_init=interpolate: the first layer is GATED and has no self-attention; use random"
+            )
     return ".".join(["blocks", str(layer), *name.split(".")[2:]])
 
 
 def _resize_sixfold(source: Tensor, shape: torch.Size) -> Tensor:
-    """The time projection is six outputs of width D in a row: each is interpolated by itself."""
+    """The time projection is six outputs of width D in a row, each interpolated by itself."""
     return _resize(source.unflatten(0, (6, -1)), torch.Size((6, shape[0] // 6, *shape[1:]))).flatten(0, 1)
 
 

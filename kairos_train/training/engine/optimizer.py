@@ -1,4 +1,4 @@
-"""Optimisers: which parameters decay, which learning rate a step has, float32 masters where DeepSpeed keeps none."""
+"""Optimisers: which parameters decay, the learning rate of a step, float32 masters where DeepSpeed keeps none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEVER_DECAYED = ("bias", "A_log", "dt_bias", "modulation")  # last part of a par
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: not to norms, biases, `A_log`, `dt_bias` and modulations (*ours*).
 
-    Decay pulls towards zero, which is no neutral value for a gain, a decay rate or a modulation.
+    Weight decay pulls towards zero, which is no neutral value for a gain, a decay rate or a modulation.
 
     Args:
         name: the parameter's public name.
@@ -58,10 +58,10 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, *, ma
 
 
 class Masters(torch.optim.Optimizer):
-    """Float32 masters of bfloat16 parameters, put before an optimiser in its bases, for ZeRO stage 0.
+    """Float32 masters of bfloat16 parameters: a mixin before an optimiser, for ZeRO stage 0.
 
-    DeepSpeed's own stage 0 wrapper accumulates gradients in bfloat16 and refuses float32. Here each parameter's `.grad`
-    is float32 (`Tensor.grad_dtype`), and the masters are the tensors that the optimiser knows.
+    DeepSpeed's own stage 0 wrapper accumulates gradients in bfloat16 and refuses float32. With this class each
+    parameter's `.grad` is float32 (`Tensor.grad_dtype`), and the optimiser updates the masters.
 
     Costs per parameter, on every process: 2 bytes of weight, 4 of gradient, 4 of master, and 8 of AdamW's moments.
     """
@@ -100,14 +100,14 @@ class MasterAdamW(Masters, torch.optim.AdamW):
 
 
 class MasterSGD(Masters, torch.optim.SGD):
-    """Plain gradient descent on masters: for comparing layouts, whose rounding AdamW's division would enlarge."""
+    """Plain gradient descent on masters, to compare parallel layouts: AdamW's division would enlarge their rounding."""
 
 
 def lr_at(step: int, config: OptimizerConfig, total_steps: float) -> float:
     """Learning rate of the update that follows `step` finished ones.
 
     Linear warm-up: lr·(step+1)/warmup_steps, up to lr at the `warmup_steps`-th update. Then constant, or a half cosine
-    that ends at lr·min_lr_ratio with the last update. A resumed run asks with its own counter: nothing to restore.
+    that ends at lr·min_lr_ratio with the last update. A function of the counter alone: a resumed run restores nothing.
 
     Raises:
         UserError: a schedule that does not exist.

@@ -1,11 +1,11 @@
-"""Which part of every tensor this process holds, and which of several copies is written into checkpoints.
+"""Which part of every tensor this process holds, and which of several replicas a checkpoint takes.
 
-    split over tensor ranks      each tensor rank writes its part
-    whole on every tensor rank   one of them writes it
-    partitioned (ZeRO 1 to 3)    each rank of the gradient group writes its partition
-    copied over that group       one of them writes it (ZeRO 0, frozen parameters)
+    split over tensor ranks           each tensor rank writes its shard
+    replicated over tensor ranks      one of them writes it
+    partitioned (ZeRO 1 to 3)         each rank of the gradient group writes its partition
+    replicated over that group        one of them writes it (ZeRO 0, frozen parameters)
 
-Copies are dealt by size, so that all write about as much at once.
+Replicas are dealt by size, so that all processes write about as much at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from parallel.topology import Topology
 
 
 def deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Name → rank: the largest first, each to the rank that has the least so far. The same on every rank."""
+    """Name → rank: the largest first, each to the rank with the least so far. The same on every rank."""
     loads = [0] * ranks
     dealt = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -28,17 +28,17 @@ def deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
 
 
 class Ownership:
-    """The parts of a model's parameters on one process of a topology.
+    """The shards of a model's parameters on one process of a topology.
 
     Args:
-        table: how they are split.
+        table: how tensor ranks hold them.
         topology: of all processes.
-        local_shapes: of the parts on this tensor rank, of all parameters; the same on all ranks.
+        local_shapes: of the shards on this tensor rank, of all parameters; the same on all ranks.
 
     Attributes:
-        copy: rank in the gradient group, whose processes hold the same parts.
+        copy: rank in the gradient group, whose processes hold the same shards.
         partitions: the parameters that this tensor rank writes, each rank of the gradient group its partition.
-        copies: the parameters that this process writes alone, where each rank of the gradient group has a copy.
+        copies: the parameters that this process writes alone, where each rank of the gradient group has a replica.
     """
 
     def __init__(self, table: ShardingTable, topology: Topology, local_shapes: Mapping[str, Shape]) -> None:
@@ -61,5 +61,5 @@ class Ownership:
         return self._table.slices(name, full, self._tensor_rank)
 
     def offset(self, name: str, full: Shape) -> tuple[int, ...]:
-        """Where that begins."""
+        """First index of those slices in each dimension."""
         return tuple(part.start for part in self.slices(name, full))

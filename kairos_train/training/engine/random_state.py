@@ -37,7 +37,7 @@ def set_random_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
 
 
 def derive_random_state(seed: int, step: int, rank: int) -> None:
-    """Set every generator to a state that is a function of the arguments, where there is none to restore."""
+    """Set every generator to a state that is a function of the arguments, when there is no state to restore."""
     digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little"))
     np.random.seed(int.from_bytes(digest[8:12], "little"))

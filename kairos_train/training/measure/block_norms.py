@@ -33,7 +33,7 @@ PARTS = {
     "ffn": "ffn",
     "modulation": "modulation",
 }
-"""Part of a video block → what it counts as. Self-attention and GATED count as their layer's kind."""
+"""Part of a video block → what it counts as. Self-attention and Gated DeltaNet count as their layer's kind."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def block_squares(engine: TrainingEngine) -> BlockSquares:
     Args:
         engine: between the last `backward` of a step and `step`; its model knows the kinds of its layers.
     """
-    kind_of = {name: block_kind(name, engine.model.kinds) for name in engine.layout.parameters}
+    kind_of = {name: block_kind(name, engine.model.kinds) for name in engine.master_shards.parameters}
     kinds = tuple(sorted(set(kind_of.values())))
     parts: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     for name, part in _counted(engine):
@@ -95,8 +95,8 @@ def block_squares(engine: TrainingEngine) -> BlockSquares:
 
 def _counted(engine: TrainingEngine) -> Iterator[tuple[str, Tensor]]:
     """The float32 gradients that this rank counts, by name of the parameter. Views."""
-    counted = engine.shares.copies if engine.stage == 0 else engine.shares.partitions
-    for name, parameter in engine.layout.parameters.items():
+    counted = engine.ownership.copies if engine.stage == 0 else engine.ownership.partitions
+    for name, parameter in engine.master_shards.parameters.items():
         if name not in counted:
             continue
         if engine.stage == 0:

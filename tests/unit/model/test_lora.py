@@ -133,5 +133,5 @@ def test_a_stage_goes_on_with_adapters_or_from_what_they_merged_to(trained):
     for a, b in zip(velocities(whole), velocities(model)):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
     config.stage.lora = LoraConfig(rank=2)
-    with pytest.raises(UserError, match=r"lora_a is \[3, 32\] there, \[2, 32\] here"):
+    with pytest.raises(UserError, match=r"lora_a is \[3, 32\] there, \[2, 32\] in this model"):
         build_model(config)

@@ -1,18 +1,18 @@
-"""Where the float32 state of a parameter lies, for every ZeRO stage and layout.
+"""Where the float32 state of a parameter is, for every ZeRO stage and parallel layout.
 
-Each process has a few flat float32 tensors, the ones that its optimiser updates. Parameter by parameter, a fragment
-says which range of the flattened parameter lies where in them:
+Each process has a few flat float32 tensors, which its optimiser updates. For each parameter, a fragment says which
+range of the flattened parameter is where in them:
 
     stage 0     one tensor per parameter, complete on every process
-    stage 1, 2  one partition per parameter group; a parameter may lie across partitions
+    stage 1, 2  one partition per parameter group; a parameter may span partitions
     stage 3     one tensor per sub-group, with an equal part of every parameter, the last one padded
 
-Partitions are over the gradient group (context × data). The parameter that is partitioned is the part of it that this
-tensor rank holds, whose place in the full tensor the sharding table knows:
+Partitions are over the gradient group (context × data). DeepSpeed partitions this tensor rank's shard of a parameter,
+whose position in the full tensor the sharding table knows:
 
-    fragment (range of the local part) → boxes in the local part → boxes in the full tensor
+    fragment (range of the local shard) → boxes in the local shard → boxes in the full tensor
 
-Moments and moving averages have the layout of the masters, so that one mapping serves them all. Padding is never read.
+Moments and moving averages are sharded as the masters, so that one mapping serves them all. Nobody reads padding.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ from kairos_train.training.engine.optimizer import Masters
 from kairos_train.training.engine.ownership import Ownership
 
 
-class MasterLayout:
-    """The float32 masters of this process and their place in the full parameters.
+class MasterShards:
+    """The float32 masters of this process and their positions in the full parameters.
 
     Args:
         deepspeed: the DeepSpeed engine.
         optimizer: the torch optimiser given to it.
         stage: its ZeRO stage.
-        shares: which part of each tensor is here, and who writes it.
+        ownership: which part of each tensor this process holds, and which process writes it.
 
     Attributes:
         parameters: those that train, by name.
         shapes: full shapes of them.
-        local_shapes: shapes of this tensor rank's part of them.
+        local_shapes: shapes of this tensor rank's shards of them.
     """
 
-    def __init__(self, deepspeed: Any, optimizer: torch.optim.Optimizer, *, stage: int, shares: Ownership) -> None:
+    def __init__(self, deepspeed: Any, optimizer: torch.optim.Optimizer, *, stage: int, ownership: Ownership) -> None:
         self.stage = stage
         self.parameters: dict[str, nn.Parameter] = {
             name: p for name, p in deepspeed.module.named_parameters() if p.requires_grad
         }
-        self._shares = shares
+        self._ownership = ownership
         self._optimizer = optimizer
         self._wrapper = deepspeed.optimizer
         self.local_shapes = {name: deepspeed_internals.local_shape(p) for name, p in self.parameters.items()}
-        self.shapes = {name: shares.full_shape(name, shape) for name, shape in self.local_shapes.items()}
-        self._written = shares.copies if stage == 0 else shares.partitions
+        self.shapes = {name: ownership.full_shape(name, shape) for name, shape in self.local_shapes.items()}
+        self._written = ownership.copies if stage == 0 else ownership.partitions
         self._flats: list[Tensor] = self._find_flats()
         self._fragments = {name: self._find_fragment(name, p) for name, p in self.parameters.items()}
 
@@ -68,16 +68,16 @@ class MasterLayout:
 
     @property
     def moment_names(self) -> tuple[str, ...]:
-        """What `moments` knows: AdamW's two, nothing of an optimiser without memory."""
+        """The names that `moments` takes: AdamW's two, none of an optimiser without moments."""
         return ("exp_avg", "exp_avg_sq") if isinstance(self._optimizer, torch.optim.AdamW) else ()
 
     def moments(self, key: str) -> list[Tensor]:
-        """One of `moment_names`, in the layout of `masters`; zeros before the first step."""
+        """One of `moment_names`, sharded as `masters`; zeros before the first step."""
         return [self._state_of(flat)[key] for flat in self._flats]
 
     @property
     def updates(self) -> int:
-        """Updates that AdamW has made, its counter for the bias correction; 0 of an optimiser without memory."""
+        """AdamW's step counter for its bias correction; 0 of an optimiser without moments."""
         if not self.moment_names:
             return 0
         counts = {int(self._state_of(flat)["step"]) for flat in self._flats}
@@ -91,7 +91,7 @@ class MasterLayout:
             self._state_of(flat)["step"].fill_(count)
 
     def pieces(self, tensors: Sequence[Tensor]) -> list[Piece]:
-        """What this process writes of the parameters in `tensors`, which are in the layout of `masters`.
+        """What this process writes of the parameters in `tensors`, which are sharded as `masters`.
 
         Views, nothing is copied. The pieces of all processes are the full tensors, each element once.
         """
@@ -104,10 +104,10 @@ class MasterLayout:
 
     @torch.no_grad()
     def fill(self, read: Callable[[str, tuple[slice, ...]], Tensor], tensors: Sequence[Tensor]) -> None:
-        """Set all of `tensors`, in the layout of `masters`, from full tensors.
+        """Set all of `tensors`, sharded as `masters`, from full tensors.
 
         Args:
-            read: name and slices of the full tensor → that box of it. Only boxes that lie here are asked for.
+            read: name and slices of the full tensor → that box of it. Called for local boxes only.
         """
         for name in self.parameters:
             for box, part in self._parts(name, tensors):
@@ -115,7 +115,7 @@ class MasterLayout:
 
     @torch.no_grad()
     def scatter(self, name: str, local: Tensor, tensors: Sequence[Tensor]) -> None:
-        """Set the fragment of one parameter from `local` (float32), this tensor rank's part of it."""
+        """Set the fragment of one parameter from `local` (float32), this tensor rank's shard of it."""
         fragment = self._fragments[name]
         if fragment is not None:
             part = local.reshape(-1).narrow(0, fragment.inside, fragment.numel)
@@ -123,7 +123,7 @@ class MasterLayout:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make the parameters that the model computes with those of the masters. Collective."""
+        """Make the weights that the model computes with from the masters. Collective."""
         wrapper = self._wrapper
         if isinstance(wrapper, Masters):
             wrapper.refresh()
@@ -133,12 +133,12 @@ class MasterLayout:
             deepspeed_internals.refresh_partitioned(wrapper)
 
     def _parts(self, name: str, tensors: Sequence[Tensor]) -> Iterator[tuple[Box, Tensor]]:
-        """Boxes of the full tensor that lie in `tensors`, as views of them."""
+        """Boxes of the full tensor that are in `tensors`, as views of them."""
         fragment = self._fragments[name]
         if fragment is None:
             return
         flat, at = tensors[fragment.flat].view(-1), fragment.start
-        offset = self._shares.offset(name, self.shapes[name])
+        offset = self._ownership.offset(name, self.shapes[name])
         for box in boxes.boxes_of_range(self.local_shapes[name], fragment.inside, fragment.numel):
             size = boxes.volume(box)
             yield boxes.shift(box, offset), flat.narrow(0, at, size).view(boxes.shape_of(box))
@@ -152,18 +152,18 @@ class MasterLayout:
         return [group["params"][0] for group in self._optimizer.param_groups]
 
     def _find_fragment(self, name: str, parameter: nn.Parameter) -> Fragment | None:
-        """None: this process holds nothing of the parameter."""
+        """None: this process holds no part of the parameter."""
         whole = torch.Size(self.local_shapes[name]).numel()
         if self.stage == 0:
-            known = self._optimizer.low_precision if isinstance(self._optimizer, Masters) else self._flats
-            flat = next(i for i, other in enumerate(known) if other is parameter)
+            parameters = self._optimizer.low_precision if isinstance(self._optimizer, Masters) else self._flats
+            flat = next(i for i, other in enumerate(parameters) if other is parameter)
             return Fragment(flat=flat, start=0, inside=0, numel=whole)
         if self.stage == 3:
-            return deepspeed_internals.partitioned_fragment(self._wrapper, parameter, whole, self._shares.copy)
+            return deepspeed_internals.partitioned_fragment(self._wrapper, parameter, whole, self._ownership.copy)
         return deepspeed_internals.linked_fragment(parameter)
 
     def _state_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """AdamW's state of one flat tensor, made as AdamW itself makes it when there is none yet."""
+        """AdamW's state of one flat tensor; created as AdamW itself would when there is none yet."""
         state = self._optimizer.state[flat]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
