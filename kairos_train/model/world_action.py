@@ -131,8 +131,8 @@ class WorldActionModel(nn.Module):
         Raises:
             UserError: this model's history keys depend on the noisy frames, so that a cache would not be exact.
         """
-        rules = self.config.video
-        if not rules.restrict_history_query_to_history or rules.window_semantics == "token":
+        config = self.config.video
+        if not config.restrict_history_query_to_history or config.window_semantics == "token":
             raise UserError(
                 "action with cache needs model.video.restrict_history_query_to_history=true and "
                 "window_semantics=frame: otherwise history keys depend on the noise; use mode joint"
@@ -141,7 +141,7 @@ class WorldActionModel(nn.Module):
         context, context_mask = self.with_state(context, context_mask, state)
         clean = latents.new_zeros(len(history)).float()
         video = ClipPass(self.video_dit, latents, context, context_mask, clean, history, latents.shape[2])
-        # Layers behind the last cross-stream layer have no keys, and nobody asks for anything else.
+        # Layers behind the last cross-stream layer have no keys, and callers need nothing else of them.
         specs = self.video_dit.window_specs
         count = max((layer for layer, spec in enumerate(specs) if spec is not None), default=-1) + 1
         layers = [video.layer(layer, video.context) for layer in range(count)] + [None] * (len(specs) - count)
