@@ -90,6 +90,8 @@ def test_every_file_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monk
     sizes = {path.name: (path.stat().st_size, False) for path in folder.iterdir()}
     assert len(sizes) > 4
     assert {name: synced.get(name) for name in sizes} == sizes
+    assert [there for name, (_, there) in synced.items() if name.startswith(".tmp-step-")] == [False]  # its names
+    assert synced[tmp_path.name][1]  # its own
 
 
 def test_a_slice_is_read_alone(tmp_path):

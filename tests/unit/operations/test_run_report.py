@@ -168,6 +168,8 @@ def test_the_images_of_the_last_sampled_step_are_found_while_the_next_are_being_
 def test_images_of_steps_that_are_done_again_are_dropped(tmp_path):
     write_images(tmp_path)
     (tmp_path / "samples" / "rank-00000.jsonl").write_text("{}\n")
+    drop_later_samples(tmp_path, 40)
+    assert {sample.step for sample in newest_samples(tmp_path)} == {40}
     drop_later_samples(tmp_path, 39)
     assert {sample.step for sample in newest_samples(tmp_path)} == {20}
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["rank-00000.jsonl", "step-00000020"]
