@@ -21,6 +21,7 @@ KEPT = (
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "kairos_parallel::incoming_state",
+    "kairos_parallel::outgoing_state",  # a second one would wait at the next rank to be taken for the next step's
 )
 """Operators whose results `selective` keeps."""
 

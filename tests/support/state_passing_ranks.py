@@ -17,9 +17,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kairos_train.basics.errors import UserError
+from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.gated_delta_net import GatedDeltaNet
 from kairos_train.model.hooks import SingleDevice
 from kairos_train.model.kernels.delta_rule import gated_delta_rule
@@ -258,17 +258,10 @@ def layer_departures(
     return {**errors, **{f"calls {kind}": float(n) for kind, n in traffic.calls.items()}}
 
 
-def keep_states(ctx: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    kept = operator in state_exchange.KEPT_OPERATORS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 RECOMPUTE: dict[str, Callable] = {
     "none": lambda layer: layer,
-    "all": lambda layer: partial(checkpoint, layer, use_reentrant=False),
-    "all but states": lambda layer: partial(
-        checkpoint, layer, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, keep_states)
-    ),
+    "all": lambda layer: partial(ActivationPolicy("block").run, layer),
+    "all but states": lambda layer: partial(ActivationPolicy("selective").run, layer),
 }
 
 

@@ -5,7 +5,8 @@ import torch
 from support.model_factory import make_inputs, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kairos_train.model.activations import ActivationPolicy
+from kairos_train.model.activations import KEPT, ActivationPolicy
+from parallel.exchange import state_exchange
 
 
 def gradients(policy: ActivationPolicy) -> tuple[dict[str, torch.Tensor], int]:
@@ -26,6 +27,10 @@ def gradients(policy: ActivationPolicy) -> tuple[dict[str, torch.Tensor], int]:
 @pytest.fixture(scope="module")
 def everything_kept() -> tuple[dict[str, torch.Tensor], int]:
     return gradients(ActivationPolicy())
+
+
+def test_every_operator_that_sends_or_receives_a_state_is_kept():
+    assert {operator.name().partition(".")[0] for operator in state_exchange.KEPT_OPERATORS} <= set(KEPT)
 
 
 @pytest.mark.parametrize("offload", [False, True])

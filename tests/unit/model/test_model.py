@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
-from support.model_factory import make_inputs, make_model
+from support.model_factory import make_config, make_inputs, make_model
 
 from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ActionStreamConfig, Config, KernelsConfig, ModelConfig, VideoStreamConfig
 from kairos_train.model import WorldActionModel, golden
+from kairos_train.model.hooks import ModelHooks, SingleDevice
+from kairos_train.model.kernels.windows import WindowSpec, frames_read
+from kairos_train.model.passes import ActionPass
 from kairos_train.model.public_keys import public_keys
 from kairos_train.model.summary import check_keys, meta_model, parameter_counts, summarize
 
@@ -128,8 +131,11 @@ def test_actions_do_not_see_the_noise_but_see_the_history(model):
     assert (model(**{**batch, "latents": history}).action - reference).abs().max() > 1e-6
 
 
-def test_a_cache_is_refused_where_history_depends_on_the_noise():
-    model = WorldActionModel(small_config(restrict_history_query_to_history=False))
+@pytest.mark.parametrize(
+    "video", [{"restrict_history_query_to_history": False}, {"window_semantics": "token"}], ids=str
+)
+def test_a_cache_is_refused_where_history_depends_on_the_noise(video):
+    model = WorldActionModel(small_config(**video))
     with pytest.raises(UserError, match="restrict_history_query_to_history"):
         model.encode_history(torch.zeros(1, 16, 1, 4, 4), torch.zeros(1, 2, 12), None)
 
@@ -159,6 +165,10 @@ def test_the_state_is_one_more_token_that_both_streams_see_behind_the_text(model
 
 def test_a_sample_without_any_valid_action_stays_finite(model):
     mask = torch.tensor([[False] * 6, [True] * 6])
+    actions = ActionPass(
+        model.action_dit, torch.zeros(2, 6, 3), torch.zeros(2), torch.zeros(2, 4, 12).double(), None, mask
+    )
+    assert actions.mask.all(), "attention without a key is NaN on some devices, zero on others"
     out = model(**inputs(), action_mask=mask)
     out.action[1].sum().backward()
     assert torch.isfinite(out.action).all()
@@ -216,6 +226,29 @@ def test_summary_prints_counts_and_a_renamed_key_is_caught():
     keys["video_dit.blocks.0.self_attn.query.weight"] = keys.pop("video_dit.blocks.0.self_attn.q.weight")
     with pytest.raises(UserError, match=r"blocks\.0\.self_attn\.q\.weight"):
         check_keys(meta_model(ModelConfig()), keys)
+
+
+class Asked(SingleDevice):
+    """Writes down which exchanges its layers ask for."""
+
+    def __init__(self):
+        self.exchanges = []
+
+    def exchange_frames(self, frames, reads, on_all_ranks, *, period, hidden, kv):
+        self.exchanges.append((frames, reads, on_all_ranks, period, hidden, kv))
+        return super().exchange_frames(frames, reads, on_all_ranks, period=period, hidden=hidden, kv=kv)
+
+
+def test_every_rank_is_sent_the_history_that_actions_read_and_nothing_else():
+    config, hooks = make_config(), Asked()
+    model = make_model(config, hooks=ModelHooks(video=hooks, action=SingleDevice()))
+    for given, shared in (({}, (0, 1)), ({"actions": False}, ()), ({"history": (0, 0)}, ())):
+        hooks.exchanges.clear()
+        model(**make_inputs(**given))
+        history = given.get("history", (1, 2))
+        for exchange, kind, period in zip(hooks.exchanges, ("SWA", "DSWA", "FA"), (1, 2, 1), strict=True):
+            reads = frames_read(WindowSpec.of(kind, config.video), 5, history)
+            assert exchange == (5, reads, shared, period, 4 * 24, 2 * 4 * 24), kind
 
 
 @pytest.mark.parametrize("without", [("state",), ("action", "action_timestep", "action_mask"), ()])

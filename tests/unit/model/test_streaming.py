@@ -84,6 +84,17 @@ def test_actions_see_the_last_visible_frames_in_the_places_of_training():
     torch.testing.assert_close(got, again(model, window, 2, 5).action, atol=1e-11, rtol=1e-11)
 
 
+def test_actions_are_given_the_last_visible_frames_of_those_that_windows_keep():
+    model, given = make_causal(), inputs()
+    history = carried(model, given, 3, 6, visible=1)
+    for layer, cached in zip(history.layers, history_cache(model, history).layers):
+        if isinstance(layer, RecurrentState):
+            assert cached is None
+        else:
+            assert layer.v.shape[1] > 1
+            assert torch.equal(cached.v, layer.v[:, -1:].flatten(1, 2))
+
+
 def test_a_history_frame_does_not_see_later_ones():
     model, given = make_causal(), inputs()
     before = carried(model, given, 6)
@@ -98,9 +109,9 @@ def test_a_history_frame_does_not_see_later_ones():
             assert not torch.allclose(x[:, -2:], y[:, -2:])
 
 
-def test_only_what_windows_and_actions_reach_is_kept():
+@pytest.mark.parametrize("ends", [range(1, FRAMES + 1), (1, FRAMES), (FRAMES,)], ids=len)
+def test_only_what_windows_and_actions_reach_is_kept(ends):
     model, given = make_causal(), inputs()
-    ends = range(1, FRAMES + 1)
     kept = carried(model, given, *ends, visible=3).layers
     assert [layer.k.shape[1] for layer in kept if not isinstance(layer, RecurrentState)] == [3, 4, FRAMES]
     alone = make_model(dataclasses.replace(model.config, action=None)).eval().requires_grad_(False)
