@@ -45,6 +45,11 @@ def test_single_losses_far_from_the_others_do_not_move_the_limit(outlier):
     assert watch.refuses(4.001)
 
 
+def test_the_first_twenty_steps_are_compared_with_nothing():
+    assert not after_good_steps(guard(), [1.0] * 19).is_spike(1e9)
+    assert after_good_steps(guard(), [1.0] * 20).is_spike(1e9)
+
+
 def test_few_good_steps_make_no_spike_and_bad_ones_do_not_count():
     watch = after_good_steps(guard(), [1.0] * (LEAST - 1))
     assert not watch.is_spike(1e9)

@@ -101,6 +101,9 @@ def test_an_error_in_a_stage_names_it():
     ("unit", "progress", "share", "total"),
     [
         ("steps", Progress(25, 1, 1), 0.25, 100),
+        ("steps", Progress(99, 999, 999), 0.99, 100),
+        ("steps", Progress(100, 1, 1), 1.0, 100),
+        ("samples", Progress(10, 100, 1), 1.0, 10),
         ("samples", Progress(10, 25, 1), 0.25, 40),
         ("tokens", Progress(10, 1, 50), 0.5, 20),
         ("tokens", Progress(10, 1, 130), 1.0, 1000 / 130),

@@ -85,6 +85,19 @@ def test_interpolation_keeps_end_points_and_takes_attention_from_before_a_gated_
     torch.testing.assert_close(action.blocks[3].self_attn.q.weight, expected + 2, atol=1e-5, rtol=0)
 
 
+def test_what_is_not_self_attention_is_taken_from_its_own_layer(model, tmp_path):
+    """A GATED layer has all but self-attention."""
+    for layer, block in enumerate(model.video_dit.blocks):
+        for parameter in (block.cross_attn.q.weight, block.ffn[0].weight, block.modulation):
+            parameter.data.fill_(float(layer))
+    video = {k: v for k, v in model.state_dict().items() if k.startswith("video_dit.")}
+    path = write_checkpoint(tmp_path, 1, sections={"model": video}, state={}, files={})
+    load_initial(model, InitialWeights(CheckpointReader(path), "model", action_init="interpolate"))
+    for layer, block in enumerate(model.action_dit.blocks):
+        for parameter in (block.cross_attn.q.weight, block.ffn[0].weight, block.modulation):
+            assert torch.equal(parameter, torch.full_like(parameter, layer))
+
+
 def line(source: np.ndarray, size: int) -> np.ndarray:
     """`source` (n,) at `size` evenly spaced places, the first and the last one included."""
     return np.interp(np.linspace(0, len(source) - 1, size), np.arange(len(source)), source)

@@ -24,6 +24,7 @@ from kairos_train.training.engine.optimizer import build_optimizer, decays, lr_a
         ("video_dit.blocks.3.gated_delta.dt_bias", (4,), False),
         ("video_dit.blocks.3.gated_delta.o_norm.weight", (16,), False),
         ("video_dit.blocks.3.gated_delta.q_conv1d.weight", (8, 1, 4), True),
+        ("video_dit.blocks.0.norm_of_some_matrix.weight", (8, 8), False),
         ("video_dit.patch_embedding.weight", (8, 16, 1, 2, 2), True),
         ("action_dit.action_encoder.weight", (8, 7), True),
     ],
