@@ -42,6 +42,11 @@ def test_outputs_states_and_gradients_equal_one_call_over_the_whole_sequence(wor
     assert len(after_the_cut) == 6  # output and gradients of q, k, v, g, β
 
 
+def test_a_few_tokens_on_four_ranks_equal_one_call_over_all_of_them(world):
+    cases = [Case((3, 0, 2, 4), "slow", method) for method in METHODS]
+    assert failing(world(4).run(ranks.run_cases, cases), 1e-12) == {}
+
+
 def test_padding_changes_nothing_and_gets_no_gradient(world):
     cases = [Case(FOUR[0], "slow", method, batch=2, padding=11) for method in METHODS]
     cases += [Case((0, 5, 0, 66), "slow", "ring", padding=3)]  # shards of nothing but padding
