@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,36 @@ from dataloaders.windows import POLICY_FIELDS
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import video_frames
 from kairos_train.conditioning.interfaces import identities_match
-from kairos_train.inference.load import Policy
+from kairos_train.inference.load import Policy, for_robot, load
 from kairos_train.inference.predict import Predictor
+from kairos_train.inference.robots import matching
 from kairos_train.inference.sampler import Conditions
+
+
+def open_policy(
+    export: Path, shards: Path, *, robot: str | None = None, device: str = "cpu", dtype: str | None = None
+) -> tuple[Policy, ShardIndex]:
+    """An export and the shards that it is judged on; of several robots it is loaded for the one that these are of.
+
+    Args:
+        robot: its name; None: by the shards' dataset, or else their windows and sizes.
+
+    Raises:
+        UserError: as `load` and `open_shards`; shards that may be of several robots.
+    """
+    policy = load(export, device=device, dtype=dtype, robot=robot)
+    if robot is None and policy.robots:
+        index = read_index(shards)
+        window, sizes = asdict(index.window), {"action_dim": index.action_dim, "state_dim": index.state_dim}
+        found = matching(policy.robots, index.source.get("dataset"), window=window, **sizes)
+        if len(found) > 1:
+            names = ", ".join(one.name for one in found)
+            raise UserError(
+                f"{shards}: may be of several robots of {export} ({names}); say which one with --robot NAME"
+            )
+        if found:
+            policy = for_robot(policy, found[0])
+    return policy, open_shards(shards, policy)
 
 
 def open_shards(shards: Path, policy: Policy) -> ShardIndex:
@@ -32,8 +60,7 @@ def open_shards(shards: Path, policy: Policy) -> ShardIndex:
     trained = policy.config.data.window
     pairs = [(f"window.{name}", getattr(index.window, name), getattr(trained, name)) for name in POLICY_FIELDS]
     if policy.acts:
-        action = policy.config.model.action
-        pairs += [("action_dim", index.action_dim, action.action_dim), ("state_dim", index.state_dim, action.state_dim)]
+        pairs += [("action_dim", index.action_dim, policy.action_dim), ("state_dim", index.state_dim, policy.state_dim)]
     for name, found, wanted in pairs:
         if found != wanted:
             raise UserError(f"{shards}: {name} is {found}, the model was trained with {wanted}; pack them alike")

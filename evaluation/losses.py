@@ -58,10 +58,12 @@ def conditioned(predictor: Predictor, objective: FlowMatching, batch: Batch, *, 
         latents = predictor.encoders.video.encode(batch.frames.to(policy.device))
     numbers = {}
     if policy.acts:
+        actions, dims = predictor.padded_actions(batch.actions)
         numbers = {
             "state": seen.state,
-            "actions": predictor.action_normalizer.normalize(batch.actions).to(policy.device),
+            "actions": actions.to(policy.device),
             "action_mask": batch.action_mask.to(policy.device),
+            "action_dim_mask": None if dims is None else dims.to(policy.device),
         }
     return objective.condition(
         keys=batch.keys,

@@ -25,11 +25,10 @@ from torch import Tensor
 
 from dataloaders.loading.batch import Batch
 from dataloaders.shards import ShardIndex
-from evaluation.held_out import given_frames, mean_of, observe, open_shards, spread_batches, window_seed
+from evaluation.held_out import given_frames, mean_of, observe, open_policy, spread_batches, window_seed
 from evaluation.intervals import ratio_half_width
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import write_json
-from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
 from kairos_train.inference.sampler import Conditions
 
@@ -70,11 +69,11 @@ def evaluate(
     Raises:
         UserError: the model has no actions, the shards do not fit it or are damaged.
     """
-    policy = load(export, device=device, dtype=dtype)
+    policy, index = open_policy(export, shards, device=device, dtype=dtype)
     if not policy.acts:
         raise UserError(f"{export}: was trained without actions; open-loop error needs a joint model")
     predictor = Predictor(policy, sampler=policy.sampler.replaced(steps=steps))
-    result = measure(predictor, open_shards(shards, policy), samples=samples, seed=seed, batch_size=batch_size)
+    result = measure(predictor, index, samples=samples, seed=seed, batch_size=batch_size)
     if out is not None:
         write(Path(out), result)
     return result

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from dataloaders.loading.batch import Batch
-from evaluation.held_out import given_frames, observe, open_shards, spread_batches, window_seed
+from evaluation.held_out import given_frames, observe, open_policy, spread_batches, window_seed
 from evaluation.pictures import action_curves, contact_sheet, side_by_side
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import write_json
-from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
 from kairos_train.inference.sampler import MODES
 
@@ -38,6 +37,7 @@ def rollout(
     history: int | None = None,
     carried: bool = False,
     compiled: bool = False,
+    robot: str | None = None,
     device: str = "cpu",
     dtype: str | None = None,
 ) -> dict[str, Any]:
@@ -56,6 +56,7 @@ def rollout(
         chunks, history, carried: how far, and how, each window goes on; see `Predictor.rollout`. Numbers and action
             curves are of the first chunk, which alone has a recording.
         compiled: as for `Predictor`.
+        robot: name of one of several that the model was trained on; None: the one that the shards are of.
         device, dtype: as for `kairos_train.inference.load.load`.
 
     Returns:
@@ -72,7 +73,7 @@ def rollout(
         raise UserError(f"mode={mode!r}: must be one of {', '.join(MODES)}")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"out={out}: is not empty; give another folder or remove it")
-    policy = load(export, device=device, dtype=dtype)
+    policy, index = open_policy(export, source, robot=robot, device=device, dtype=dtype)
     if mode != "video" and not policy.acts:
         raise UserError(f"mode={mode!r}: {export} was trained without actions; use mode 'video'")
     predictor = Predictor(policy, sampler=policy.sampler.replaced(steps=steps, guidance=guidance), compiled=compiled)
@@ -81,7 +82,6 @@ def rollout(
         predictor.memory(mode=mode, history=history, carried=carried)
     elif history is not None or carried:
         raise UserError(f"chunks={chunks}: history and carried are about later chunks; use chunks=2 or more")
-    index = open_shards(source, policy)
     out.mkdir(parents=True, exist_ok=True)
     fps = index.fps / index.window.action_video_freq_ratio
     entries: list[dict[str, Any]] = []

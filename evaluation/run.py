@@ -21,14 +21,14 @@ from typing import Any
 
 from dataloaders.shards import ShardIndex
 from evaluation import losses, memory_probe, open_loop, plots, video
-from evaluation.held_out import open_shards
+from evaluation.held_out import open_policy
 from evaluation.pictures import contact_sheet, save_figure
 from evaluation.quality import QualityModel
 from evaluation.report import EVALUATION, FORMAT, write_page
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import write_json
 from kairos_train.basics.log import logger
-from kairos_train.inference.load import Policy, load
+from kairos_train.inference.load import Policy
 from kairos_train.inference.predict import Predictor
 from kairos_train.model.capture import gdn_layers
 
@@ -51,6 +51,7 @@ class Settings:
         drift: of the part video.
         lpips, fvd: TorchScript files, see `evaluation.quality.QualityModel`.
         batch_size: windows at a time; changes no number but by rounding.
+        robot: name of one of several that the model was trained on; None: the one that the shards are of.
     """
 
     parts: Sequence[str] | None = None
@@ -63,6 +64,7 @@ class Settings:
     lpips: Path | None = None
     fvd: Path | None = None
     batch_size: int = 32
+    robot: str | None = None
 
     def check(self) -> Settings:
         """Return self.
@@ -105,9 +107,8 @@ def evaluate(
     if (out / EVALUATION).exists():
         raise UserError(f"out={out}: holds an evaluation already; give another folder or remove it")
     settings.check()
-    policy = load(export, device=device, dtype=dtype)
+    policy, index = open_policy(export, shards, robot=settings.robot, device=device, dtype=dtype)
     predictor = Predictor(policy, sampler=policy.sampler.replaced(steps=settings.steps, guidance=settings.guidance))
-    index = open_shards(shards, policy)
     parts, left_out = _chosen(obstacles(policy, index), settings.parts)
     judges = _check_video(predictor, settings) if "video" in parts else {}
     if "video" not in parts and (settings.lpips or settings.fvd):

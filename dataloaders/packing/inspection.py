@@ -20,6 +20,7 @@ from dataloaders.config import MIN_RANGE, DataConfig
 from dataloaders.files.urls import is_url
 from dataloaders.files.video import decode_mp4
 from dataloaders.lerobot.reader import LeRobotDataset
+from dataloaders.lerobot.splits import choose_episodes
 from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector, stillness
 from dataloaders.packing.findings import Findings, Strip, Vector
 from dataloaders.shards import INDEX, CorruptData, ShardIndex, ShardInfo, read_index, read_shard
@@ -175,6 +176,8 @@ def _of_lerobot(root: Path, data: DataConfig, samples: int) -> Findings:
         found.facts.append(("camera", _camera(dataset, camera)))
     if declared := sorted(set(_cameras(dataset.features)) - set(dataset.camera_keys)):
         found.facts.append(("without files", ", ".join(declared)))
+    _, notes = choose_episodes(root, [index for index, *_ in outline], None)
+    found.facts += [("note", note) for note in notes]
     _lerobot_numbers(found, dataset, data)
     shown = data.window.cameras or [key for key in dataset.camera_keys if key not in dataset.depth_keys]
     for number in _spread(dataset.num_episodes, samples) if shown else ():

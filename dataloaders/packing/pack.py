@@ -77,6 +77,7 @@ def pack(
     prompt_template: str,
     clips: ClipConfig | None = None,
     captions: Path | None = None,
+    only_episodes: Sequence[tuple[int, int]] | None = None,
     shard_samples: int = 256,
     encoder: LoadEncoder | None = None,
     processes: int = 1,
@@ -94,6 +95,7 @@ def pack(
         prompt_template: text of a robot's sample, with `{task}` where the episode's task goes.
         clips: how plain videos are cut; the schema's defaults when None.
         captions: for LeRobot, JSON lines with `episode_index` and further captions and scores.
+        only_episodes: for LeRobot, (first, end) of the episodes to pack, by their index; None: its own split `train`.
         shard_samples: most samples of a shard; the shards' sizes differ by one at most.
         encoder: makes the encoders whose latents and contexts are stored, as float16, in every process.
         processes: units packed at the same time.
@@ -109,7 +111,13 @@ def pack(
             clip or action that cannot be used (named).
     """
     out = Path(out)
-    settings = SourceSettings(window, clips or ClipConfig(), prompt_template, captions)
+    settings = SourceSettings(
+        window,
+        clips or ClipConfig(),
+        prompt_template,
+        captions,
+        only_episodes=None if only_episodes is None else tuple(only_episodes),
+    )
     _check_settings(out, shard_samples, processes, on_bad)
     opened = open_source(source, settings)
     encoders = None if encoder is None else encoder(0)

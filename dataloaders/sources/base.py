@@ -105,3 +105,4 @@ class SourceSettings:
     clips: ClipConfig
     prompt_template: str
     captions: Path | None = None  # LeRobot: JSON lines with further captions and scores of episodes
+    only_episodes: tuple[tuple[int, int], ...] | None = None  # LeRobot: (first, end) by episode index; None: its splits

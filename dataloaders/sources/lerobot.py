@@ -18,6 +18,7 @@ import numpy as np
 
 from dataloaders.lerobot.layout import INFO_PATH
 from dataloaders.lerobot.reader import DatasetEpisode, LeRobotDataset
+from dataloaders.lerobot.splits import choose_episodes
 from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector, stillness
 from dataloaders.sources.base import Clip, SourceSettings, Unit
 from dataloaders.sources.rows import plain_name, read_captions
@@ -74,25 +75,27 @@ class LeRobotSource:
             )
         if self._dataset.num_episodes < 1:
             raise UserError(f"{root}: has no episodes; there is nothing to pack")
+        outline = self._dataset.outline()
+        self._episodes, self._notes = choose_episodes(root, [e[0] for e in outline], settings.only_episodes)
+        self._outline = [outline[i] for i in self._episodes]
         # Depth is taken where it is named: beside pictures nobody expects it.
         unasked = [] if window.cameras else self._dataset.depth_keys
         available = [key for key in self._dataset.camera_keys if key not in unasked]
         if unasked and not available:
             raise UserError(f"{root}: its cameras hold depth ({', '.join(unasked)}); name them in data.window.cameras")
         self._cameras = choose_cameras(window, available)
-        self._notes: list[str] = []
         if unasked:
             left_out = ", ".join(unasked)
             self._notes.append(f"depth is packed only where data.window.cameras names it: left out {left_out}")
         self._captions = read_captions(settings.captions) if settings.captions else {}
         self.name = plain_name(root.resolve().name)
-        self.units, self.sizes_differ, self.fps = self._dataset.num_episodes, False, self._dataset.fps
+        self.units, self.sizes_differ, self.fps = len(self._episodes), False, self._dataset.fps
 
     @property
     def identity(self) -> dict[str, Any]:
         """The dataset's own description and the episodes that are packed."""
         digest = hashlib.sha256((self._root / INFO_PATH).read_bytes())
-        digest.update(json.dumps(self._dataset.outline()).encode())
+        digest.update(json.dumps(self._outline).encode())
         captions = {str(number): asdict(row) for number, row in self._captions.items()}
         return {"kind": "lerobot", "sha256": digest.hexdigest(), "captions": captions}
 
@@ -117,7 +120,7 @@ class LeRobotSource:
         return stillness(group, *bounds, parts=parts, features=self._dataset.features, window=self._window)
 
     def unit(self, number: int) -> Unit:
-        episode = self._dataset.episode(number)
+        episode = self._dataset.episode(self._episodes[number])
         where = f"{self._root}: episode {episode.index}"
         numbers = None
         if self._parts["state_key"]:

@@ -20,6 +20,8 @@ def open_source(location: Path | str, settings: SourceSettings) -> Source:
         raise UserError(
             f"--captions {settings.captions}: is for LeRobot datasets; {location} holds captions of its own"
         )
+    if settings.only_episodes is not None and kind != "lerobot":
+        raise UserError(f"--only-episodes: is for LeRobot datasets; {location} has no episodes")
     if kind == "lerobot":
         from dataloaders.sources.lerobot import LeRobotSource
 

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.errors import UserError
-from kairos_train.commands.parsing import command, config_of, count, device_of, group, print_json, with_overrides
+from kairos_train.commands.parsing import (
+    command,
+    config_of,
+    count,
+    device_of,
+    group,
+    location,
+    print_json,
+    with_overrides,
+)
 
 
 def run_data_simulate(args: argparse.Namespace) -> int:
@@ -50,7 +59,7 @@ def prepare(commands: Sequence[str]) -> None:
         words = shlex.split(line)
         if "--out" not in words[:-1]:
             raise UserError(f"prepare: {line!r} has no --out DIR, by which to see whether it is done; add it")
-        if Path(words[words.index("--out") + 1]).exists():
+        if Path(words[words.index("--out") + 1]).expanduser().exists():
             continue
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(
@@ -75,6 +84,7 @@ def run_data_pack(args: argparse.Namespace) -> int:
         clips=config.data.clips,
         prompt_template=config.data.prompt_template,
         captions=args.captions,
+        only_episodes=args.only_episodes,
         encoder=_sample_encoder(config) if args.encode else None,
         processes=args.processes,
         shard_samples=args.shard_samples,
@@ -83,7 +93,7 @@ def run_data_pack(args: argparse.Namespace) -> int:
     )
     print(f"{args.out}: {index['samples']} samples in {len(index['shards'])} shards")
     for note in index["source"].get("notes", []):
-        print(f"note: {note}")
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 
@@ -118,6 +128,15 @@ def _sample_encoder(config: Any) -> Callable[[int], Any]:
     return functools.partial(load_sample_encoder, config.encoders, device_of(config.train.device))
 
 
+def _episodes(text: str) -> list[tuple[int, int]]:
+    from dataloaders.lerobot.splits import parse_episodes
+
+    try:
+        return parse_episodes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _show_progress(done: int, total: int) -> None:
     print(f"\rpacked {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
@@ -148,11 +167,21 @@ def _add_makers(data: Any) -> None:
 
     pack = command(data, "pack", run_data_pack, "cut a dataset into training samples; goes on where it was stopped")
     pack.add_argument(
-        "source", metavar="SOURCE", help="a LeRobot dataset, a manifest .jsonl or .csv of videos, WebDataset tars"
+        "source",
+        type=location,
+        metavar="SOURCE",
+        help="a LeRobot dataset, a manifest .jsonl or .csv of videos, WebDataset tars",
     )
     pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the shards")
     pack.add_argument("--encode", action="store_true", help="store latents and contexts of the configured encoders too")
     pack.add_argument("--captions", type=Path, metavar="FILE", help="LeRobot: JSON lines with captions of episodes")
+    pack.add_argument(
+        "--only-episodes",
+        type=_episodes,
+        default=None,
+        metavar="RANGES",
+        help="LeRobot: as 0-89 or 0-9,12; none: the split train of meta/info.json, where it has splits",
+    )
     pack.add_argument(
         "--on-bad", choices=("stop", "skip"), default="stop", help="what cannot be used: stop, or list it"
     )
@@ -163,12 +192,12 @@ def _add_makers(data: Any) -> None:
 
 def _add_checks(data: Any) -> None:
     inspect = command(data, "inspect", run_data_inspect, "counts, ranges and pictures of a dataset or of shards")
-    inspect.add_argument("source", metavar="DATASET|SHARDS", help="what pack takes, or what it wrote")
+    inspect.add_argument("source", type=location, metavar="DATASET|SHARDS", help="what pack takes, or what it wrote")
     inspect.add_argument("--out", type=Path, required=True, metavar="DIR", help="page and pictures; must not exist")
     inspect.add_argument("--samples", type=count, default=12, help="rows of the contact sheet")
     with_overrides(inspect)
 
     verify = command(data, "verify", run_data_verify, "read every byte of packed shards; exit code 1 for a fault")
-    verify.add_argument("shards", metavar="SHARDS", help="written by pack")
+    verify.add_argument("shards", type=location, metavar="SHARDS", help="written by pack")
     verify.add_argument("--no-decode", action="store_true", help="do not decode the clips")
     verify.add_argument("--processes", type=count, default=1, help="shards at the same time")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kairos_train.commands.parsing import command, count, device_of, print_json
+from kairos_train.commands.parsing import command, count, device_of, print_json, with_robot
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -27,6 +27,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
             drift=DriftSettings(videos=args.videos, chunks=args.chunks, history=args.history, carried=args.carried),
             lpips=args.lpips,
             fvd=args.fvd,
+            robot=args.robot,
         ),
         device=device_of(args.device),
     )
@@ -84,6 +85,7 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument("--lpips", type=Path, default=None, metavar="FILE", help="TorchScript distance of pictures")
     evaluate.add_argument("--fvd", type=Path, default=None, metavar="FILE", help="TorchScript features of clips")
+    with_robot(evaluate, "the one that SHARDS are of")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it is computed")
 
     compare = command(commands, "compare", run_compare, "put evaluations side by side on one page")

@@ -80,6 +80,10 @@ def _train(args: argparse.Namespace) -> tuple[list[SlurmJob], Any]:
         check_world(config, config.cluster.nodes)
         if args.after is None:
             _check_shards(config, curriculum)
+    if args.after is None:
+        from kairos_train.training.curriculum import check_curriculum
+
+        check_curriculum(curriculum)
     if not args.chain:
         return [_train_job(args, curriculum, curriculum.walk.start, [])], curriculum.stages[0].cluster
     rest = [text for text in args.overrides if not re.match(r"curriculum\.(first|last)\s*=", text)]
@@ -118,13 +122,13 @@ def _check_shards(config: Config, curriculum: Curriculum) -> None:
     """What is trained on is there; nobody makes it once the job runs."""
     made = [shlex.split(line) for line in curriculum.prepare]
     outs = [words[words.index("--out") + 1] for words in made if "--out" in words[:-1]]
-    if missing := [out for out in outs if not Path(out).exists()]:
+    if missing := [out for out in outs if not Path(out).expanduser().exists()]:
         raise UserError(
             f"prepare: {missing[0]} is still to be made; run `kairos-train data prepare` with these settings"
         )
     data = config.data
     for folder in filter(None, [*([s.shards for s in data.sources] or [data.shards]), data.validation_shards]):
-        if "://" not in folder and not (Path(folder).expanduser() / "index.json").is_file():
+        if "://" not in folder and not (Path(folder) / "index.json").is_file():
             raise UserError(
                 f"{folder}: no packed shards are there; pack them first, or name the job that does with --after ID"
             )

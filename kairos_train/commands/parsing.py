@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             **{"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter, **settings}
         )
+        self.register("type", Path, lambda text: Path(text).expanduser())  # where the shell left `~` alone
 
     def error(self, message: str) -> NoReturn:
         if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
@@ -47,12 +49,24 @@ def with_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-dir", type=Path, action="append", default=[], metavar="DIR", help="own configs")
 
 
+def with_robot(parser: argparse.ArgumentParser, default: str) -> None:
+    """Let the command take one of the robots that a model was trained on."""
+    parser.add_argument(
+        "--robot", default=None, metavar="NAME", help=f"of several trained on, by dataset; none: {default}"
+    )
+
+
 def count(text: str) -> int:
     """An argument from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
+
+
+def location(text: str) -> str:
+    """An argument that is a path or URL."""
+    return os.path.expanduser(text)
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.errors import UserError
-from kairos_train.commands.parsing import command, count, device_of, print_json, with_overrides
+from kairos_train.commands.parsing import command, count, device_of, print_json, with_overrides, with_robot
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -47,6 +47,7 @@ def run_rollout(args: argparse.Namespace) -> int:
         history=args.history,
         carried=args.carried,
         compiled=args.compiled,
+        robot=args.robot,
         device=device_of(args.device),
     )
     return print_json(summary)
@@ -73,6 +74,7 @@ def run_serve(args: argparse.Namespace) -> int:
         steps=args.steps,
         cameras=args.cameras,
         fps=args.fps,
+        robot=args.robot,
         clip_actions=args.clip_actions,
         clip_margin=args.clip_margin,
         device=device_of(args.device),
@@ -129,6 +131,7 @@ def add(commands: Any) -> None:
         "--carried", action="store_true", help="carry states and keys over (models of model.video.history_causal)"
     )
     rollout.add_argument("--compiled", action="store_true", help="through torch.compile; the first chunk takes minutes")
+    with_robot(rollout, "the one that SHARDS are of")
     rollout.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it is computed")
 
     serve = command(commands, "serve", run_serve, "answer observations with actions over a websocket, as openpi does")
@@ -149,6 +152,7 @@ def add(commands: Any) -> None:
         "--cameras", default="", metavar="KEY,KEY", help="where the export names none: those of training"
     )
     serve.add_argument("--fps", type=float, default=None, help="of actions, told to clients; none: as the export says")
+    with_robot(serve, "the first source with actions")
     serve.add_argument(
         "--clip-actions",
         choices=("minmax", "quantile"),

@@ -14,6 +14,10 @@ DERIVED = (
 """Variables that a job's launch decides."""
 
 
+WORD = r"[^\s\"'\\#]+"
+"""What may stand behind an option of sbatch in a script."""
+
+
 def seconds_of(time_limit: str) -> int:
     """Seconds of H:MM:SS or D-HH:MM:SS.
 
@@ -59,11 +63,22 @@ def time_limit_leaves_time(config: Config) -> None:
             )
 
 
+def names_are_words(config: Config) -> None:
+    """sbatch reads the options in a script by rules of its own: what it would cut or end there is refused."""
+    cluster = config.cluster
+    for name in ("partition", "account", "qos", "memory_per_cpu"):
+        value = getattr(cluster, name)
+        if value is not None and not re.fullmatch(WORD, value):
+            raise UserError(f"cluster.{name}={value!r}: an option of sbatch is a word without spaces, quotes, \\ or #")
+
+
 def options_are_options(config: Config) -> None:
     for key, options in (("cluster.sbatch", config.cluster.sbatch), ("cluster.srun", config.cluster.srun)):
         for option in options:
-            if not re.fullmatch(r"--[a-z][a-z-]*(=[^\s\"'\\]+)?", option):
-                raise UserError(f"{key} holds {option!r}; write --OPTION or --OPTION=VALUE, without spaces or quotes")
+            if not re.fullmatch(rf"--[a-z][a-z-]*(={WORD})?", option):
+                raise UserError(
+                    f"{key} holds {option!r}; write --OPTION or --OPTION=VALUE, without spaces, quotes or #"
+                )
 
 
 def environment_has_names(config: Config) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import operator
+import os
 import re
 import types
 import typing
@@ -32,7 +34,15 @@ from kairos_train.basics.files import write_whole
 from kairos_train.basics.plain import from_dict
 from kairos_train.config.keys import MAPPINGS, annotation_of, describe, nearest, type_of, walk
 from kairos_train.config.schema import MISSING, ActionStreamConfig, Config, ModelConfig, StageConfig
+from kairos_train.config.texts import check_file, entries, kept, quoted
 from kairos_train.config.validate import validate, value_of
+
+MUST_EXIST = ("encoders.video.path", "encoders.text.path", "stage.init_from")
+PATHS = (
+    *(*MUST_EXIST, "run_dir", "data.shards", "data.validation_shards", "data.cache_dir", "monitor.prometheus_file"),
+    *(f"cluster.{name}" for name in ("venv", "container", "scratch", "jobs_dir")),
+)
+"""Settings that are paths, beside those in lists."""
 
 # --- composing and storing ---
 
@@ -58,14 +68,15 @@ def load_config(
     """
     shipped = Path(str(importlib.resources.files("configs")))
     roots = [shipped, *_own_roots(config_dirs, shipped)]
-    texts = [_checked_override(text, _groups(roots)) for text in overrides]
-    searchpath = ",".join(_quoted(f"file://{root}") for root in roots[1:])
+    groups = _groups(roots)
+    texts = [entry for text in overrides for entry in entries(_checked_override(kept(text, groups), groups))]
+    searchpath = ",".join(quoted(f"file://{root}") for root in roots[1:])
     _store_schema()
     GlobalHydra.instance().clear()  # another caller may have initialised it; what follows leaves it as clean as this
     try:
         with initialize_config_dir(config_dir=str(shipped), job_name="kairos-train", version_base="1.3"):
             node = compose(config_name, [*texts, f"hydra.searchpath=[{searchpath}]"])
-        config = _to_config(node)
+        config = _at_home(_to_config(node))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise _one_line(error) from error
     except AssertionError as error:
@@ -93,7 +104,25 @@ def check(config: Config, sections: Sequence[str] | None = None) -> None:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, in the order of the schema."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes what another reader of YAML takes for a number, as OmegaConf does 1e3."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if _is_number(text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace("_", ""))
+    except ValueError:
+        return False
+    return True
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -164,9 +193,21 @@ def _within(key: str, section: str) -> bool:
     return not section or key == section or key.startswith(section + ".")
 
 
+def _at_home(config: Config) -> Config:
+    """`~` in paths becomes the home folder, here and nowhere else: whoever reads a setting takes it as it is."""
+    for key in PATHS:
+        if (path := value_of(config, key)) not in (None, MISSING):
+            section, _, name = key.rpartition(".")
+            setattr(operator.attrgetter(section)(config) if section else config, name, os.path.expanduser(path))
+    for source in config.data.sources:
+        source.shards = os.path.expanduser(source.shards)
+    config.cluster.container_mounts = [os.path.expanduser(mount) for mount in config.cluster.container_mounts]
+    return config
+
+
 def _check_paths(config: Config, sections: Sequence[str]) -> None:
     """Every weights path that is given exists."""
-    for key in ("encoders.video.path", "encoders.text.path", "stage.init_from"):
+    for key in MUST_EXIST:
         path = value_of(config, key)
         if path is not None and any(_within(key, s) for s in sections) and not Path(path).exists():
             raise UserError(f"{key}={path} does not exist; give an existing path")
@@ -187,6 +228,7 @@ def _own_roots(config_dirs: Sequence[str | Path], shipped: Path) -> list[Path]:
             name = file.relative_to(root)
             if (shipped / name).exists():
                 raise UserError(f"{file}: a shipped configuration is called {name} already; rename yours")
+            check_file(file, root)
         roots.append(root)
     return roots
 
@@ -200,11 +242,6 @@ def _groups(roots: Sequence[Path]) -> dict[str, list[str]]:
             if option:
                 groups.setdefault(group, set()).add("/".join(option))
     return {group: sorted(options) for group, options in sorted(groups.items())}
-
-
-def _quoted(text: str) -> str:
-    """`text` as a quoted string of hydra's override grammar."""
-    return "'" + text.replace("'", "\\'") + "'"
 
 
 # --- overrides ---

@@ -17,6 +17,7 @@ from kairos_train.basics.geometry import PIXEL_MULTIPLE, TIME_STRIDE, whole_fram
 from kairos_train.config.cluster_rules import (
     container_or_venv,
     environment_has_names,
+    names_are_words,
     options_are_options,
     time_limit_is_a_time,
     time_limit_leaves_time,
@@ -233,6 +234,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     faults_count_from_one,
     time_limit_is_a_time,
     time_limit_leaves_time,
+    names_are_words,
     options_are_options,
     environment_has_names,
     container_or_venv,

@@ -38,6 +38,7 @@ def fingerprint(described: Mapping[str, Any], tensors: Mapping[str, tuple[str, t
         "encoder_settings": encoders,
         # Earlier exports do not say.
         **({"robot": described["robot"]} if described.get("robot") else {}),
+        **({"robots_sha256": described["robots_sha256"]} if described.get("robots_sha256") else {}),
         "tensors": {name: [kind, list(shape)] for name, (kind, shape) in tensors.items()},
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -8,9 +8,10 @@ fingerprint (`kairos_train.inference.fingerprint`): files from elsewhere are fou
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from kairos_train.basics.plain import from_dict
 from kairos_train.config.schema import Config, ModelConfig
 from kairos_train.inference.fingerprint import fingerprint
 from kairos_train.inference.quantized import METHODS, replace_large
+from kairos_train.inference.robots import ROBOTS_FILE, Robot, named, robots_in
 from kairos_train.inference.sampler import SamplerConfig
 from kairos_train.model import WorldActionModel
 
@@ -48,6 +50,8 @@ class Policy:
         config: the run that trained it, resolved.
         sampler: how it is sampled by default.
         statistics: the dataset statistics its actions and state are normalised with; {} without actions.
+        robots: of a run of several; `config.data.window`, `statistics` and the sizes are then those of `robot`.
+        robot: the one that it is loaded for; None of a run that had one alone.
         encoders: identity of the encoders it was trained with, None when the checkpoint recorded none.
         about: what config.json says beside the run: which weights, dtype, step, versions.
     """
@@ -61,6 +65,18 @@ class Policy:
     about: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+    robots: list[Robot] = field(default_factory=list)
+    robot: Robot | None = None
+
+    @property
+    def action_dim(self) -> int:
+        """Dimensions of its robot's actions; the model's may be more."""
+        return self.config.model.action.action_dim if self.robot is None else self.robot.action_dim
+
+    @property
+    def state_dim(self) -> int:
+        """Dimensions of its robot's state; the model's may be more."""
+        return self.config.model.action.state_dim if self.robot is None else self.robot.state_dim
 
     @property
     def acts(self) -> bool:
@@ -85,16 +101,20 @@ class Policy:
         return stage.history_frames if any(stage.conditions.get(name, 0) > 0 for name in ("ti2v", "i2v")) else 0
 
 
-def load(folder: Path, device: str | torch.device = "cpu", dtype: str | None = None) -> Policy:
+def load(
+    folder: Path, device: str | torch.device = "cpu", dtype: str | None = None, *, robot: str | None = None
+) -> Policy:
     """Load an export folder.
 
     Args:
         folder: written by `kairos-train export`.
         device: where the model goes.
         dtype: "bf16" or "fp32"; None: float32 on a CPU, where bfloat16 is slow, else the file's own precision.
+        robot: name of one of several that it was trained on; None: the run's own, its first.
 
     Raises:
-        UserError: a file is missing or damaged, or weights, configuration and sampler do not belong together.
+        UserError: a file is missing or damaged, weights, configuration and sampler do not belong together, or there is
+            no such robot.
     """
     folder, device = Path(folder), torch.device(device)
     described = read_json(folder / CONFIG_FILE, remedy=EXPORT)
@@ -114,7 +134,8 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: str | None = N
     statistics = read_statistics(folder, described) if acts else {}
     model = load_model(folder, config, described, device=device, dtype=DTYPES[name])
     about = {k: v for k, v in described.items() if k not in ("run", "encoders")}
-    return Policy(
+    robots = read_robots(folder, described) if acts else []
+    policy = Policy(
         folder=folder,
         model=model,
         config=config,
@@ -124,6 +145,21 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: str | None = N
         about=about,
         device=device,
         dtype=DTYPES[name],
+        robots=robots,
+    )
+    return for_robot(policy, named(robots, robot, str(folder))) if robots or robot is not None else policy
+
+
+def for_robot(policy: Policy, robot: Robot) -> Policy:
+    """The same model for one of its robots."""
+    data = policy.config.data
+    window = dataclasses.replace(data.window, **robot.window, cameras=list(robot.cameras))
+    return dataclasses.replace(
+        policy,
+        config=dataclasses.replace(policy.config, data=dataclasses.replace(data, window=window)),
+        statistics=robot.statistics,
+        about=policy.about | {"robot": {"fps": robot.fps, "cameras": robot.cameras}},
+        robot=robot,
     )
 
 
@@ -282,6 +318,24 @@ def read_statistics(folder: Path, described: Mapping[str, Any]) -> dict[str, Any
             f" {str(described.get('statistics_sha256'))[:12]}): actions would be in other units; export again"
         )
     return statistics
+
+
+def read_robots(folder: Path, described: Mapping[str, Any]) -> list[Robot]:
+    """The robots of an export; empty where its run had one alone.
+
+    Raises:
+        UserError: unreadable, or not those that it was exported with.
+    """
+    if described.get("robots_sha256") is None:
+        return []
+    file = folder / ROBOTS_FILE
+    content = read_json(file, remedy=EXPORT)
+    if (digest := sha256_of(file)) != described["robots_sha256"]:
+        raise UserError(
+            f"{file}: is not the one that was exported (sha256 {digest[:12]}, not {described['robots_sha256'][:12]}): "
+            "actions would be in other units; export again"
+        )
+    return robots_in(content, str(file))
 
 
 def _first_difference(found: Any, expected: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import LATENT_CHANNELS, TIME_STRIDE, latent_sides, video_frames
@@ -133,6 +134,7 @@ class Predictor:
             history=None if history is None else history.to(policy.device, torch.float32),
             state=self._state(state),
             negative=None if negative is None else tuple(part.to(policy.device) for part in negative),
+            action_dim=policy.action_dim if policy.acts else None,
         )
 
     def sample(self, conditions: Conditions, *, mode: str, seeds: Sequence[int]) -> SampledOutput:
@@ -153,7 +155,17 @@ class Predictor:
 
     def actions(self, sampled: SampledOutput) -> np.ndarray:
         """Raw actions (B, A, D) float32 of a sample."""
-        return self.action_normalizer.unnormalize(sampled.actions).float().cpu().numpy()
+        own = sampled.actions[..., : self.policy.action_dim]
+        return self.action_normalizer.unnormalize(own).float().cpu().numpy()
+
+    def padded_actions(self, actions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Raw actions (B, A, D) as training gives them to the model: normalised, and where the model has more
+        dimensions padded with zeros, with the mask (B, model's D) of the robot's own; None: all are."""
+        own, wanted = self.action_normalizer.normalize(actions), self.policy.config.model.action.action_dim
+        if own.shape[-1] == wanted:
+            return own, None
+        mask = (torch.arange(wanted) < own.shape[-1]).expand(len(own), wanted)
+        return functional.pad(own, (0, wanted - own.shape[-1])), mask
 
     @torch.no_grad()
     def frames(self, sampled: SampledOutput) -> np.ndarray:
@@ -338,16 +350,17 @@ class Predictor:
         return clip.to(self.policy.device)
 
     def _state(self, state: np.ndarray | Tensor | None) -> Tensor | None:
-        action = self.policy.config.model.action
-        if not self.policy.acts:
+        policy = self.policy
+        if not policy.acts:
             return None
         if state is None:
-            raise UserError(f"state=None: this model takes a state of {action.state_dim} dimensions; pass it")
+            raise UserError(f"state=None: this model takes a state of {policy.state_dim} dimensions; pass it")
         state = torch.as_tensor(state, dtype=torch.float32)
         state = state[:, None] if state.ndim == 2 else state
-        if state.ndim != 3 or tuple(state.shape[1:]) != (1, action.state_dim):
-            raise UserError(f"state: shape {list(state.shape)}; must be (B, {action.state_dim})")
-        return self.state_normalizer.normalize(state).to(self.policy.device)
+        if state.ndim != 3 or tuple(state.shape[1:]) != (1, policy.state_dim):
+            raise UserError(f"state: shape {list(state.shape)}; must be (B, {policy.state_dim})")
+        more = policy.config.model.action.state_dim - policy.state_dim
+        return functional.pad(self.state_normalizer.normalize(state), (0, more)).to(policy.device)
 
     def _latent_size(self, history: Tensor | None) -> tuple[int, int]:
         """Latent height and width: of given frames, else of the picture of all cameras that the configuration names."""

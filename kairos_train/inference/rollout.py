@@ -193,7 +193,8 @@ class StreamingHistory:
         )
         device, actions, cache = conditions.context.device, None, None
         if mode != "video":
-            actions = StreamNoise((self.chunk.horizon, self.model.config.action.action_dim), seeds, "action", device)
+            shape = (self.chunk.horizon, self.model.config.action.action_dim)
+            actions = StreamNoise(shape, seeds, "action", device, own=conditions.action_dim)
             cache = streaming.history_cache(self.model, self._past)
         if mode == "action":
             return SampledOutput(None, denoise_actions(self.model, cache, conditions, self.config, actions))

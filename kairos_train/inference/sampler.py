@@ -85,6 +85,8 @@ class Conditions:
         history: (B, C, K, H, W) clean latents of the given first frames, or None for K = 0.
         state: (B, 1, state_dim) normalised proprioception, or None: no state token.
         negative: context and mask of an encoded negative prompt, or None: zeros under the positive prompt's mask.
+        action_dim: dimensions of actions that the robot has; the model's further ones stay 0, as in training. None:
+            all are.
     """
 
     context: Tensor
@@ -92,6 +94,7 @@ class Conditions:
     history: Tensor | None = None
     state: Tensor | None = None
     negative: tuple[Tensor, Tensor] | None = None
+    action_dim: int | None = None
 
     @property
     def history_frames(self) -> int:
@@ -158,6 +161,7 @@ class StreamNoise:
         shape, seeds, stream: as for `noise`.
         device: where it is used.
         skipped: first latent frames that are left out of what is drawn.
+        own: of actions, how many dimensions are the robot's: the others are 0; None: all.
     """
 
     shape: tuple[int, ...]
@@ -165,11 +169,18 @@ class StreamNoise:
     stream: str
     device: torch.device
     skipped: int = 0
+    own: int | None = None
 
     def draw(self, step: int = 0) -> Tensor:
         """What sampling begins with (0), or independent noise for a later step."""
         drawn = noise(self.shape, self.seeds, self.stream if step == 0 else f"{self.stream}:{step}")
-        return (drawn[:, :, self.skipped :] if self.skipped else drawn).to(self.device)
+        return self.padded((drawn[:, :, self.skipped :] if self.skipped else drawn).to(self.device))
+
+    def padded(self, values: Tensor) -> Tensor:
+        """Noise or velocities (…, D) with 0 in the dimensions that the robot does not have."""
+        if self.own is None or self.own == values.shape[-1]:
+            return values
+        return torch.where(torch.arange(values.shape[-1], device=values.device) < self.own, values, 0.0)
 
 
 def sample(
@@ -201,7 +212,8 @@ def sample(
     device = conditions.context.device
     actions = None
     if mode != "video":
-        actions = StreamNoise((horizon, model.config.action.action_dim), seeds, "action", device)
+        shape = (horizon, model.config.action.action_dim)
+        actions = StreamNoise(shape, seeds, "action", device, own=conditions.action_dim)
     with torch.no_grad():
         if mode == "action":
             return SampledOutput(latents=None, actions=_denoise_actions(model, conditions, config, actions))
@@ -298,7 +310,7 @@ def integrate(
         if config.schedule != "distilled" or step < last:  # a student's last step leaves its own frames there
             z = _put_history_back(z, history)
         if a is not None:
-            a = _advance(config, a, action_velocity.float(), sigmas_a, step, actions)
+            a = _advance(config, a, actions.padded(action_velocity.float()), sigmas_a, step, actions)
     return SampledOutput(latents=z, actions=a)
 
 
@@ -317,7 +329,7 @@ def denoise_actions(
     a, sigmas = actions.draw(), action_sigmas(config)
     for step in range(len(sigmas) - 1):
         velocity = model.forward_action(cache, a, _timestep(sigmas[step], a, config), context)
-        a = _advance(config, a, velocity.float(), sigmas, step, actions)
+        a = _advance(config, a, actions.padded(velocity.float()), sigmas, step, actions)
     return a
 
 

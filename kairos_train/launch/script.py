@@ -85,8 +85,10 @@ def options(job: SlurmJob, cluster: ClusterConfig, job_dir: Path, workdir: Path)
     """The options of sbatch, without what only a template's own kind has."""
     log = "%A_%a" if job.kind == "pack" else "%j"
     for path in (job_dir, workdir):
-        if re.search(r"[\s\"'\\%]", str(path)):
-            raise UserError(f"{path}: sbatch does not take a path with spaces, quotes or %; submit from another folder")
+        if re.search(r"[\s\"'\\%#]", str(path)):
+            raise UserError(
+                f"{path}: sbatch does not take a path with spaces, quotes, % or #; submit from another folder"
+            )
     asked = {
         "job-name": job.name,
         "nodes": job.nodes,
@@ -112,7 +114,7 @@ def interpreter(cluster: ClusterConfig, python: str) -> str:
     """What runs the project: the image's Python, that of `cluster.venv`, or the one that submits."""
     if cluster.container is not None:
         return "python3"
-    return python if cluster.venv is None else str(Path(cluster.venv).expanduser().absolute() / "bin" / "python")
+    return python if cluster.venv is None else str(Path(cluster.venv).absolute() / "bin" / "python")
 
 
 def container(cluster: ClusterConfig, job_dir: Path, workdir: Path) -> list[str]:

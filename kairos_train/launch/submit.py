@@ -53,7 +53,7 @@ def check_world(config: Config, nodes: int) -> None:
 
 def new_job_dir(cluster: ClusterConfig, name: str, *, workdir: Path) -> Path:
     """A name for a job's folder that is not taken; nothing is made."""
-    stem = (workdir / Path(cluster.jobs_dir).expanduser() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    stem = (workdir / cluster.jobs_dir / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     number, path = 1, stem
     while path.exists():
         number += 1

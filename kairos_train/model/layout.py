@@ -64,11 +64,16 @@ def full_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def check_layers(config: Config) -> None:
-    """Raise UserError if this machine or layout cannot do `precision.fp8` or `stage.lora`, before taking any device."""
+def check_layers(config: Config, *, on_this_machine: bool = True) -> None:
+    """Raise UserError if this machine or layout cannot do `precision.fp8` or `stage.lora`, before taking any device.
+
+    Args:
+        on_this_machine: False leaves out what another machine may have: the run starts there.
+    """
     policy = Fp8Policy(config.precision.fp8, config.model.num_layers)
     check_widths(policy, stage_model(config), config.parallel.tensor)
-    require(policy, recompute=config.train.recompute, context=config.parallel.context)
+    if on_this_machine:
+        require(policy, recompute=config.train.recompute, context=config.parallel.context)
     if config.stage.lora.rank is not None:
         adapter_shapes(public_keys(stage_model(config)), config.stage.lora)
 

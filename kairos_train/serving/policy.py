@@ -90,6 +90,7 @@ class ServedPolicy:
         steps: of the sampler; None takes the export's.
         cameras: the dataset's camera keys in the order of training, for an export that does not say.
         fps: of actions, told to clients; None: as the export says.
+        robot: name of one of several that it was trained on; None: the first.
         clipping: of actions; None: they are as the model says.
         device: where it is computed.
 
@@ -109,10 +110,11 @@ class ServedPolicy:
         steps: int | None = None,
         cameras: Sequence[str] = (),
         fps: float | None = None,
+        robot: str | None = None,
         clipping: ActionClipping | None = None,
         device: str = "cpu",
     ) -> None:
-        policy = load(folder, device=device)
+        policy = load(folder, device=device, robot=robot)
         if not policy.acts:
             raise UserError(f"{folder}: was trained without actions; a server needs a joint model")
         self._policy, self._data = policy, policy.config.data
@@ -125,17 +127,18 @@ class ServedPolicy:
             )
         self.given_frames = video_frames(policy.history_frames)
         self._past = (self.given_frames - 1) * self._window.action_video_freq_ratio
-        robot = policy.about.get("robot") or {}  # imported weights do not know theirs
-        cameras = _cameras(folder, robot.get("cameras") or self._window.cameras, cameras)
+        about = policy.about.get("robot") or {}  # imported weights do not know theirs
+        cameras = _cameras(folder, about.get("cameras") or self._window.cameras, cameras)
         self._size = picture_size(self._window, len(cameras))
-        action = policy.config.model.action
-        layouts = layouts_of(cameras, self._window.state_key, action.state_dim)
-        self.reader = ObservationReader(layouts, state_dim=action.state_dim, most_frames=self.given_frames)
+        state_dim = policy.state_dim
+        layouts = layouts_of(cameras, self._window.state_key, state_dim)
+        self.reader = ObservationReader(layouts, state_dim=state_dim, most_frames=self.given_frames)
         self.metadata: dict[str, Any] = {
             "horizon": policy.horizon - self._past,
-            "action_dim": action.action_dim,
-            "state_dim": action.state_dim,
-            "fps": robot.get("fps") if fps is None else fps,
+            "action_dim": policy.action_dim,
+            "state_dim": state_dim,
+            "robot": None if policy.robot is None else policy.robot.name,
+            "fps": about.get("fps") if fps is None else fps,
             "cameras": list(cameras),
             "observation_keys": {layout.name: [*layout.keys, "prompt"] for layout in layouts},
             "given_frames": self.given_frames,

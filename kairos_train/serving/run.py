@@ -24,6 +24,7 @@ def run(
     steps: int | None,
     cameras: str,
     fps: float | None,
+    robot: str | None,
     clip_actions: str | None,
     clip_margin: float | None,
     device: str,
@@ -32,6 +33,7 @@ def run(
 
     Args:
         cameras: keys joined by commas, for an export that names none; "" otherwise.
+        robot: name of one of several that it was trained on; None: the first.
         clip_actions, clip_margin: of `ActionClipping`; None: not clipped, and no margin.
 
     Raises:
@@ -67,6 +69,7 @@ def run(
         steps=steps,
         cameras=[c for c in cameras.split(",") if c],
         fps=fps,
+        robot=robot,
         clipping=clipping,
         device=device,
     )

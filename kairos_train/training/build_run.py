@@ -24,7 +24,7 @@ from kairos_train.basics.log import logger
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.intact import find_intact
 from kairos_train.config.compose import save_config, to_yaml
-from kairos_train.config.schema import Config, ModelConfig, StageConfig, TrainConfig
+from kairos_train.config.schema import Config, StageConfig, TrainConfig
 from kairos_train.model.layout import check_layers, full_shapes, model_table
 from kairos_train.model.trainable import trains
 from kairos_train.operations.events import EventLog, next_life, read_events
@@ -46,7 +46,15 @@ from kairos_train.training.engine.initial_weights import build_model, initial_av
 from kairos_train.training.engine.random_state import derive_random_state
 from kairos_train.training.faults import Faults
 from kairos_train.training.inputs.feed import Feed
-from kairos_train.training.inputs.sources import check_sources, check_window, policy_source
+from kairos_train.training.inputs.sources import (
+    check_encoders,
+    check_sources,
+    check_window,
+    held_out_source,
+    normalizers_of,
+    policy_source,
+    rates_of,
+)
 from kairos_train.training.measure.monitor import Monitor
 from kairos_train.training.measure.sample_log import SampleLog
 from kairos_train.training.measure.telemetry import StagePosition, Telemetry
@@ -92,35 +100,45 @@ class Checked:
         checkpoint: to continue from; None: the run begins.
         damaged: warnings about newer checkpoints.
         changes: settings that the checkpoint has otherwise, all of them free to change.
+        notes: what else is to be said of the sources.
     """
 
     indices: list[ShardIndex]
     checkpoint: CheckpointReader | None
     damaged: list[str]
     changes: list[str]
+    notes: list[str]
 
 
-def check(config: Config) -> Checked:
+def check(config: Config, *, on_this_machine: bool = True) -> Checked:
     """Hold a configuration to its shards, its layers and the run that it continues, without taking a device.
+
+    Args:
+        on_this_machine: False where the run starts on another one.
 
     Raises:
         UserError: something in them does not fit the rest.
     """
     indices = [read_index(source.shards) for source in sources_of(config.data)]
-    _check_data(config.data, config.model, config.stage, indices)
-    check_layers(config)
+    _check_data(config, indices)
+    check_layers(config, on_this_machine=on_this_machine)
     reader, damaged = run_state.find_resumable(config.run_dir, resume=config.train.resume)
     changes = run_state.changed_settings(asdict(config), reader) if reader else []
-    return Checked(indices, reader, damaged, changes)
+    return Checked(indices, reader, damaged, changes, [*filter(None, [rates_of(indices)])])
 
 
-def _check_data(data: DataConfig, model: ModelConfig, stage: StageConfig, indices: Sequence[ShardIndex]) -> None:
-    """Refuse shards that do not fit the configuration or are not whole."""
-    check_sources(indices, window=data.window, model=model, stage=stage)
+def _check_data(config: Config, indices: Sequence[ShardIndex]) -> None:
+    """Refuse shards that do not fit the configuration or each other, or are not whole."""
+    data, train = config.data, config.train
+    check_sources(indices, window=data.window, model=config.model, stage=config.stage)
     held_out = [read_index(folder) for folder in filter(None, [data.validation_shards])]
     if indices[policy_source(indices)].action_dim:
         for index in held_out:
-            check_window(data.window, index)
+            check_window(indices[held_out_source(indices, index)].window, index)
+    for index in indices:
+        normalizers_of(index, data=data, stage=config.stage)
+    check_encoders(config.encoders, [*indices, *held_out])
+    ShardLoader(data, LoaderShard(train.micro_batch, train.accumulation, 0, 1), seed=config.seed)
     if data.on_corrupt == "stop":
         for index in [*indices, *held_out]:
             check_shards(index)
@@ -326,6 +344,8 @@ def _tell(
         versions=ground.versions,
         **start,
     )
+    for note in checked.notes:
+        logger.info(note)
     for problem in checked.damaged:
         logger.info(problem)
         run.events.write("passed_over", problem=problem)

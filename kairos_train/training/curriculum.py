@@ -15,6 +15,7 @@ from kairos_train.config.curriculum import Curriculum
 from kairos_train.config.schema import Config
 from kairos_train.training import run_state
 from kairos_train.training.budget import Budget
+from kairos_train.training.build_run import check
 from kairos_train.training.loop import train
 from kairos_train.training.measure.telemetry import StagePosition
 
@@ -41,6 +42,19 @@ def train_curriculum(curriculum: Curriculum) -> Path:
         last = train(config, place)
         dist.barrier()  # the next stage reads what only one rank has published
     return last
+
+
+def check_curriculum(curriculum: Curriculum) -> None:
+    """Refuse what `train_curriculum` would, wherever it is going to run; nothing is started.
+
+    Raises:
+        UserError: as `train_curriculum`.
+    """
+    for number in curriculum.walk:
+        if curriculum.names and finished(curriculum.stages[number]):
+            continue
+        _refuse_to_outdate(curriculum, number)
+        check(curriculum.stages[number], on_this_machine=False)
 
 
 def finished(config: Config) -> Path | None:

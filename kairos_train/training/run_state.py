@@ -21,6 +21,7 @@ from kairos_train.conditioning.interfaces import identities_match
 from kairos_train.config.compose import load_saved
 from kairos_train.config.keys import on_resume
 from kairos_train.config.schema import TrainConfig
+from kairos_train.inference.robots import ROBOTS_FILE, to_json
 from kairos_train.operations.guard import Guard
 from kairos_train.training.budget import Progress
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine
@@ -152,7 +153,11 @@ def save(saver: Saver, state: RunState) -> None:
             "robot": state.feed.robot,
             "kernels": state.kernels,
         },
-        files={"config.yaml": state.settings, "dataset_stats.json": json.dumps(state.feed.statistics, indent=1)},
+        files={
+            "config.yaml": state.settings,
+            "dataset_stats.json": json.dumps(state.feed.statistics, indent=1),
+            **({ROBOTS_FILE: to_json(state.feed.robots)} if len(state.feed.robots) > 1 else {}),
+        },
     )
 
 

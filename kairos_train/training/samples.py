@@ -66,7 +66,7 @@ def draw_samples(engine: TrainingEngine, feed: Feed, data: DataConfig) -> Sample
         with_frames=feed.needs_frames,
         on_corrupt=data.on_corrupt,
     )
-    given = feed.encode(batch, HISTORY_CONDITIONS[0] if known else "t2v", source=feed.policy)
+    given = feed.encode(batch, HISTORY_CONDITIONS[0] if known else "t2v", source=feed.held_out)
     recorded, actions = given["latents"], given.get("actions")
     if recorded.shape[2] <= known:
         return None
@@ -74,6 +74,7 @@ def draw_samples(engine: TrainingEngine, feed: Feed, data: DataConfig) -> Sample
     sampler = SamplerConfig(guidance=1.0, action_shift=feed.stage.action_shift).check()
     tokens = recorded[0, 0, 0].numel() // (feed.objective.patch[0] * feed.objective.patch[1])
     seeds, mask = range(len(batch.keys)), given.get("action_mask")
+    own = None if "action_dim_mask" not in given else int(given["action_dim_mask"][0].sum())  # windows of one robot
 
     def velocities(z: Tensor, t: Tensor, a: Tensor | None, t_action: Tensor) -> tuple[Tensor, Tensor | None]:
         acting = {} if a is None else {"action": a, "action_timestep": t_action, "action_mask": mask}
@@ -96,7 +97,7 @@ def draw_samples(engine: TrainingEngine, feed: Feed, data: DataConfig) -> Sample
         config=sampler,
         sigmas=video_sigmas(sampler, recorded.shape[2], tokens),
         latents=StreamNoise(recorded.shape[1:], seeds, "video", feed.device),
-        actions=None if actions is None else StreamNoise(actions.shape[1:], seeds, "action", feed.device),
+        actions=None if actions is None else StreamNoise(actions.shape[1:], seeds, "action", feed.device, own=own),
         history=recorded[:, :, :known] if known else None,
     )
     engine.model.train()

@@ -39,7 +39,7 @@ def validate(engine: TrainingEngine, feed: Feed, data: DataConfig, train: TrainC
     for i in range(rounds):
         # Every rank runs every round, because the forward pass may be collective; a surplus one is not counted.
         mine = i * ranks + topology.data_rank
-        batch = feed.condition(batches[min(mine, len(batches) - 1)], step=FIXED_STEP, source=feed.policy)
+        batch = feed.condition(batches[min(mine, len(batches) - 1)], step=FIXED_STEP, source=feed.held_out)
         output = ModelOutput(*engine(**batch.model_inputs()))
         if mine < len(batches):
             frames = engine.model.local_frames(batch.latents.shape[2])

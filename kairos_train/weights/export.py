@@ -5,6 +5,7 @@
     DIR/config.json          the resolved run, the encoders' identity, which weights these are; public: `dit_config` too
     DIR/sampler.json         how to sample them (`kairos_train.inference.sampler.SamplerConfig`)
     DIR/dataset_stats.json   what actions and state are normalised with (when the run had data with actions)
+    DIR/robots.json          standalone: sizes, windows and statistics of each of several robots that it was trained on
     DIR/README.md            model card
     DIR/manifest.json        size and SHA-256 of each file
 
@@ -36,6 +37,7 @@ from kairos_train.config.schema import Config, ModelConfig, stage_model
 from kairos_train.inference.fingerprint import fingerprint
 from kairos_train.inference.load import CONFIG_FILE, FORMAT, INDEX_FILE, SAMPLER_FILE, STATISTICS_FILE
 from kairos_train.inference.quantized import METHODS, is_large
+from kairos_train.inference.robots import ROBOTS_FILE
 from kairos_train.model.public_keys import public_keys
 from kairos_train.objective import schedule
 from kairos_train.weights.export_tensors import ExportTensors, WrittenTensors, computed_bytes
@@ -155,6 +157,8 @@ class _Export:
         self.distilled, self.reader = distilled, reader
         known = STATISTICS_FILE in self.reader.manifest["files"]
         self.statistics = self.reader.text(STATISTICS_FILE) if known else None
+        several = form == "standalone" and ROBOTS_FILE in self.reader.manifest["files"]
+        self.robots = self.reader.text(ROBOTS_FILE) if several else None
         keys = to_public(source.names, stream_prefix=form == "standalone" or config.model.action is not None)
         self.tensors: dict[str, Stored] = {keys.get(name, name): info for name, info in source.stored().items()}
         self.described = self._describe(weights)
@@ -172,6 +176,7 @@ class _Export:
             "imported": reader.state.get("imported"),
             "encoders": reader.state.get("encoders"),
             "robot": reader.state.get("robot"),
+            "robots_sha256": None if self.robots is None else _sha256(self.robots),
             "checkpoint_sha256": reader.manifest["sha256"],
             "small_tensors_sha256": self._small_tensors(),
             "statistics_sha256": None if self.statistics is None else _sha256(self.statistics),
@@ -217,6 +222,8 @@ class _Export:
         write_json(folder / SAMPLER_FILE, settings, durable=True)
         if self.statistics is not None:
             write_whole(folder / STATISTICS_FILE, self.statistics, durable=True)
+        if self.robots is not None:
+            write_whole(folder / ROBOTS_FILE, self.robots, durable=True)
         statistics = None if self.statistics is None else json.loads(self.statistics)
         write_whole(folder / "README.md", model_card(described, summary, statistics), durable=True)
         others = [path for path in folder.iterdir() if path.name not in files]

@@ -18,20 +18,24 @@ from torch import Tensor
 from dataloaders.config import DataConfig
 from dataloaders.loading.batch import Batch
 from dataloaders.loading.buckets import Bucket
-from dataloaders.shards import ShardIndex
+from dataloaders.shards import ShardIndex, read_index
 from dataloaders.windows import action_count
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import latent_frames, latent_sides
 from kairos_train.conditioning.build import build_encoders
 from kairos_train.conditioning.interfaces import Encoders, identities_match
 from kairos_train.config.schema import EncodersConfig, ModelConfig, StageConfig
-from kairos_train.inference import normalization
-from kairos_train.inference.normalization import Normalizer
 from kairos_train.objective.flow_matching import ConditionedBatch, FlowMatching
 from kairos_train.objective.randomness import Choices
 from kairos_train.training.describe import sample_flops
 from kairos_train.training.inputs.contexts import Contexts
-from kairos_train.training.inputs.sources import policy_source
+from kairos_train.training.inputs.sources import (
+    check_kinds,
+    held_out_source,
+    normalizers_of,
+    policy_source,
+    robots_of,
+)
 
 
 class Feed:
@@ -54,6 +58,8 @@ class Feed:
         statistics: of that source.
         robot: how a policy meets that robot: its cameras in the order of the picture, `fps` of frames and actions;
             None without a robot.
+        robots: of all sources with actions, the policy's first; none in a video stage.
+        held_out: number of the source whose robot the validation shards are of.
 
     Raises:
         UserError: the shards were packed with other encoders than the configuration names, or with several.
@@ -87,7 +93,11 @@ class Feed:
         self.policy = policy_source(indices)
         self.statistics = indices[self.policy].statistics()
         self.robot = _robot(indices[self.policy])
-        self._normalizers = [self._normalizers_of(index) for index in indices]
+        self.robots = list(robots_of(indices).values()) if stage.streams == "joint" else []
+        self.held_out = self.policy
+        if data.validation_shards is not None and len(self.robots) > 1:
+            self.held_out = held_out_source(indices, read_index(data.validation_shards))
+        self._normalizers = [normalizers_of(index, data=data, stage=stage) for index in indices]
         self.empty_context = self._empty_context(indices)
 
     def condition(
@@ -172,20 +182,6 @@ class Feed:
             numbers["action_dim_mask"] = dims
         return {name: value.to(self.device) for name, value in numbers.items()}
 
-    def _normalizers_of(self, index: ShardIndex) -> tuple[Normalizer, Normalizer] | None:
-        """Of states and actions; None of a source without a robot, and in a video stage."""
-        if not index.action_dim or self.stage.streams == "video":
-            return None
-        data, statistics = self._data, index.statistics()
-        return (
-            normalization.from_statistics(
-                statistics, group="state", key=index.window.state_key, mode=data.normalize_state
-            ),
-            normalization.from_statistics(
-                statistics, group="action", key=index.window.action_key, mode=data.normalize_action
-            ),
-        )
-
     def _empty_context(self, indices: Sequence[ShardIndex]) -> Tensor | None:
         if not self.stage.conditions.get("i2v", 0):
             return None
@@ -211,7 +207,7 @@ def _identity(wanted: EncodersConfig, indices: Sequence[ShardIndex], encoders: E
     for other in known[1:]:
         identities_match(known[0], other)
     if encoders is None:
-        _check_kinds(wanted, known[0])
+        check_kinds(wanted, known[0])
     return known[-1]
 
 
@@ -219,12 +215,3 @@ def _weights_given(encoders: EncodersConfig) -> bool:
     """Whether the encoders can be built: weight-free ones always, real ones where their weights are named."""
     real = [e for e in (encoders.video, encoders.text) if e.kind in ("wan", "qwen")]
     return all(e.path is not None for e in real)
-
-
-def _check_kinds(wanted: EncodersConfig, identity: dict[str, Any]) -> None:
-    for name in ("video", "text"):
-        kind = getattr(wanted, name).kind
-        if identity[name].get("kind") != kind:
-            raise UserError(
-                f"encoders.{name}.kind={kind}: the shards were encoded with {identity[name].get('kind')}; choose that"
-            )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from dataloaders.config import WindowConfig
+from dataloaders.config import DataConfig, WindowConfig
+from dataloaders.files.urls import base_name
 from dataloaders.shards import ShardIndex
 from dataloaders.windows import POLICY_FIELDS
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import latent_frames, video_frames
-from kairos_train.config.schema import ActionStreamConfig, ModelConfig, StageConfig
+from kairos_train.conditioning.build import build_encoders
+from kairos_train.conditioning.interfaces import identities_match
+from kairos_train.config.schema import ActionStreamConfig, EncodersConfig, ModelConfig, StageConfig
+from kairos_train.inference.normalization import Normalizer, from_statistics
+from kairos_train.inference.robots import Robot
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
 from kairos_train.training.inputs.contexts import check_captions
+
+_WEIGHT_FREE = ("block_dct", "hashed_ngrams")
 
 
 def policy_source(indices: Sequence[ShardIndex]) -> int:
@@ -53,15 +61,68 @@ def check_window(window: WindowConfig, index: ShardIndex) -> None:
 
 
 def _check_actions(action: ActionStreamConfig, indices: Sequence[ShardIndex]) -> None:
-    number = policy_source(indices)
-    for i, index in enumerate(indices):
-        for field, packed in (("action_dim", index.action_dim), ("state_dim", index.state_dim)):
-            wanted = getattr(action, field)
-            if packed != wanted if i == number else packed > wanted:
-                raise UserError(
-                    f"model.action.{field}={wanted}: {index.folder} holds {packed}; set {packed}"
-                    + ("" if len(indices) == 1 else " (the largest, with the policy's robot as the first source)")
-                )
+    """The model has the sizes of the largest robot, in whatever order the sources are."""
+    for field in ("action_dim", "state_dim"):
+        wanted = getattr(action, field)
+        largest = max(indices, key=lambda index: getattr(index, field))
+        if (packed := getattr(largest, field)) != wanted:
+            raise UserError(
+                f"model.action.{field}={wanted}: {largest.folder} holds {packed}; set {packed}"
+                + ("" if len(indices) == 1 else ", the largest of the sources")
+            )
+
+
+def robots_of(indices: Sequence[ShardIndex]) -> dict[int, Robot]:
+    """The robot of every source with actions, by the source's number, the policy's first."""
+    found: dict[int, Robot] = {}
+    for number, index in enumerate(indices):
+        if not index.action_dim:
+            continue
+        stem = name = str(index.source.get("dataset") or base_name(index.folder))
+        while name in {robot.name for robot in found.values()}:
+            name = f"{stem}-{number}"
+            stem = name
+        found[number] = Robot(
+            name=name,
+            action_dim=index.action_dim,
+            state_dim=index.state_dim,
+            fps=index.fps,
+            cameras=list(index.source.get("cameras", [])),
+            window={field: getattr(index.window, field) for field in POLICY_FIELDS},
+            statistics=index.statistics(),
+        )
+    return found
+
+
+def held_out_source(indices: Sequence[ShardIndex], held_out: ShardIndex) -> int:
+    """Number of the source whose robot held-out shards are of; the policy's where that cannot be told."""
+    policy, about = policy_source(indices), (held_out.action_dim, held_out.state_dim)
+    fitting = [
+        number
+        for number, index in enumerate(indices)
+        if index.action_dim
+        and (index.action_dim, index.state_dim) == about
+        and all(getattr(index.window, field) == getattr(held_out.window, field) for field in POLICY_FIELDS)
+    ]
+    same = [n for n in fitting if indices[n].source.get("dataset") == held_out.source.get("dataset")]
+    return next(iter([*same, *(n for n in fitting if n == policy), *fitting]), policy)
+
+
+def rates_of(indices: Sequence[ShardIndex]) -> str | None:
+    """What is to be said of sources whose frames or actions follow each other at several rates; None of one rate."""
+    rates = [
+        (index.fps / index.window.action_video_freq_ratio if index.clips is None else index.fps, index)
+        for index in indices
+    ]
+    actions = {index.fps for index in indices if index.action_dim}
+    if len({rate for rate, _ in rates}) < 2 and len(actions) < 2:
+        return None
+    told = ", ".join(
+        f"{index.source.get('dataset') or index.folder} {rate:g} frames"
+        + (f" and {index.fps:g} actions" if index.action_dim else "")
+        for rate, index in rates
+    )
+    return f"the sources have several rates per second ({told}): a step of the model is another time in each"
 
 
 def _check_history(stage: StageConfig, indices: Sequence[ShardIndex]) -> None:
@@ -77,3 +138,41 @@ def _check_history(stage: StageConfig, indices: Sequence[ShardIndex]) -> None:
                     f"stage.history_frames={known} leaves nothing of the {latents} latent frames of clips in "
                     f"{index.folder}; use fewer, or pack with data.clips.least_frames={video_frames(known + 1)}"
                 )
+
+
+def normalizers_of(index: ShardIndex, *, data: DataConfig, stage: StageConfig) -> tuple[Normalizer, Normalizer] | None:
+    """Of a source's states and actions; None of a source without a robot, and in a video stage.
+
+    Raises:
+        UserError: its statistics are missing or not what they must be.
+    """
+    if not index.action_dim or stage.streams == "video":
+        return None
+    statistics = index.statistics()
+    return (
+        from_statistics(statistics, group="state", key=index.window.state_key, mode=data.normalize_state),
+        from_statistics(statistics, group="action", key=index.window.action_key, mode=data.normalize_action),
+    )
+
+
+def check_encoders(wanted: EncodersConfig, indices: Sequence[ShardIndex]) -> None:
+    """Refuse shards of several encoders, or of others than the configuration names, as far as that can be told without
+    their weights."""
+    known = [index.encoders for index in indices if index.encoders is not None]
+    for other in known[1:]:
+        identities_match(known[0], other)
+    if not known:
+        return
+    check_kinds(wanted, known[0])
+    if {wanted.video.kind, wanted.text.kind} <= set(_WEIGHT_FREE):
+        identities_match(known[0], build_encoders(wanted).identity)
+
+
+def check_kinds(wanted: EncodersConfig, identity: Mapping[str, Any]) -> None:
+    """Refuse shards that were encoded by encoders of another kind than the configuration names."""
+    for name in ("video", "text"):
+        kind = getattr(wanted, name).kind
+        if identity[name].get("kind") != kind:
+            raise UserError(
+                f"encoders.{name}.kind={kind}: the shards were encoded with {identity[name].get('kind')}; choose that"
+            )

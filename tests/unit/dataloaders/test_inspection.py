@@ -96,7 +96,7 @@ def test_what_never_moves_is_left_out_by_the_key_that_packing_tells(tmp_path, ca
         f"state: 3 of 5 dimensions {told.format('state', 'observation.state')}",
     ]
     assert read_index(tmp_path / "all").source["notes"] == notes
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")] == [
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")] == [
         f"note: {note}" for note in notes
     ]
     window = replace(WINDOW, action_key="action[0:1]+action[2:3]", state_key="observation.state[0:1]")

@@ -1,5 +1,6 @@
 """`kairos-train submit`: what it refuses before anything is submitted, and the jobs that it makes of a command."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -8,17 +9,29 @@ from support.toy_shards import write_folder
 
 from kairos_train.basics.errors import UserError
 from kairos_train.cli import main
+from kairos_train.config.compose import load_config
 from kairos_train.config.operation_schema import ClusterConfig
 from kairos_train.launch import submit
 from kairos_train.launch.script import SlurmJob
+
+DEMO = ["experiment=demo", "data.shards=shards", "data.validation_shards=null"]
+
+
+def write_shards(folder, **index):
+    """Shards that the demo could train on, as far as is looked at before it starts."""
+    sizes = {"window": load_config(DEMO).data.window, "action_dim": 4, "state_dim": 4}
+    write_folder(folder, [2], **(sizes | index))
+    fields = {f"global_{name}": [value] * 4 for name, value in {"min": -1.0, "max": 1.0}.items()}
+    statistics = {"action": {"action": fields}, "state": {"observation.state": fields}}
+    (folder / "dataset_stats.json").write_text(json.dumps(statistics))
 
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
     """The settings of a demo whose shards are there, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "shards", [2])
-    return ["experiment=demo", "data.shards=shards", "data.validation_shards=null"]
+    write_shards(tmp_path / "shards")
+    return DEMO
 
 
 @pytest.mark.parametrize(
@@ -53,6 +66,52 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_submitted(shards, capsy
     assert re.search(message, error), error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"window": replace(load_config(DEMO).data.window, height=96)}, "data.window.height=128: shards was packed"),
+        ({"action_dim": 3}, "model.action.action_dim=4: shards holds 3"),
+        ({"statistics_sha256": "0"}, "is not the file that these shards were packed with"),
+        ({"encoders": {"video": {"kind": "wan"}, "text": {"kind": "qwen"}}}, "encoders.video.kind=block_dct: the shar"),
+        (lambda folder: (folder / "shard-000000.tar").write_bytes(b""), "shard-000000.tar: has 0 bytes"),
+        (lambda folder: (folder / "dataset_stats.json").unlink(), "dataset_stats.json: does not exist"),
+        (lambda folder: (folder / "index.json").write_text("{}"), "format None is not"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before(tmp_path, monkeypatch, capsys, damage, message):
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "shards", **(damage if isinstance(damage, dict) else {}))
+    if callable(damage):
+        damage(tmp_path / "shards")
+    errors = []
+    for command in ("submit", "train"):
+        assert main([command, *DEMO, "train.device=cpu"]) == 2
+        errors.append(capsys.readouterr().err)
+    assert message in errors[0]
+    assert errors[0] == errors[1], "in the same words"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_that_must_not_hold_a_run_is_refused_before(shards, tmp_path, capsys):
+    (tmp_path / "runs/x/checkpoints/step-00000001").mkdir(parents=True)
+    assert main(["submit", *shards, "run_dir=runs/x", "train.resume=never", "--print"]) == 2
+    assert "train.resume=never: run_dir=runs/x holds checkpoints" in capsys.readouterr().err
+    assert main(["submit", *shards, "run_dir=runs/y", "train.resume=must", "--print"]) == 2
+    assert "train.resume=must: no valid checkpoint" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_meant_in_the_script_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "shards")
+    words = ["experiment=demo", "data.shards=~/shards", "data.validation_shards=null", "cluster.jobs_dir=~/jobs"]
+    assert main(["submit", "--print", *words, "cluster.venv=~/env"]) == 0
+    script = capsys.readouterr().out
+    assert f"#SBATCH --output={tmp_path}/jobs/" in script
+    assert f"{tmp_path}/env/bin/python" in script
+    assert "data.shards=~/shards" in script, "the job's own composition reads it in the same way"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dataloaders.packing.pack import pack
 from dataloaders.shards import ShardIndex, read_index
 from kairos_train.basics.errors import UserError
 from kairos_train.inference.normalization import from_statistics
-from kairos_train.training.inputs.sources import check_sources
+from kairos_train.training.inputs.sources import check_sources, held_out_source, rates_of
 from kairos_train.training.measure.telemetry import drop_later_lines
 
 
@@ -169,10 +169,58 @@ def test_the_first_source_with_actions_is_the_policys(sources):
         check(tiny_config(), [smaller, robot])
     config = tiny_config()
     config.data.window = smaller.window
-    with pytest.raises(UserError, match=r"action_dim=3: .*smaller holds 2; set 2 .*policy's robot as the first source"):
+    check(config, [smaller, robot])
+    config.model.action.action_dim = 4
+    with pytest.raises(UserError, match=r"action_dim=4: .*shards holds 3; set 3, the largest of the sources"):
         check(config, [smaller, robot])
     with pytest.raises(UserError, match=r"model\.action\.action_dim=3: .*alone holds 0"):
         check(tiny_config(), [alone])
+
+
+def test_two_robots_of_different_sizes_train_in_either_order(sources):
+    robot, smaller, _ = sources
+    config = tiny_config()
+    config.data.window = smaller.window
+    ahead, behind = feed_of(config, [smaller, robot]), feed_of(tiny_config(), [robot, smaller])
+    assert ahead.statistics == smaller.statistics()
+    assert [(r.action_dim, r.state_dim) for r in ahead.robots] == [(2, 1), (3, 2)]
+    assert [r.window["action_key"] for r in behind.robots] == ["action", "action[0:2]"]
+    assert len({r.name for r in ahead.robots}) == 2, "of one dataset, and told apart"
+    assert [r.statistics for r in behind.robots] == [robot.statistics(), smaller.statistics()]
+    batch = batch_of(sources, 0, 1)
+    one = behind.condition(batch, step=0)
+    other = ahead.condition(replace(batch, source=[1, 0]), step=0)
+    for name in ("action", "state", "action_dim_mask", "action_target"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_held_out_windows_are_normalised_as_the_robot_that_they_are_of(sources):
+    robot, smaller, _ = sources
+    config = tiny_config()
+    config.data.validation_shards = str(smaller.folder)
+    feed = feed_of(config, [robot, smaller])
+    assert (feed.policy, feed.held_out) == (0, 1)
+    renamed = replace(smaller, source=smaller.source | {"dataset": "unseen"})
+    assert held_out_source([robot, smaller], renamed) == 1, "by its windows and sizes"
+    assert held_out_source([robot, robot], robot) == 0, "the policy's, where both could be meant"
+    twin = replace(robot, source=robot.source | {"dataset": "twin"})
+    assert held_out_source([robot, twin], twin) == 1, "by the name of its dataset"
+    batch = next(iter(fixed_batches(smaller.folder, batch_size=1, count=1)))
+    given = feed.encode(batch, "ti2v", source=feed.held_out)
+    own = from_statistics(smaller.statistics(), group="action", key="action[0:2]", mode="minmax")
+    assert torch.equal(given["actions"][..., :2], own.normalize(batch.actions))
+    assert not given["actions"][..., 2].any()
+
+
+def test_several_rates_of_one_mixture_are_said(sources):
+    robot, smaller, alone = sources
+    assert rates_of([robot, smaller]) is None
+    assert rates_of([robot, alone]) is None
+    faster = replace(smaller, fps=30.0, source={"dataset": "arm"})
+    said = rates_of([robot, faster])
+    assert "lerobot 5 frames and 10 actions, arm 15 frames and 30 actions" in said
+    slower = replace(robot, window=replace(robot.window, action_video_freq_ratio=4))
+    assert "lerobot 2.5 frames and 10 actions" in rates_of([robot, slower])
 
 
 def test_sources_of_different_encoders_are_refused(encoded, shards):
