@@ -79,8 +79,8 @@ def open_run(config: Config, place: StagePosition | None = None) -> Run:
     with ExitStack() as outer:
         ground = _take_ground(config, topology, outer)
         with ground.watch.paused("start", times=None):
-            if checked.checkpoint is not None:
-                checked = _intact(config, checked, topology)
+            if config.train.resume != "never":
+                checked = confirm(config, checked, topology)
             state = _build_state(config, topology, checked, rollbacks=ground.rollbacks)
             start = {"begun": round(begun, 3), **abandoned(Path(config.run_dir), state.progress.steps)}
             run = _assemble(config, state, ground, checked.indices, place, outer)
@@ -144,20 +144,26 @@ def _check_data(config: Config, indices: Sequence[ShardIndex]) -> None:
             check_shards(index)
 
 
-def _intact(config: Config, checked: Checked, topology: Topology) -> Checked:
-    """What `check` found, with the newest checkpoint whose every byte is right. Collective.
+def confirm(config: Config, checked: Checked, topology: Topology) -> Checked:
+    """What `check` found, with the newest checkpoint whose every byte is right. Collective, under the run's lock.
 
-    `check` looked at names and sizes, before this process had the run's lock: what has a better name by now counts.
+    `check` looked at names and sizes before the lock was taken: the job before, whose end this one may have waited for,
+    has written further checkpoints since then, or its first.
+
+    Raises:
+        UserError: there is none, and `train.resume` is `must`; or it does not fit this run.
     """
     folder = run_state.checkpoints(config.run_dir)
     path, damaged = find_intact(folder, topology)
     if path is None:
         if config.train.resume == "must":
-            raise UserError(f"train.resume=must: no intact checkpoint in {folder}: {damaged[0]}")
-        return replace(checked, checkpoint=None, damaged=damaged)
+            why = damaged[0] if damaged else "what was there is gone"
+            raise UserError(f"train.resume=must: no intact checkpoint in {folder}: {why}")
+        return replace(checked, checkpoint=None, damaged=damaged, changes=[])
     reader = CheckpointReader(path)
+    changes = checked.changes if checked.checkpoint else run_state.changed_settings(asdict(config), reader)
     run_state.check_step_size(config.data, config.train, topology, reader)
-    changes = [*checked.changes, *run_state.changed_layout(topology, reader)]
+    changes = [*changes, *run_state.changed_layout(topology, reader)]
     return replace(checked, checkpoint=reader, damaged=damaged, changes=changes)
 
 

@@ -252,6 +252,11 @@ def test_a_missing_value_is_asked_for():
         load_config(["data=robotwin", "data.shards=x"])
 
 
+def test_a_source_without_shards_is_asked_for_by_number():
+    with pytest.raises(UserError, match=r"^data\.sources\[0\] has no shards; name its folder$"):
+        load_config([DEMO, "data.sources=[{weight: 1}]"])
+
+
 def test_a_command_that_needs_no_data_does_not_ask_for_it():
     assert load_config([], sections=["model"]).data.shards == "???"
     with pytest.raises(UserError, match=r"model\.action\.action_dim has no value"):
