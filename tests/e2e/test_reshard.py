@@ -7,17 +7,32 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import train_overrides
-from support.reshard_ranks import save_again, train_run
+from support.reshard_ranks import train_run
 
 from kairos_train.cli import main
 
-FIRST = "parallel.tensor=2 parallel.context=2 train.zero_stage=1"
-LAYOUTS = {
-    "CP4xDP2-ZeRO2": (8, "parallel.context=4 train.zero_stage=2"),
-    "DP4-ZeRO3": (4, "train.zero_stage=3 train.micro_batch=1"),
-    "one_process": (1, "train.zero_stage=0 train.accumulation=2"),
-    "TP4": (4, "parallel.tensor=4 parallel.sequence=true train.zero_stage=1 train.accumulation=2"),
+WRITERS = {
+    "TP2xCP2": (4, "parallel.tensor=2 parallel.context=2 train.zero_stage=1"),
+    "TP2xCP2xDP2": (8, "parallel.tensor=2 parallel.context=2 train.zero_stage=1"),
 }
+READERS = {
+    "TP2xCP2": {
+        "DP2-ZeRO3": (2, "train.zero_stage=3 train.micro_batch=1"),
+        "one_process": (1, "train.zero_stage=0"),
+        "TP4": (4, "parallel.tensor=4 parallel.sequence=true train.zero_stage=2"),
+    },
+    "TP2xCP2xDP2": {
+        "CP4xDP2-ZeRO2": (8, "parallel.context=4 train.zero_stage=2"),
+        "DP4-ZeRO3": (4, "train.zero_stage=3 train.micro_batch=1"),
+        "one_process": (1, "train.zero_stage=0 train.accumulation=2"),
+        "TP4": (4, "parallel.tensor=4 parallel.sequence=true train.zero_stage=1 train.accumulation=2"),
+    },
+}
+PAIRS = [
+    pytest.param(writer, reader, id=f"{writer}-{reader}", marks=[pytest.mark.nightly] * (writer == "TP2xCP2xDP2"))
+    for writer, readers in READERS.items()
+    for reader in readers
+]
 SAVED, STEPS = 2, 4
 SETTINGS = (
     f"stage=joint train.micro_batch=2 train.precision=fp32 train.checkpoint_every={SAVED} model.num_heads=4 "
@@ -40,33 +55,33 @@ def exported(run_dir: Path, out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(world, shards, tmp_path_factory) -> Path:
-    """TP2×CP2×DP2 in ZeRO 1, all steps, with a checkpoint half way."""
-    run_dir = tmp_path_factory.mktemp("reshard") / "whole"
-    world(8).run(train_run, overrides(shards, run_dir, FIRST), timeout=240)
-    return run_dir
+def whole(world, shards, tmp_path_factory):
+    """Writer → the folder of its run: all steps, with a checkpoint half way."""
+    made = {}
+
+    def run(writer: str) -> Path:
+        if writer not in made:
+            ranks, layout = WRITERS[writer]
+            folder = tmp_path_factory.mktemp("reshard") / "whole"
+            world(ranks).run(train_run, overrides(shards, folder, layout), timeout=240)
+            made[writer] = folder
+        return made[writer]
+
+    return run
 
 
-@pytest.fixture
-def half(whole, tmp_path) -> Path:
-    """The run as it stood at the checkpoint."""
-    run_dir = tmp_path / "run"
+@pytest.mark.parametrize(("writer", "reader"), PAIRS)
+def test_a_run_goes_on_in_another_layout(world, shards, whole, tmp_path, writer, reader):
+    half, (ranks, layout) = tmp_path / "run", READERS[writer][reader]
     step = f"checkpoints/step-{SAVED:08d}"
-    shutil.copytree(whole / step, run_dir / step)
-    shutil.copy(whole / "losses.jsonl", run_dir)
-    return run_dir
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_run_goes_on_in_another_layout(world, shards, whole, half, tmp_path, name):
-    ranks, layout = LAYOUTS[name]
-    world(ranks).run(save_again, overrides(shards, half, layout), str(tmp_path / "again"), timeout=240)
+    shutil.copytree(whole(writer) / step, half / step)
+    shutil.copy(whole(writer) / "losses.jsonl", half)
     expected = exported(half, tmp_path / "export")
+
+    world(ranks).run(train_run, overrides(shards, half, layout), str(tmp_path / "again"), timeout=240)
     assert expected
     assert exported(tmp_path / "again", tmp_path / "export_again") == expected
-
-    world(ranks).run(train_run, overrides(shards, half, layout), timeout=240)
     continued = losses(half)
     assert len(continued) == STEPS
-    torch.testing.assert_close(continued, losses(whole), rtol=1e-5, atol=0)
+    torch.testing.assert_close(continued, losses(whole(writer)), rtol=1e-5, atol=0)
     assert not torch.equal(continued[SAVED:], continued[:SAVED]), "the losses move"
