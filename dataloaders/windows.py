@@ -88,11 +88,6 @@ def action_count(window: WindowConfig) -> int:
     return (window.frames - 1) * window.action_video_freq_ratio
 
 
-def raw_span(window: WindowConfig) -> int:
-    """Raw frames that one window spans, first and last included."""
-    return action_count(window) + 1
-
-
 def windows_of(length: int, window: WindowConfig) -> list[Window]:
     """All windows of an episode of `length` raw frames, in order of their start.
 

@@ -63,6 +63,37 @@ def test_a_range_outside_of_the_tensor_is_refused():
         list(boxes.boxes_of_range((2, 3), 4, 3))
 
 
+@pytest.mark.parametrize(
+    ("slices", "box"),
+    [
+        ((), ((0, 4), (0, 5))),
+        ((slice(1, 3),), ((1, 3), (0, 5))),
+        ((slice(None, -1), slice(2, 99)), ((0, 3), (2, 5))),
+        ((slice(3, 1), slice(5, 5)), ((3, 3), (5, 5))),  # empty, as indexing has it
+    ],
+)
+def test_slices_mean_the_box_that_indexing_gives(slices, box):
+    found = boxes.resolve((4, 5), slices)
+    assert found == box
+    assert boxes.shape_of(found) == torch.empty(4, 5)[slices].shape
+
+
+@pytest.mark.parametrize("slices", [(slice(0, 4, 2),), (slice(None, None, -1),), (slice(None),) * 3])
+def test_steps_and_dimensions_that_are_not_there_are_refused(slices):
+    with pytest.raises(ValueError, match=r"step of 1|3 slices for a tensor of 2"):
+        boxes.resolve((4, 5), slices)
+
+
+def test_a_box_is_found_in_a_tensor_that_begins_elsewhere():
+    whole, box, origin = torch.arange(42).view(6, 7), ((3, 5), (2, 6)), (2, 1)
+    inside = whole[2:, 1:][boxes.slices_of(box, origin)]
+    assert torch.equal(inside, whole[3:5, 2:6])
+    assert boxes.shift(box, (-2, -1)) == ((1, 3), (1, 5))
+    assert boxes.intersection(box, ((0, 4), (5, 9))) == ((3, 4), (5, 6))
+    assert boxes.intersection(box, ((0, 3), (0, 9))) is None, "they touch"
+    assert boxes.volume(box) == 8
+
+
 def test_a_tensor_file_is_one_that_the_library_reads(tmp_path):
     rng = torch.Generator().manual_seed(0)
     tensors = {

@@ -134,3 +134,12 @@ def test_cameras_stand_side_by_side_from_left_to_right():
 def test_head_over_wrists_wants_three_named_cameras(cameras):
     with pytest.raises(UserError, match=r"needs three, named in the order head.*has a, b, c"):
         choose_cameras(WindowConfig(layout="head_over_wrists", cameras=cameras), ["a", "b", "c"])
+
+
+def test_cameras_come_in_the_order_they_are_named_in_and_else_by_name():
+    assert choose_cameras(WindowConfig(cameras=[]), ["wrist", "head"]) == ["head", "wrist"]
+    assert choose_cameras(WindowConfig(cameras=["wrist", "head"]), ["head", "wrist"]) == ["wrist", "head"]
+    with pytest.raises(UserError, match=r"cameras: 'side' has no files; this dataset has head, wrist"):
+        choose_cameras(WindowConfig(cameras=["side"]), ["head", "wrist"])
+    with pytest.raises(UserError, match="has no camera with files"):
+        choose_cameras(WindowConfig(cameras=[]), [])
