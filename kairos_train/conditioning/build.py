@@ -38,5 +38,12 @@ def _text(config: TextEncoderConfig, device: str | torch.device) -> TextEncoder:
     if config.kind == "qwen":
         from kairos_train.conditioning.qwen_vlm import QwenVLM
 
-        return QwenVLM(config.path, text_dim=config.text_dim, max_tokens=config.max_tokens, device=device)
+        return QwenVLM(
+            config.path,
+            text_dim=config.text_dim,
+            max_tokens=config.max_tokens,
+            image=config.image,
+            system_message=config.system_message,
+            device=device,
+        )
     raise UserError(f"encoders.text.kind: {config.kind!r} is not a text encoder; choose qwen or hashed_ngrams")

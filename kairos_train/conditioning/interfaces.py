@@ -79,11 +79,11 @@ def identities_match(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
         current: `Encoders.identity` of this run.
 
     Raises:
-        UserError: they differ; names the first differing field in sorted order and both values.
+        UserError: they differ; names the first differing field, hashes last, and both values.
     """
     before, now = dict(_leaves(saved)), dict(_leaves(current))
-    # `kind` first: once the kinds differ every other difference is noise.
-    for key in sorted(before.keys() | now.keys(), key=lambda k: (not k.endswith(".kind"), k)):
+    # `kind` first: once the kinds differ every other difference is noise. Hashes last: a setting says more.
+    for key in sorted(before.keys() | now.keys(), key=lambda k: (not k.endswith(".kind"), k.endswith("_sha256"), k)):
         old, new = before.get(key, "nothing"), now.get(key, "nothing")
         if old != new:
             raise UserError(

@@ -4,6 +4,10 @@ The context is the last hidden states (after the final norm) of one chat of a co
 of the first frame, when there is one, and the prompt, with the generation prompt on. The first 97 tokens, which are the
 system message and the opening of the user's, are cut (conditioning specification, "Text and image -> context").
 
+Two settings of the public code are settings here: reading no image, as the LIBERO-Plus weights were trained, and no
+system message. Without it the public code cuts the same 97 tokens, so that a prompt loses its beginning; a prompt of
+which nothing is left is one token of zeros.
+
 Pictures go through the image processor of the weights' folder in its Pillow form, which needs no torchvision and gives
 the same numbers on every machine, and are put into the text by hand: the library's own processor class also wants a
 video processor, which nothing here uses.
@@ -47,7 +51,14 @@ class QwenVLM:
     """TextEncoder with the real weights, in the precision they are stored in (bfloat16 in the releases)."""
 
     def __init__(
-        self, path: str | Path | None, *, text_dim: int, max_tokens: int = 1024, device: str | torch.device = "cpu"
+        self,
+        path: str | Path | None,
+        *,
+        text_dim: int,
+        max_tokens: int = 1024,
+        image: bool = True,
+        system_message: bool = True,
+        device: str | torch.device = "cpu",
     ) -> None:
         """Read a model folder; nothing is downloaded.
 
@@ -55,6 +66,8 @@ class QwenVLM:
             path: folder with the weights, the tokenizer, the chat template and the image processor's settings.
             text_dim: width that the configuration promises; must be the model's.
             max_tokens: longest chat in tokens, the 97 that are cut among them; longer prompts lose their end.
+            image: whether images that `encode` is given are read.
+            system_message: whether the chat begins with the system message.
 
         Raises:
             UserError: `path` is missing, unreadable, incomplete or another model; `text_dim` is not its width;
@@ -69,6 +82,7 @@ class QwenVLM:
                 f"encoders.text.text_dim and model.text_dim to {width}, or give the other model"
             )
         self.text_dim, self.max_tokens = width, max_tokens
+        self._image, self._system_message = image, system_message
         self._tokenizer, self._template, self._images = _load_processors(folder)
         self._image_token = self._tokenizer.convert_ids_to_tokens(self._model.config.image_token_id)
         self._check_prefix(folder)
@@ -85,18 +99,24 @@ class QwenVLM:
     def encode(self, prompts: list[str], images: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Prompts and first frames uint8 (B,H,W,3) -> context float32 (B,N,C), mask bool (B,N).
 
-        White space around a prompt is dropped. A negative prompt is encoded without images.
+        White space around a prompt is dropped. A negative prompt is encoded without images. An encoder that reads no
+        image ignores them.
 
         Raises:
             UserError: a prompt contains one of the model's control tokens.
         """
         if images is not None and (images.dtype != torch.uint8 or images.shape[0] != len(prompts)):
             raise TypeError(f"images: {images.dtype} {tuple(images.shape)} for {len(prompts)} prompts; uint8 (B,H,W,3)")
-        inputs = self._inputs(prompts, images)
+        inputs = self._inputs(prompts, images if self._image else None)
         # The inner model: its output is `hidden_states[-1]` without the logits, which would be the largest tensor here.
         hidden = self._model(**inputs, use_cache=False).last_hidden_state  # B,S,C
         mask = inputs["attention_mask"][:, DROP_TOKENS:].bool()
         context = hidden[:, DROP_TOKENS:].float() * mask[..., None]
+        if not self._system_message:  # a short prompt may be gone
+            nothing = max(0, 1 - context.shape[1])
+            context = torch.nn.functional.pad(context, (0, 0, 0, nothing))
+            mask = torch.nn.functional.pad(mask, (0, nothing))
+            mask[~mask.any(1), 0] = True
         return context, mask
 
     def _inputs(self, prompts: list[str], images: Tensor | None) -> dict[str, Tensor]:
@@ -140,16 +160,16 @@ class QwenVLM:
             if token in prompt:
                 raise UserError(f"prompt: {prompt!r} contains the model's control token {token}; remove it")
         user = [{"type": "image"}] if with_image else []
-        messages = [
-            {"role": "system", "content": SYSTEM_MESSAGE},
-            {"role": "user", "content": [*user, {"type": "text", "text": prompt}]},
-        ]
+        system = [{"role": "system", "content": SYSTEM_MESSAGE}] if self._system_message else []
+        messages = [*system, {"role": "user", "content": [*user, {"type": "text", "text": prompt}]}]
         return self._tokenizer.apply_chat_template(
             messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
         )
 
     def _check_prefix(self, folder: Path) -> None:
-        """The 97 tokens that are cut must be exactly what stands before the user's content."""
+        """The 97 tokens that are cut must be exactly what stands before the user's content, if the chat begins so."""
+        if not self._system_message:
+            return
         marker = "prompt"
         chat = self._chat(marker, with_image=False)
         before = chat[: chat.rindex(marker)]
@@ -162,11 +182,12 @@ class QwenVLM:
 
     def _check_room(self) -> None:
         pixels_per_token = (self._images.patch_size * self._images.merge_size) ** 2
-        least = DROP_TOKENS + MAX_PIXELS // pixels_per_token + 3  # a picture's two marks and a word
+        image = MAX_PIXELS // pixels_per_token + 2 if self._image else 0  # with its two marks
+        least = DROP_TOKENS + image + 1
         if self.max_tokens < least:
             raise UserError(
                 f"encoders.text.max_tokens: {self.max_tokens}; it must be at least {least}, which the system message "
-                "and a picture take; the published models use 1024"
+                f"and {'an image' if self._image else 'a word'} take; the published models use 1024"
             )
 
     def _describe(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -181,11 +202,12 @@ class QwenVLM:
             "text_dim": self.text_dim,
             "max_tokens": self.max_tokens,
             "drop_tokens": DROP_TOKENS,
-            "image": True,
+            "image": self._image,
+            **({} if self._system_message else {"system_message": False}),  # earlier identities do not say
             "image_max_pixels": MAX_PIXELS,
             "image_processor_sha256": config_sha256(json.loads(json.dumps(picture, default=list))),
             "dtype": str(self._model.dtype).removeprefix("torch."),
-            "chat_sha256": hashlib.sha256(self._chat("prompt", with_image=True).encode()).hexdigest(),
+            "chat_sha256": hashlib.sha256(self._chat("prompt", with_image=self._image).encode()).hexdigest(),
             "vocabulary_sha256": config_sha256({"vocabulary": sorted(self._tokenizer.get_vocab().items())}),
             "config_sha256": config_sha256(settings),
             "weights_sha256": weights_sha256(self._model.state_dict()),

@@ -102,6 +102,8 @@ class TextEncoderConfig:
     text_dim: int = setting(2048, POSITIVE)  # width of the contexts, `model.text_dim`
     # longest sequence read, in tokens (qwen: the 97 that are cut off included)
     max_tokens: int = setting(1024, POSITIVE)
+    image: bool = True  # qwen: the first frame is read with the prompt (false: LIBERO-Plus)
+    system_message: bool = True  # qwen: false as the public code has it: 97 tokens are cut all the same
 
 
 @dataclass
@@ -151,6 +153,7 @@ class StageConfig:
     captions: list[CaptionShare] = field(default_factory=list)  # empty: each sample's primary one
     history_frames: int = setting(1, NOT_NEGATIVE)  # K of conditions that give frames (ti2v, i2v)
     cfg_dropout: float = setting(0.1, FRACTION)  # of contexts, for guidance (ours)
+    cfg_dropout_form: str = setting("zeros", one_of("zeros", "empty_prompt"))  # what a dropped context becomes
     loss_weighting: str = setting("bell", one_of("bell", "plain"))  # of noise levels; plain: all alike
     video_loss_weight: float = setting(1.0, NOT_NEGATIVE)  # ours
     action_loss_weight: float = setting(1.0, NOT_NEGATIVE)  # ours

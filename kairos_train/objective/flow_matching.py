@@ -33,7 +33,8 @@ class ConditionedBatch:
 
     Attributes:
         latents: noisy, history frames clean (B, C, F, H, W) float32.
-        context, context_mask: (B, N, text_dim), bool (B, N); replaced for i2v, zeroed for null2v and dropout.
+        context, context_mask: (B, N, text_dim), bool (B, N); replaced for i2v, zeroed for null2v, and for dropout as
+            `stage.cfg_dropout_form` says.
         video_sigma, action_sigma: per sample (B,) float32.
         history: K of each sample.
         video_target: ε − x (B, C, F, H, W) float32.
@@ -129,7 +130,7 @@ class FlowMatching:
             keys: sample keys, length B; with the step and the seed they determine everything drawn.
             latents: clean (B, C, F, H, W) float32.
             context, context_mask: encoded prompts (B, N, text_dim), bool (B, N).
-            empty_context: encoding of the empty prompt (M, text_dim), needed by i2v.
+            empty_context: encoding of the empty prompt (M, text_dim), needed by i2v and cfg_dropout_form=empty_prompt.
             state, actions, action_mask: normalised (B, 1, ds), (B, A, D), bool (B, A), or None.
             action_dim_mask: bool (B, D) where samples have fewer dimensions than the model; the others are 0 in what
                 the model sees, noise included, and out of the loss. None: all are there.
@@ -228,19 +229,21 @@ class FlowMatching:
     def _contexts(
         self, draws: list[SampleDraw], context: Tensor, mask: Tensor, empty: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Replace the context of i2v samples by the empty prompt's, zero that of null2v and dropped ones."""
+        """Replace the context of i2v samples by the empty prompt's, zero that of null2v, do either to dropped ones."""
         context, mask = context.clone(), mask.clone()
+        zeros = self.stage.cfg_dropout_form == "zeros"
         for i, draw in enumerate(draws):
-            if draw.condition == "i2v":
+            zeroed = draw.condition in WITHOUT_CONTEXT or (draw.drop_context and zeros)
+            if draw.condition == "i2v" or (draw.drop_context and not zeroed):
                 if empty is None:
-                    raise ValueError("condition i2v needs the encoding of the empty prompt")
+                    raise ValueError("i2v and cfg_dropout_form=empty_prompt need the encoding of the empty prompt")
                 if len(empty) > context.shape[1]:
                     grow = len(empty) - context.shape[1]
                     context = torch.nn.functional.pad(context, (0, 0, 0, grow))
                     mask = torch.nn.functional.pad(mask, (0, grow))
                 context[i], mask[i] = 0, False
                 context[i, : len(empty)], mask[i, : len(empty)] = empty, True
-            if draw.condition in WITHOUT_CONTEXT or draw.drop_context:
+            if zeroed:
                 context[i] = 0  # the mask is kept: attention over no key at all would give NaN
         return context, mask
 

@@ -20,7 +20,7 @@ class Choices:
 
     Attributes:
         condition: t2v | ti2v | i2v | null2v; of an image t2i | n2i.
-        drop_context: classifier-free guidance dropout: the context is zeroed.
+        drop_context: classifier-free guidance dropout: the context is zeroed, or that of the empty prompt.
         video_index, action_index: entries of the streams' shifted 1000-step tables.
         caption: in [0, 1), picks one of several captions.
     """

@@ -1,8 +1,8 @@
 """Which text conditions a sample, and whether with the first frame: by its condition and the stage's captions.
 
 t2v and t2i samples are given the caption alone, for what is generated includes the first frame; ti2v samples the
-caption read together with it, where the text encoder looks at pictures. (i2v takes the empty prompt and null2v, n2i and
-dropout zeros: `FlowMatching` puts them in the place of what is chosen here.)
+caption read together with it, where the text encoder looks at pictures. (i2v takes the empty prompt, null2v and n2i
+zeros, dropout either: `FlowMatching` puts them in the place of what is chosen here.)
 
 `stage.captions` is a schedule over captions by name: shares that change linearly from the stage's beginning to its end.
 A sample that has only some of the captions draws among those; one that has none is given its primary caption.

@@ -183,14 +183,16 @@ class Feed:
         return {name: value.to(self.device) for name, value in numbers.items()}
 
     def _empty_context(self, indices: Sequence[ShardIndex]) -> Tensor | None:
-        if not self.stage.conditions.get("i2v", 0):
+        dropped = self.stage.cfg_dropout > 0 and self.stage.cfg_dropout_form == "empty_prompt"
+        if not (self.stage.conditions.get("i2v", 0) or dropped):
             return None
         for index in indices:
             cached = index.empty_context()
             if cached is not None:
                 return torch.from_numpy(cached).float().to(self.device)
         if self.encoders is None:
-            raise UserError("stage.conditions.i2v needs the empty prompt's encoding: repack with --encode")
+            who = "stage.cfg_dropout_form=empty_prompt" if dropped else "stage.conditions.i2v"
+            raise UserError(f"{who} needs the empty prompt's encoding: repack with --encode")
         context, mask = self.encoders.text.encode([""], None)
         return context[0, mask[0]]
 

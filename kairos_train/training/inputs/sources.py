@@ -169,10 +169,16 @@ def check_encoders(wanted: EncodersConfig, indices: Sequence[ShardIndex]) -> Non
 
 
 def check_kinds(wanted: EncodersConfig, identity: Mapping[str, Any]) -> None:
-    """Refuse shards that were encoded by encoders of another kind than the configuration names."""
+    """Refuse shards that were encoded by encoders of another kind, or of which the VLM was shown other things, than the
+    configuration says."""
     for name in ("video", "text"):
         kind = getattr(wanted, name).kind
         if identity[name].get("kind") != kind:
             raise UserError(
                 f"encoders.{name}.kind={kind}: the shards were encoded with {identity[name].get('kind')}; choose that"
             )
+    for name in ("image", "system_message") if wanted.text.kind == "qwen" else ():
+        here, found = getattr(wanted.text, name), identity["text"].get(name, True)
+        if here != found:
+            text = f"encoders.text.{name}={str(here).lower()}: the shards were encoded with {str(found).lower()}"
+            raise UserError(f"{text}; set that, or pack them again")

@@ -157,7 +157,9 @@ def images() -> torch.Tensor:
 
 
 @torch.no_grad()
-def _library_context(folder: Path, kind: str, prompts: list[str], images: torch.Tensor | None) -> list[torch.Tensor]:
+def _library_context(
+    folder: Path, kind: str, prompts: list[str], images: torch.Tensor | None, *, system: bool = True
+) -> list[torch.Tensor]:
     """The same through the library's own processor and the whole model, one prompt at a time: (N,C) each."""
     import transformers
     from PIL import Image
@@ -185,7 +187,7 @@ def _library_context(folder: Path, kind: str, prompts: list[str], images: torch.
     for i, prompt in enumerate(prompts):
         content = [{"type": "image"}] if images is not None else []
         messages = [
-            {"role": "system", "content": SYSTEM_MESSAGE},
+            *([{"role": "system", "content": SYSTEM_MESSAGE}] if system else []),
             {"role": "user", "content": [*content, {"type": "text", "text": prompt}]},
         ]
         chat = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -225,6 +227,43 @@ def test_context_with_first_frames_equals_the_librarys_own_processor_and_model(f
     context, mask = encoder.encode(PROMPTS, images)
     for row, kept, expected in zip(context, mask, _library_context(folder, _kind(folder), PROMPTS, images)):
         torch.testing.assert_close(row[kept], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_encoder_without_image_reads_the_prompt_alone(folder, encoder, images):
+    blind = QwenVLM(folder, text_dim=WIDTH, image=False)
+    context, mask = blind.encode(PROMPTS, images)
+    expected, expected_mask = encoder.encode(PROMPTS)
+    assert torch.equal(context, expected)
+    assert torch.equal(mask, expected_mask)
+    assert blind.identity["image"] is False
+    with pytest.raises(UserError, match=r"encoders\.image: made with True, this run has False"):
+        identities_match(encoder.identity, blind.identity)
+    QwenVLM(folder, text_dim=WIDTH, image=False, max_tokens=128)  # no room for an image is needed
+
+
+def test_without_the_system_message_the_same_97_tokens_are_cut(folder, images):
+    """As the public code does: images keep what is behind them, a short prompt is one token of zeros."""
+    bare = QwenVLM(folder, text_dim=WIDTH, system_message=False)
+    long = [("push the red block " * 30).strip(), "open"]
+    context, mask = bare.encode(long)
+    expected = _library_context(folder, _kind(folder), long, None, system=False)
+    assert mask.sum(1).tolist() == [len(expected[0]), 1]
+    torch.testing.assert_close(context[0], expected[0], atol=1e-4, rtol=1e-4)
+    assert len(expected[1]) == 0
+    assert (context[1] == 0).all()
+    context, mask = bare.encode(["open"])
+    assert (context.shape, mask.tolist()) == ((1, 1, WIDTH), [[True]])
+    large = images.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2)  # more than 97 tokens
+    context, mask = bare.encode(PROMPTS, large)
+    for row, kept, expected in zip(
+        context, mask, _library_context(folder, _kind(folder), PROMPTS, large, system=False)
+    ):
+        torch.testing.assert_close(row[kept], expected, atol=1e-4, rtol=1e-4)
+    assert bare.identity["system_message"] is False
+
+
+def test_identities_of_before_the_settings_are_those_of_their_defaults(encoder):
+    assert "system_message" not in encoder.identity
 
 
 def test_the_system_message_is_the_published_one_to_the_letter():
@@ -368,5 +407,7 @@ def test_no_path_is_refused_and_build_passes_the_settings_on(folder):
     )
     with pytest.raises(UserError, match=r"encoders\.text\.path: not set"):
         build_encoders(config)
-    config.text.path = str(folder)
-    assert build_encoders(config).identity["text"]["weights_sha256"]
+    config.text.path, config.text.image, config.text.system_message = str(folder), False, False
+    identity = build_encoders(config).identity["text"]
+    assert identity["weights_sha256"]
+    assert (identity["image"], identity["system_message"]) == (False, False)

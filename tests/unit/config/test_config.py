@@ -18,7 +18,13 @@ from kairos_train.config.schema import Config, VideoStreamConfig
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 DEMO = "experiment=demo"
-ROBOT_480P = ("model=kairos_4b_robot_480p", "encoders=wan_qwen25", "stage=behaviour", "data.shards=x")
+COMPANY = {  # model or encoders -> what goes with it
+    "kairos_4b_robot_480p": ("stage=behaviour",),
+    "kairos_4b_video": ("encoders=wan_qwen25", "stage=behaviour"),
+    "kairos_4b_libero": ("encoders=wan_qwen25_no_image",),
+    "wan_qwen25": ("model=kairos_4b_video", "stage=behaviour"),
+    "wan_qwen25_no_image": ("model=kairos_4b_libero",),
+}
 
 
 def options(group: str) -> list[str]:
@@ -84,8 +90,7 @@ def test_every_shipped_option_composes(group):
         overrides = [f"{group}={option}", "data.shards=x", "data.window.cameras=[a,b,c]"]
         if option in ("small", "custom"):
             overrides += ["model.action.action_dim=3", "model.action.state_dim=3"]
-        if option in ("kairos_4b_robot_480p", "wan_qwen25"):
-            overrides += [o for o in ROBOT_480P if o.split("=")[0] not in (group, "data.shards")]
+        overrides += COMPANY.get(option, ())
         if option == "tiny":
             overrides += ["encoders=weight_free"]
         config = load_config(overrides)
@@ -96,6 +101,32 @@ def test_every_shipped_option_composes(group):
 def test_full_size_model_has_the_published_sizes():
     model = load_config(["data.shards=x"]).model
     assert dataclasses.asdict(model) == dataclasses.asdict(Config().model)
+
+
+@pytest.mark.parametrize(
+    ("model", "encoders", "text_dim", "windows", "image"),
+    [
+        ("kairos_4b_video", "wan_qwen25", 3584, "token", True),
+        ("kairos_4b_robot_480p", "wan_qwen35", 2048, "token", True),
+        ("kairos_4b", "wan_qwen35", 2048, "frame", True),
+        ("kairos_4b_libero", "wan_qwen25_no_image", 3584, "frame", False),
+    ],
+    ids=["3.0 video", "3.1 robot-480P", "RoboTwin", "LIBERO-Plus"],
+)
+def test_every_release_has_its_model_and_its_encoders(model, encoders, text_dim, windows, image):
+    stage = "behaviour" if windows == "token" else "joint"
+    config = load_config([f"model={model}", f"encoders={encoders}", f"stage={stage}", "data.shards=x"])
+    assert config.model.text_dim == config.encoders.text.text_dim == text_dim
+    assert (config.model.video.window_semantics, config.model.action is None) == (windows, windows == "token")
+    assert config.model.video.restrict_history_query_to_history == (windows == "frame")
+    assert (config.encoders.text.image, config.encoders.text.system_message) == (image, True)
+
+
+def test_weights_of_token_windows_are_trained_in_frame_windows_by_one_override():
+    """As the official trainer does."""
+    words = ["model=kairos_4b_robot_480p", "stage=behaviour", "data.shards=x"]
+    video = load_config([*words, "model.video.window_semantics=frame"]).model.video
+    assert (video.window_semantics, video.restrict_history_query_to_history) == ("frame", False)
 
 
 def test_composing_leaves_no_trace(tmp_path, monkeypatch):
@@ -233,7 +264,7 @@ def test_bad_override_is_refused_in_one_line(override, message):
 
 def test_a_key_below_a_null_section_is_refused():
     with pytest.raises(UserError, match=r"this model has model\.action=null"):
-        load_config([*ROBOT_480P, "model.action.dim=64"])
+        load_config(["model=kairos_4b_robot_480p", "stage=behaviour", "data.shards=x", "model.action.dim=64"])
 
 
 def test_every_key_of_the_schema_can_be_named():

@@ -281,5 +281,5 @@ def test_legal_frame_counts_pass(frames):
 
 
 def test_token_windows_train_the_video_alone():
-    config = load_config(["model=kairos_4b_robot_480p", "encoders=wan_qwen25", "stage=behaviour", "data.shards=x"])
+    config = load_config(["model=kairos_4b_robot_480p", "stage=behaviour", "data.shards=x"])
     assert (config.model.video.window_semantics, config.model.action) == ("token", None)

@@ -220,6 +220,20 @@ def test_what_is_drawn_for_one_thing_says_nothing_of_another_and_depends_on_the_
     assert not set(other) & set(draws[:20])
 
 
+@pytest.mark.parametrize(("condition", "zeroed"), [("ti2v", False), ("i2v", False), ("null2v", True)])
+def test_a_dropped_context_is_the_empty_prompts_by_option(condition, zeroed):
+    """Zeros remain what null2v means."""
+    values = data(["a"])
+    dropped = objective(conditions={condition: 1.0}, cfg_dropout=1.0, cfg_dropout_form="empty_prompt")
+    batch = dropped.condition(step=0, **values)
+    if zeroed:
+        assert not batch.context.any()
+        assert torch.equal(batch.context_mask, values["context_mask"])
+    else:
+        assert torch.equal(batch.context[0, batch.context_mask[0]], values["empty_context"])
+    assert not objective(conditions={condition: 1.0}, cfg_dropout=1.0).condition(step=0, **values).context.any()
+
+
 def test_dropout_and_mixed_conditions_come_at_their_rates():
     stage = StageConfig(conditions={"t2v": 0.25, "ti2v": 0.75}, cfg_dropout=0.1)
     kwargs = {"seed": 0, "step": 0, "video_shape": (1, 2, 1, 1), "action_shape": None}

@@ -12,6 +12,7 @@ from dataloaders.loading.loader import fixed_batches
 from dataloaders.packing.pack import pack
 from dataloaders.shards import ShardIndex, read_index
 from kairos_train.basics.errors import UserError
+from kairos_train.conditioning.build import build_encoders
 from kairos_train.inference.normalization import from_statistics
 from kairos_train.training.inputs.sources import check_sources, held_out_source, rates_of
 from kairos_train.training.measure.telemetry import drop_later_lines
@@ -91,6 +92,36 @@ def test_other_encoders_than_the_shards_are_refused(encoded):
     config.encoders.video.kind = "wan"
     with pytest.raises(UserError, match=r"encoders\.video\.kind=wan"):
         feed_of(config, [read_index(encoded)])
+
+
+def test_shards_of_another_image_or_system_message_setting_are_refused(encoded):
+    """Where the VLM's weights are not there to be compared by their hash."""
+    index, config = read_index(encoded), tiny_config()
+    config.encoders.text.kind = "qwen"
+    for settings, match in (
+        ({"image": False}, r"encoders\.text\.image=true: the shards were encoded with false"),
+        ({"image": True, "system_message": False}, r"encoders\.text\.system_message=true.*with false"),
+    ):
+        identity = {**index.encoders, "text": {"kind": "qwen", **settings}}
+        with pytest.raises(UserError, match=match):
+            Feed(config, [replace(index, encoders=identity)], CPU)
+    config.encoders.text.image = config.encoders.text.system_message = False
+    identity["text"] = {"kind": "qwen", "image": False, "system_message": False}
+    assert not Feed(config, [replace(index, encoders=identity)], CPU).identity["text"]["image"]
+
+
+def test_contexts_dropped_to_the_empty_prompt_are_its_encoding(shards, encoded):
+    config = tiny_config(cfg_dropout=1.0, cfg_dropout_form="empty_prompt")
+    for folder in (shards, encoded):
+        feed = Feed(config, [read_index(folder)], CPU)
+        dropped = feed.condition(first_batch(folder), step=0)
+        expected, _ = build_encoders(config.encoders).text.encode([""], None)
+        for context, mask in zip(dropped.context, dropped.context_mask):
+            torch.testing.assert_close(context[mask], expected[0], atol=2e-3, rtol=2e-3)
+    index = replace(read_index(encoded), folder=shards)  # no empty_context.npy there, and no encoder
+    config.encoders.text.kind, index = "qwen", replace(index, encoders={**index.encoders, "text": {"kind": "qwen"}})
+    with pytest.raises(UserError, match=r"stage\.cfg_dropout_form=empty_prompt needs the empty prompt's encoding"):
+        Feed(config, [index], CPU)
 
 
 def test_lines_past_the_checkpoint_and_a_cut_one_are_dropped(tmp_path):
