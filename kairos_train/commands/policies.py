@@ -13,7 +13,16 @@ from kairos_train.commands.parsing import command, count, device_of, print_json,
 def run_import(args: argparse.Namespace) -> int:
     from kairos_train.weights.import_public import import_weights
 
-    return print_json(import_weights(args.file, args.out, args.overrides, config_dirs=args.config_dir))
+    summary = import_weights(
+        args.file,
+        args.out,
+        args.overrides,
+        config_dirs=args.config_dir,
+        distilled=args.distilled,
+        statistics=args.statistics,
+        public_config=args.public_config,
+    )
+    return print_json(summary)
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -87,6 +96,17 @@ def add(commands: Any) -> None:
     imported = command(commands, "import", run_import, "turn public weights into a checkpoint to train from")
     imported.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file, or the .index.json of several")
     imported.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint; must not exist")
+    imported.add_argument("--distilled", action="store_true", help="weights distilled to the released four steps")
+    imported.add_argument(
+        "--statistics",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="of the dataset; none: the file beside the weights",
+    )
+    imported.add_argument(
+        "--public-config", type=Path, default=None, metavar="FILE", help="configuration of the public code, in Python"
+    )
     with_overrides(imported)
 
     export = command(commands, "export", run_export, "turn a checkpoint into a folder for inference")

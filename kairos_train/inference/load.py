@@ -294,14 +294,14 @@ def read_sampler(folder: Path, described: Mapping[str, Any]) -> SamplerConfig:
     """
     values, distilled = read_json(folder / SAMPLER_FILE, remedy=EXPORT), described["distilled"]
     whose = values.pop("fingerprint", None)
-    sampler = from_dict(SamplerConfig, values).check()
+    sampler = from_dict(SamplerConfig, values)
     if (sampler.schedule == "distilled") != distilled:
         raise UserError(
             f"{folder / SAMPLER_FILE}: schedule is {sampler.schedule!r} while {CONFIG_FILE} says distilled={distilled};"
             f" set schedule to {'distilled' if distilled else 'shifted'!r}"
         )
     _check_fingerprint(folder / SAMPLER_FILE, whose, described)
-    return sampler
+    return sampler.check()
 
 
 def read_statistics(folder: Path, described: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,10 @@
     DIR/model.safetensors.index.json, model-….safetensors   DIR/model.safetensors    the weights
     DIR/config.json          the resolved run, the encoders' identity, which weights these are; public: `dit_config` too
     DIR/sampler.json         how to sample them (`kairos_train.inference.sampler.SamplerConfig`)
-    DIR/dataset_stats.json   what actions and state are normalised with (when the run had data with actions)
+    DIR/dataset_stats.json   what actions and state are normalised with (when the run had data with actions); public:
+                             one entry per group, `default`
     DIR/robots.json          standalone: sizes, windows and statistics of each of several robots that it was trained on
+    DIR/kairos_config.py     public only: the configuration that the public code loads all this with
     DIR/README.md            model card
     DIR/manifest.json        size and SHA-256 of each file
 
@@ -44,7 +46,10 @@ from kairos_train.weights.export_tensors import ExportTensors, WrittenTensors, c
 from kairos_train.weights.model_card import model_card
 from kairos_train.weights.public import to_public
 from kairos_train.weights.public_config import public_config
+from kairos_train.weights.public_pipeline import CONFIG_FILE as PUBLIC_CONFIG_FILE
+from kairos_train.weights.public_pipeline import public_pipeline
 from kairos_train.weights.quantize import output_error
+from kairos_train.weights.statistics import public_statistics
 
 FORMATS = {"standalone": FORMAT, "public": "kairos-public-1"}
 SMALL = 2**16  # elements
@@ -76,7 +81,8 @@ def export(
         dtype: "bf16" or "fp32", of every tensor that is not quantised, or "stored", as the checkpoint has it; None:
             stored for imported weights, bf16 for trained ones, whose checkpoints are float32.
         quantize: "int8", "fp8" or "int4": the large linear layers, weight-only; None: none.
-        distilled: the model was distilled to the fixed four steps: the sampler is set so, without guidance.
+        distilled: the model was distilled to the fixed four steps: the sampler is set so, without guidance. The
+            checkpoint of imported weights may say so too.
         file_bytes: a file of a standalone export is closed before it would grow beyond this.
 
     Returns:
@@ -118,6 +124,7 @@ def export(
         )
     dtype = dtype or ("stored" if "imported" in reader.state else "bf16")
     source = ExportTensors(merged, section, dtype=DTYPES[dtype], method=quantize)
+    distilled = distilled or reader.state.get("distilled") is True
     writer = _Export(reader, source, config, form=form, weights=weights, distilled=distilled, file_bytes=file_bytes)
     with new_folder(out, durable=True) as folder:
         summary = writer.write(folder)
@@ -127,15 +134,20 @@ def export(
 def sampler_settings(config: Config, *, distilled: bool) -> dict[str, Any]:
     """The settings of sampler.json.
 
-    Guidance is 5 as published; 1 (none) for a model that was distilled or never saw the null form (*ours*).
+    Guidance is 5 as published; 1 (none) for a model that was distilled or never saw the null form (*ours*). Its
+    negative branch is what dropped contexts became in training: zeros, or the empty prompt, as for imported weights.
     """
-    null_known = config.stage.cfg_dropout > 0 or config.stage.conditions.get("null2v", 0) > 0
+    stage = config.stage
+    null_known = stage.cfg_dropout > 0 or stage.conditions.get("null2v", 0) > 0
+    empty_prompt = stage.cfg_dropout > 0 and stage.cfg_dropout_form == "empty_prompt"
     return {
         "schedule": "distilled" if distilled else "shifted",
         "steps": len(schedule.DISTILLED_TIMES) if distilled else 10,
         "guidance": 5.0 if null_known and not distilled else 1.0,
-        "action_shift": schedule.DISTILLED_SHIFT if distilled else config.stage.action_shift,
-        "negative_prompt": None,
+        "action_shift": schedule.DISTILLED_SHIFT if distilled else stage.action_shift,
+        "negative_prompt": "" if empty_prompt else None,
+        "renoise": "fresh",
+        "timestep_dtype": "float32",
     }
 
 
@@ -157,6 +169,9 @@ class _Export:
         self.distilled, self.reader = distilled, reader
         known = STATISTICS_FILE in self.reader.manifest["files"]
         self.statistics = self.reader.text(STATISTICS_FILE) if known else None
+        if known and form == "public":
+            public = public_statistics(json.loads(self.statistics), config.data.window)
+            self.statistics = json.dumps(public, indent=1, sort_keys=True, allow_nan=False) + "\n"
         several = form == "standalone" and ROBOTS_FILE in self.reader.manifest["files"]
         self.robots = self.reader.text(ROBOTS_FILE) if several else None
         keys = to_public(source.names, stream_prefix=form == "standalone" or config.model.action is not None)
@@ -218,14 +233,17 @@ class _Export:
             summary |= {key: described[key] for key in ("quantization", "quantization_error")}
         settings = sampler_settings(self.config, distilled=self.distilled)
         write_json(folder / CONFIG_FILE, described, durable=True)
-        settings["fingerprint"] = described["fingerprint"]
-        write_json(folder / SAMPLER_FILE, settings, durable=True)
+        write_json(folder / SAMPLER_FILE, settings | {"fingerprint": described["fingerprint"]}, durable=True)
+        if described.get("dit_config") is not None:
+            text = self.config.encoders.text
+            content = public_pipeline(described["dit_config"], weights=PUBLIC_FILE, text=text, sampler=settings)
+            write_whole(folder / PUBLIC_CONFIG_FILE, content, durable=True)
         if self.statistics is not None:
             write_whole(folder / STATISTICS_FILE, self.statistics, durable=True)
         if self.robots is not None:
             write_whole(folder / ROBOTS_FILE, self.robots, durable=True)
         statistics = None if self.statistics is None else json.loads(self.statistics)
-        write_whole(folder / "README.md", model_card(described, summary, statistics), durable=True)
+        write_whole(folder / "README.md", model_card(described, summary, statistics, settings), durable=True)
         others = [path for path in folder.iterdir() if path.name not in files]
         contents = {**files, **{path.name: describe_file(path) for path in others}}
         write_json(folder / "manifest.json", {"format": described["format"], "files": contents}, durable=True)

@@ -2,10 +2,12 @@
 
     DIR/step-00000000/   sections "model" and "ema", which name the same bytes: imported weights are their own average,
                          so that both names are found and the disk holds one copy
-        config.yaml          the recognised model; the rest as the command line composed it
-        dataset_stats.json   the one beside the weights, where there is one
+        config.yaml          the recognised model; of an export of this project its encoders, data and stage too; the
+                             rest as the command line composed it
+        dataset_stats.json   the statistics of the weights, where there are some
 
-Every tensor keeps its bytes and its dtype. One is in memory at a time.
+Every tensor keeps its bytes and its dtype. One is in memory at a time. The checkpoint's state says `distilled` of
+weights that are sampled as distilled ones, and keeps the identity of an export's encoders.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import copy
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -25,42 +27,42 @@ from torch import Tensor
 
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import new_folder
+from kairos_train.basics.plain import from_dict
 from kairos_train.checkpoint.canonical import TEMPORARY, checkpoint_path
 from kairos_train.checkpoint.tensor_file import Stored, split_by_size, write_tensors
 from kairos_train.checkpoint.writing import FILE_BYTES, publish
 from kairos_train.config.schema import MISSING, Config, ModelConfig
+from kairos_train.weights import statistics as stats
 from kairos_train.weights.public import from_public
-from kairos_train.weights.recognise import TRACELESS, Word, leaves, recognise
+from kairos_train.weights.recognise import TRACELESS, recognise
+from kairos_train.weights.stated import Company, company_of, compose, stated
 from kairos_train.weights.weights_source import WeightsSource
 
-CONFIG, STATISTICS = "config.json", "dataset_stats.json"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-ENCODERS = {2048: "wan_qwen35", 3584: "wan_qwen25"}
-"""Width of the context -> the published encoders that give it."""
-
-HEADER_NAMES = {
-    "dim": "video.dim",
-    "ffn_dim": "video.ffn_dim",
-    "layers": "video.layer_cycle",
-    "window_frames": "video.window_frames",
-    "dilation": "video.dilation",
-    "window_semantics": "video.window_semantics",
-    "restrict_history_query_to_history": "video.restrict_history_query_to_history",
-    "all_attend_history": "video.all_attend_history",
-    "gdn_head_dim": "video.gdn_key_dim",
-    "action_dim_model": "action.dim",
-    "action_ffn_dim": "action.ffn_dim",
-    "action_dim": "action.action_dim",
-    "state_dim": "action.state_dim",
-    **{name: name for name in ("num_layers", "num_heads", "text_dim", "freq_dim", "eps")},
+ENCODERS = {
+    **{(2048, streams): "wan_qwen35" for streams in (1, 2)},
+    (3584, 1): "wan_qwen25",
+    (3584, 2): "wan_qwen25_no_image",
 }
-"""Names of a flat configuration, as reference vectors have it in their header; a flag that is absent there is false."""
+"""Width of the context and number of streams -> the encoders of the published weights that are so."""
 
-FLAGS = ("restrict_history_query_to_history", "all_attend_history")
+KEPT = {
+    "encoders": ("name", "video", "text"),
+    "data": ("name", "window", "prompt_template", "normalize_action", "normalize_state"),
+    "stage": ("name", "streams", "conditions", "history_frames", "cfg_dropout", "cfg_dropout_form", "action_shift"),
+}
+"""What an export's run says of its weights; the rest is of the machine or of how they were trained."""
 
 
 def import_weights(
-    file: Path, out: Path, overrides: Sequence[str] = (), *, config_dirs: Sequence[Path] = ()
+    file: Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    *,
+    config_dirs: Sequence[Path] = (),
+    distilled: bool = False,
+    statistics: Path | None = None,
+    public_config: Path | None = None,
 ) -> dict[str, Any]:
     """Write a canonical checkpoint from public weights; it appears under its name only when it is complete.
 
@@ -70,12 +72,17 @@ def import_weights(
         overrides: `GROUP=OPTION` and `KEY=VALUE` of a run. `model=NAME` and `model.KEY=VALUE` say what leaves no trace
             in the weights; `data`, `encoders` and `stage` are kept for a later export.
         config_dirs: folders of own configurations.
+        distilled: the weights are of a model distilled to the released fixed times; a configuration that comes with
+            them may say so too.
+        statistics: what actions and state are normalised with; None: the file beside the weights, if there is one.
+        public_config: a Python configuration of the public code that loads these weights.
 
     Returns:
         What was found: streams, sizes, dtypes, who said what, the encoders, bytes written.
 
     Raises:
-        UserError: unreadable weights, tensors that do not fit, or a configuration that is missing or contradicts them.
+        UserError: unreadable weights, tensors that do not fit, a configuration that is missing or contradicts them, or
+            statistics that are ambiguous or of which nobody said how they normalise.
     """
     file, out = Path(file), Path(out)
     if out.exists():
@@ -88,16 +95,25 @@ def import_weights(
                 f"{file}: {key!r} is {_name(source.dtype(key))}, no floating type; quantised weights cannot be trained:"
                 " import the unquantised ones"
             )
-    words = stated(source, overrides, config_dirs)
+    company = company_of(source, public_config)
+    words = stated(company, overrides, config_dirs)
     shapes = {parameter: source.shape(key) for parameter, key in names.items()}
-    config = _compose(recognise(shapes, words), overrides, config_dirs)
+    config = _compose(recognise(shapes, words), company, overrides, config_dirs)
+    statistics = statistics or stats.statistics_file(file.parent)
+    content = None
+    if statistics is not None:
+        exported = isinstance(company.run.get("data"), dict)
+        content = stats.imported_statistics(statistics, config, _keys(overrides), exported=exported)
     tensors = {
         parameter: Stored(source.dtype(key), source.shape(key), partial(_read, source, key))
         for parameter, key in sorted(names.items())
     }
     prefix = names["video_dit.patch_embedding.weight"].removesuffix("patch_embedding.weight")
-    state = {"imported": {"file": file.name, "prefix": prefix}, "encoders": None}
-    nbytes = _write(out, tensors, config, state, _statistics(file))
+    distilled = distilled or company.distilled
+    state = {"imported": {"file": file.name, "prefix": prefix}, "encoders": None, "distilled": distilled}
+    if not _chosen("encoders", _keys(overrides)):
+        state["encoders"] = company.record.get("encoders")
+    nbytes = _write(out, tensors, config, state, content)
     return {
         "out": str(out),
         "streams": ["video"] if config.model.action is None else ["video", "action"],
@@ -109,126 +125,85 @@ def import_weights(
         "model": dataclasses.asdict(config.model),
         "stated_by": {key: words[key].source for key in (*TRACELESS, "num_heads") if key in words},
         "encoders": config.encoders.name,
-        "statistics": (file.parent / STATISTICS).is_file(),
+        "distilled": distilled,
+        "statistics": None if statistics is None else statistics.name,
     }
 
 
-# --- what was stated ---
+# --- the configuration of the checkpoint ---
 
 
-def stated(source: WeightsSource, overrides: Sequence[str], config_dirs: Sequence[Path]) -> dict[str, Word]:
-    """Settings below `model` by dotted key: those of the weights' own configuration, then a named model's, then single
-    ones of the command line; later ones win.
-
-    Raises:
-        UserError: two configurations of the same weights contradict each other.
-    """
-    words: dict[str, Word] = {}
-    for text, values in _beside(source):
-        for key, value in values.items():
-            before = words.get(key)
-            if before is not None and before.value != value:
-                raise UserError(
-                    f"model.{key} is {before.value!r} by {before.source} and {value!r} by {text}; they do not belong"
-                    " together: remove the wrong one"
-                )
-            words[key] = Word(value, text)
-    given = [text.partition("=")[0].strip() for text in overrides]
-    named = next((text for text in overrides if text.startswith(("model=", "experiment="))), None)
-    single = [key.removeprefix("model.") for key in given if key.startswith("model.")]
-    if named is None and not single:
-        return words
-    composed = leaves(dataclasses.asdict(_load(overrides, config_dirs).model))
-    if named is not None:
-        words |= {key: Word(value, named, named_model=True) for key, value in composed.items() if value != MISSING}
-    for key in single:
-        inside = {k: v for k, v in composed.items() if k == key or k.startswith(f"{key}.")}
-        words |= {k: Word(value, "the command line") for k, value in inside.items()}
-    return words
+def _keys(overrides: Sequence[str]) -> list[str]:
+    """What a command line sets: groups and dotted keys."""
+    return [text.partition("=")[0].strip() for text in overrides]
 
 
-def _beside(source: WeightsSource) -> list[tuple[str, dict[str, Any]]]:
-    """(where it stands, settings) of every configuration that came with the weights."""
-    found = []
-    for name in ("model_config", "config"):
-        if name in source.metadata:
-            where = f"metadata {name!r} of {source.path.name}"
-            found.append((where, _settings(_json(source.metadata[name], where))))
-    file = source.path.parent / CONFIG
-    if file.is_file():
-        content = _json(file.read_text(encoding="utf-8"), str(file))
-        run = content.get("run")
-        model = run.get("model") if isinstance(run, dict) else None
-        found.append((str(file), _settings(model if isinstance(model, dict) else content)))
-    return found
+def _chosen(section: str, keys: Sequence[str]) -> bool:
+    """Whether the command line chose a whole section."""
+    return section in keys or "experiment" in keys
 
 
-def _json(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: is no JSON object; correct or remove it")
-    return value
-
-
-def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted settings of a configuration in this project's form or as a flat header; none of any other, as programs of
-    all kinds leave a config.json beside weights."""
-    if isinstance(content.get("video"), Mapping):
-        return leaves(content)
-    if "layers" not in content:
-        return {}
-    values = {known: content[name] for name, known in HEADER_NAMES.items() if name in content}
-    values |= {HEADER_NAMES[name]: False for name in FLAGS if name not in content}
-    values.setdefault("video.window_semantics", "frame")
-    return values
-
-
-def _load(overrides: Sequence[str], config_dirs: Sequence[Path], sections: Iterable[str] = ()) -> Config:
-    from kairos_train.config.compose import load_config  # needs hydra, which reading weights does not
-
-    return load_config(overrides, config_dirs=config_dirs, sections=list(sections))
-
-
-def _compose(model: ModelConfig, overrides: Sequence[str], config_dirs: Sequence[Path]) -> Config:
-    """The configuration of the checkpoint: the recognised model, and where the command line chose none, the published
-    encoders of its context width and a stage of its streams.
+def _compose(model: ModelConfig, company: Company, overrides: Sequence[str], config_dirs: Sequence[Path]) -> Config:
+    """The configuration of the checkpoint: the recognised model, what an export says of its encoders, data and stage,
+    and where neither it nor the command line chose, the published encoders and a stage of these streams.
 
     Raises:
         UserError: a rule is broken, as by encoders of another width.
     """
     from kairos_train.config.validate import validate
 
-    chosen = {text.partition("=")[0].strip().partition(".")[0] for text in overrides} | (
-        {"encoders", "stage"} if any(text.startswith("experiment=") for text in overrides) else set()
-    )
+    keys = _keys(overrides)
+    known = {section for section in KEPT if isinstance(company.run.get(section), dict)}
+    chosen = {section for section in KEPT if _chosen(section, keys) or any(k.startswith(f"{section}.") for k in keys)}
+    encoders = ENCODERS.get((model.text_dim, 1 if model.action is None else 2))
     added = []
-    if "encoders" not in chosen and model.text_dim in ENCODERS:
-        added.append(f"encoders={ENCODERS[model.text_dim]}")
+    if "encoders" not in chosen | known and encoders is not None:
+        added.append(f"encoders={encoders}")
     if "stage" not in chosen and model.action is None:
         added.append("stage=physical")
-    config = copy.deepcopy(_load([*added, *overrides], config_dirs))
+    config = copy.deepcopy(compose([*added, *overrides], config_dirs))
+    for section in sorted(known):
+        if not _chosen(section, keys):
+            setattr(config, section, _kept(section, company.run[section], config, keys))
     if model.action is not None and config.stage.streams == "video":
         raise UserError(
             f"stage.streams=video (stage {config.stage.name!r}), but the weights hold both streams; leave it out, or"
             " choose a joint stage"
         )
     config.model = model
-    if "encoders" not in chosen and model.text_dim not in ENCODERS:
+    if "encoders" not in chosen | known and encoders is None:
         config.encoders.name, config.encoders.text.text_dim = "unnamed", model.text_dim
+    if "stage" not in known and "stage.cfg_dropout_form" not in keys:
+        config.stage.cfg_dropout_form = "empty_prompt"  # what the public samplers guide the published weights with
     if config.data.window.cameras == MISSING:
         config.data.window.cameras = []
     validate(config, ("model", "encoders"))  # what only a trained stage must keep is not asked here
     return config
 
 
+def _kept(section: str, run: Mapping[str, Any], config: Config, keys: Sequence[str]) -> Any:
+    """A section as an export's run has it, but for what the command line sets and what is not of the weights."""
+    composed = dataclasses.asdict(getattr(config, section))
+    tree = composed | {name: copy.deepcopy(run[name]) for name in KEPT[section] if name in run}
+    for key in keys:
+        *path, last = key.split(".")
+        if path[:1] == [section]:
+            source, target = composed, tree
+            for name in path[1:]:
+                source, target = source[name], target[name]
+            target[last] = source[last]
+    return from_dict(type(getattr(config, section)), tree)
+
+
 # --- writing ---
 
 
 def _write(
-    out: Path, tensors: Mapping[str, Stored], config: Config, state: Mapping[str, Any], statistics: str | None
+    out: Path,
+    tensors: Mapping[str, Stored],
+    config: Config,
+    state: Mapping[str, Any],
+    statistics: Mapping[str, Any] | None,
 ) -> int:
     """Write the checkpoint; returns the bytes of its tensors' files."""
     from kairos_train.config.compose import to_yaml
@@ -244,7 +219,7 @@ def _write(
             for key, tensor in group.items():
                 piece = {"file": name, "key": key, "offset": [0] * len(tensor.shape), "shape": list(tensor.shape)}
                 described[key] = {"dtype": _name(tensor.dtype), "shape": list(tensor.shape), "pieces": [piece]}
-        texts = {"config.yaml": to_yaml(config)} | ({} if statistics is None else {STATISTICS: statistics})
+        texts = {"config.yaml": to_yaml(config)} | ({} if statistics is None else {stats.FILE: json.dumps(statistics)})
         part = {"sections": {"model": described, "ema": copy.deepcopy(described)}, "files": files}
         publish(folder, target, [part], state=state, files=texts)
     return sum(info["bytes"] for info in files.values())
@@ -255,16 +230,6 @@ def _read(source: WeightsSource, key: str) -> Tensor:
     if not tensor.isfinite().all():
         raise UserError(f"{source.path}: {key!r} has values that are not finite; get the weights again")
     return tensor
-
-
-def _statistics(file: Path) -> str | None:
-    """The dataset statistics beside the weights."""
-    path = file.parent / STATISTICS
-    if not path.is_file():
-        return None
-    text = path.read_text(encoding="utf-8")
-    _json(text, str(path))
-    return text
 
 
 def _name(dtype: torch.dtype) -> str:

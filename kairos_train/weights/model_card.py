@@ -16,15 +16,22 @@ STANDALONE = [
     "",
 ]
 PUBLIC = [
-    "Weights under the keys of the public inference code; `dit_config` in `config.json` constructs its network.",
+    "Weights under the keys of the public inference code, which loads them with `kairos_config.py`: edit the paths at",
+    "its top. `kairos-train import model.safetensors --out DIR` makes them a checkpoint to train from.",
+    "",
+]
+NO_PUBLIC = [
+    "Weights under the keys of the public inference code, which has no such network: {}.",
     "`kairos-train import model.safetensors --out DIR` makes them a checkpoint to train from.",
     "",
 ]
 LAST = "`config.json` holds every setting of the run, `sampler.json` how to sample, `manifest.json` the hashes."
 
 
-def model_card(described: dict[str, Any], summary: dict[str, Any], statistics: dict[str, Any] | None) -> str:
-    """README.md of an export, from the content of config.json, the summary and the dataset's statistics."""
+def model_card(
+    described: dict[str, Any], summary: dict[str, Any], statistics: dict[str, Any] | None, sampler: dict[str, Any]
+) -> str:
+    """README.md of an export, from the content of config.json, the summary, the dataset's statistics, the sampler."""
     run = described["run"]
     model, data, stage = run["model"], run["data"], run["stage"]
     window = data["window"]
@@ -45,7 +52,8 @@ def model_card(described: dict[str, Any], summary: dict[str, Any], statistics: d
         f"| window | {window['frames']} frames of {window['height']}×{window['width']} per camera, one of"
         f" {window['action_video_freq_ratio']} raw frames; {stage['history_frames']} latent frame(s) given |",
         f"| prompt | `{data['prompt_template']}` |",
-        f"| encoders | {kinds} |",
+        f"| encoders | {kinds}{_text_settings(run['encoders']['text'])} |",
+        f"| sampling | {_sampling(sampler)} |",
     ]
     if actions:
         lines.append(
@@ -62,8 +70,34 @@ def model_card(described: dict[str, Any], summary: dict[str, Any], statistics: d
     ]
     if encoders["video"] == "block_dct" or encoders["text"] == "hashed_ngrams":
         lines += ["Trained on weight-free encoders: it cannot be used with the published ones.", ""]
-    lines += PUBLIC if "dit_config" in described else STANDALONE
+    if "dit_config" not in described:
+        lines += STANDALONE
+    elif described["dit_config"] is None:
+        lines += [line.format(described["dit_config_missing"]) for line in NO_PUBLIC]
+    else:
+        lines += PUBLIC
     return "\n".join([*lines, LAST, ""])
+
+
+def _text_settings(text: dict[str, Any]) -> str:
+    """What the VLM is not shown."""
+    absent = [
+        name for key, name in (("image", "image"), ("system_message", "system message")) if not text.get(key, True)
+    ]
+    return f", without {' and '.join(absent)}" if absent and text["kind"] == "qwen" else ""
+
+
+def _sampling(sampler: dict[str, Any]) -> str:
+    if sampler["schedule"] == "distilled":
+        return f"distilled, {sampler['steps']} fixed steps, no guidance"
+    steps = f"{sampler['steps']} steps"
+    if sampler["guidance"] == 1:
+        return f"{steps}, no guidance"
+    negative = sampler["negative_prompt"]
+    against = (
+        "a context of zeros" if negative is None else f"the prompt `{negative}`" if negative else "the empty prompt"
+    )
+    return f"{steps}, guidance {sampler['guidance']:g} against {against}"
 
 
 def _origin(described: dict[str, Any]) -> str:
