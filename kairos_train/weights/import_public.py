@@ -154,7 +154,7 @@ def _compose(model: ModelConfig, company: Company, overrides: Sequence[str], con
 
     keys = _keys(overrides)
     known = {section for section in KEPT if isinstance(company.run.get(section), dict)}
-    chosen = {section for section in KEPT if _chosen(section, keys) or any(k.startswith(f"{section}.") for k in keys)}
+    chosen = {section for section in KEPT if _chosen(section, keys)}
     encoders = ENCODERS.get((model.text_dim, 1 if model.action is None else 2))
     added = []
     if "encoders" not in chosen | known and encoders is not None:
@@ -163,7 +163,7 @@ def _compose(model: ModelConfig, company: Company, overrides: Sequence[str], con
         added.append("stage=physical")
     config = copy.deepcopy(compose([*added, *overrides], config_dirs))
     for section in sorted(known):
-        if not _chosen(section, keys):
+        if section not in chosen:
             setattr(config, section, _kept(section, company.run[section], config, keys))
     if model.action is not None and config.stage.streams == "video":
         raise UserError(
