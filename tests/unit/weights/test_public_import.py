@@ -223,8 +223,8 @@ def test_distilled_weights_bring_their_sampler(tmp_path, capsys, how):
     else:
         write_config(tmp_path / "in" / "kairos_config.py", network)
         import_weights(file, tmp_path / "first", distilled=True)
-        export(tmp_path / "first", tmp_path / "public", form="public")
-        file = tmp_path / "public" / "model.safetensors"
+        export(tmp_path / "first", tmp_path / "exported")  # its config.json says so
+        file = tmp_path / "exported" / "model.safetensors.index.json"
     assert cli.main(["import", str(file), "--out", str(tmp_path / "base"), *words]) == 0
     assert json.loads(capsys.readouterr().out)["distilled"] is True
     export(tmp_path / "base", tmp_path / "policy")
