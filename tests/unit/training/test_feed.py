@@ -104,16 +104,16 @@ def test_shards_of_another_image_or_system_message_setting_are_refused(encoded):
     ):
         identity = {**index.encoders, "text": {"kind": "qwen", **settings}}
         with pytest.raises(UserError, match=match):
-            Feed(config, [replace(index, encoders=identity)], CPU)
+            feed_of(config, [replace(index, encoders=identity)])
     config.encoders.text.image = config.encoders.text.system_message = False
     identity["text"] = {"kind": "qwen", "image": False, "system_message": False}
-    assert not Feed(config, [replace(index, encoders=identity)], CPU).identity["text"]["image"]
+    assert not feed_of(config, [replace(index, encoders=identity)]).identity["text"]["image"]
 
 
 def test_contexts_dropped_to_the_empty_prompt_are_its_encoding(shards, encoded):
     config = tiny_config(cfg_dropout=1.0, cfg_dropout_form="empty_prompt")
     for folder in (shards, encoded):
-        feed = Feed(config, [read_index(folder)], CPU)
+        feed = feed_of(config, [read_index(folder)])
         dropped = feed.condition(first_batch(folder), step=0)
         expected, _ = build_encoders(config.encoders).text.encode([""], None)
         for context, mask in zip(dropped.context, dropped.context_mask):
@@ -121,7 +121,7 @@ def test_contexts_dropped_to_the_empty_prompt_are_its_encoding(shards, encoded):
     index = replace(read_index(encoded), folder=shards)  # no empty_context.npy there, and no encoder
     config.encoders.text.kind, index = "qwen", replace(index, encoders={**index.encoders, "text": {"kind": "qwen"}})
     with pytest.raises(UserError, match=r"stage\.cfg_dropout_form=empty_prompt needs the empty prompt's encoding"):
-        Feed(config, [index], CPU)
+        feed_of(config, [index])
 
 
 def test_lines_past_the_checkpoint_and_a_cut_one_are_dropped(tmp_path):
