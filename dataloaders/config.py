@@ -47,6 +47,36 @@ class ClipConfig:
     )  # 4k + 1; what is left of a video below that is left out and counted (ours)
 
 
+BELIEVABLE: dict[str, tuple[str, ...]] = {
+    "episodes": ("table",),
+    "fps": ("info", "timestamps"),
+    "order": ("frame_index", "timestamps", "rows"),
+    "frames": ("frame_index", "timestamps"),
+    "episode_index": ("file",),
+    "video_parts": ("table",),
+    "task": ("rows", "episodes"),
+}
+"""The sides of each contradiction that `data.believe` can decide."""
+
+
+@dataclass
+class BelieveConfig:
+    """Which side is right where two sources within a LeRobot dataset contradict each other; null: packing refuses."""
+
+    # table: pack its episodes, though info.json promises another number of them
+    episodes: str | None = setting(None, one_of(*BELIEVABLE["episodes"]))
+    fps: str | None = setting(None, one_of(*BELIEVABLE["fps"]))  # of the rows, by info.json or their timestamps
+    # of the rows of an episode: by frame_index, by timestamps, or as they lie
+    order: str | None = setting(None, one_of(*BELIEVABLE["order"]))
+    frames: str | None = setting(None, one_of(*BELIEVABLE["frames"]))  # which frame of its video a row shows
+    # file: its name says whose rows it holds, whatever their episode_index
+    episode_index: str | None = setting(None, one_of(*BELIEVABLE["episode_index"]))
+    # table: episodes share frames of one video, as their from_timestamp and to_timestamp say
+    video_parts: str | None = setting(None, one_of(*BELIEVABLE["video_parts"]))
+    # the instruction, by the task_index of the rows or by the table of episodes
+    task: str | None = setting(None, one_of(*BELIEVABLE["task"]))
+
+
 @dataclass
 class SourceConfig:
     """One of several sources that a run draws from."""
@@ -69,6 +99,10 @@ class DataConfig:
     validation_shards: str | None = setting(None, on_resume="free")  # folder of held-out windows
     window: WindowConfig = field(default_factory=WindowConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
+    # seconds a row's timestamp may lie from its frame, as LeRobot has it
+    timestamp_tolerance: float = setting(1e-4, POSITIVE, on_resume="silent")
+    # which side is right where a LeRobot dataset contradicts itself
+    believe: BelieveConfig = setting(factory=BelieveConfig, on_resume="silent")
     prompt_template: str = "{task}"  # of the text a sample is conditioned on; {task} is its instruction
     normalize_action: str = setting("minmax", NORMALIZATION)  # of actions, by the statistics of their source
     normalize_state: str = setting("minmax", NORMALIZATION)  # of states, likewise

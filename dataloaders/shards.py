@@ -1,6 +1,7 @@
 """The shard folder: WebDataset tar files of training windows and the index that describes them.
 
     DIR/index.json           what the shards hold and were made with, the number, size and sha256 of each
+    DIR/consistency.json     what two sources within the dataset said differently (see `dataloaders.consistency.report`)
     DIR/dataset_stats.json   statistics of states and actions (see `dataloaders.packing.statistics`)
     DIR/shard-000000.tar …   members KEY.mp4, KEY.action.npy, KEY.state.npy, KEY.json and, when encoded,
                              KEY.latents.npy, KEY.context.npy
@@ -26,6 +27,7 @@ import numpy as np
 from dataloaders.config import ClipConfig, WindowConfig
 from dataloaders.files.urls import is_url, join, open_url, read_url, size_of
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import holds_lfs_pointer, is_lfs_pointer, pointer_fault
 from kairos_train.basics.plain import from_dict
 
 FORMAT = "kairos-shards-1"
@@ -60,7 +62,7 @@ class ShardIndex:
 
     Of later versions, empty in older folders: `clips`, set for samples without a robot whose sizes differ; `shapes`,
     how many `samples` there are of each `frames`, `height`, `width`; the names of caption variants and quality scores;
-    the hash of the statistics that belong to it; a hash of all that it was packed from.
+    the hash of the statistics that belong to it; hashes of all that it was packed from, and of its files' sizes.
     """
 
     folder: Path | str  # str: a URL
@@ -80,11 +82,17 @@ class ShardIndex:
     scores: list[str] = field(default_factory=list)
     statistics_sha256: str | None = None
     recipe: str | None = None
+    files_sha256: str | None = None
 
     @property
     def fingerprint(self) -> str:
         """Identity of the data: changes when any shard's content, order or name does."""
         return hashlib.sha256("\n".join(f"{s.name} {s.sha256}" for s in self.shards).encode()).hexdigest()[:16]
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Of the pictures of windows, in their order; empty for clips, and where an earlier version told none."""
+        return () if self.clips is not None else tuple(self.source.get("cameras") or self.window.cameras)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of index.json."""
@@ -111,9 +119,14 @@ class ShardIndex:
         """Context of the empty prompt, float32 (N, C); None when the shards were packed without one."""
         path = join(self.folder, EMPTY_CONTEXT)
         try:
-            return np.load(io.BytesIO(read_url(path)), allow_pickle=False).astype(np.float32)
+            data = read_url(path)
+            if is_lfs_pointer(data):
+                raise UserError(pointer_fault(path))
+            return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)
         except FileNotFoundError:
             return None
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); pack again") from error
 
@@ -195,6 +208,8 @@ def check_size(folder: Path | str, shard: ShardInfo) -> None:
         raise CorruptData(shard.name, f"cannot be read ({error})", samples=shard.samples) from error
     if size != shard.bytes:
         reason = f"has {size} bytes, the index says {shard.bytes}: truncated or replaced"
+        if not is_url(path) and holds_lfs_pointer(path):
+            reason = pointer_fault(path).removeprefix(f"{path}: ")
         raise CorruptData(shard.name, reason, samples=shard.samples)
 
 
@@ -249,11 +264,14 @@ def _plain(name: str) -> str:
 
 def _read(path: Path | str) -> bytes:
     try:
-        return read_url(path)
+        data = read_url(path)
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist; data.shards must be a folder written by `data pack`") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); is it a folder written by `data pack`?") from error
+    if is_lfs_pointer(data):
+        raise UserError(pointer_fault(path))
+    return data
 
 
 def _parsed(path: Path | str, content: bytes) -> Any:

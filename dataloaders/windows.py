@@ -14,7 +14,7 @@ recorded value in `absolute_dims`; they carry no loss either way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -106,6 +106,18 @@ def windows_of(length: int, window: WindowConfig) -> list[Window]:
     ]
 
 
+def windows_of_runs(runs: Sequence[tuple[int, int]], window: WindowConfig) -> list[tuple[Window, int]]:
+    """(window, end of its run) of an episode whose raw frames follow each other inside (first, end) runs alone.
+
+    To windows a run is an episode. One of several that is too short for a second video frame gives none.
+    """
+    found = []
+    for first, end in runs:
+        if len(runs) == 1 or end - first > window.action_video_freq_ratio:
+            found += [(replace(w, start=first + w.start), end) for w in windows_of(end - first, window)]
+    return found
+
+
 def frame_indices(start: int, length: int, window: WindowConfig) -> np.ndarray:
     """Raw frame index of each video frame, int64 (T,); past the end of the episode the last frame repeats."""
     return np.minimum(start + np.arange(window.frames) * window.action_video_freq_ratio, length - 1)
@@ -115,6 +127,8 @@ def cut_actions(
     actions: np.ndarray, start: int, window: WindowConfig, *, states: np.ndarray | None = None
 ) -> np.ndarray:
     """Actions (L, da) -> float32 (A, da) of the window at `start`, as the window's options want them.
+
+    Differences are taken in the precision of what is given, and rounded then.
 
     Args:
         states: (L, ds), needed with `action_values=minus_state`.
@@ -127,8 +141,9 @@ def cut_actions(
 
 
 def action_offset(action_dim: int, states: np.ndarray | None, start: int | np.ndarray, window: WindowConfig):
-    """What is subtracted from the actions of the windows at `start`: float32 (da,) or, for n starts, (n, da)."""
-    offset = np.zeros((*np.shape(start), action_dim), dtype=np.float32)
+    """What is subtracted from the actions of the windows at `start`: (da,) or, for n starts, (n, da); float32, or of
+    the states' type."""
+    offset = np.zeros((*np.shape(start), action_dim), dtype=np.float32 if states is None else states.dtype)
     if window.action_values == "minus_state":
         deltas = [d for d in range(action_dim) if d not in window.absolute_dims]
         offset[..., deltas] = states[start][..., deltas]
@@ -148,6 +163,11 @@ def choose_cameras(window: WindowConfig, available: Sequence[str]) -> list[str]:
         raise UserError(
             f"data.window.cameras={list(wanted)}: layout=head_over_wrists needs three, named in the order head, left "
             f"wrist, right wrist; this dataset has {', '.join(available)}"
+        )
+    if twice := next((camera for camera in wanted if wanted.count(camera) > 1), None):
+        raise UserError(
+            f"data.window.cameras={list(wanted)}: names {twice} twice, and a policy is given each camera once; name "
+            f"each once, of {', '.join(available)}"
         )
     for camera in wanted:
         if camera not in available:

@@ -64,6 +64,9 @@ def open_shards(shards: Path, policy: Policy) -> ShardIndex:
     for name, found, wanted in pairs:
         if found != wanted:
             raise UserError(f"{shards}: {name} is {found}, the model was trained with {wanted}; pack them alike")
+    if policy.cameras and index.cameras and policy.cameras != index.cameras:
+        found, wanted = ",".join(index.cameras), ",".join(policy.cameras)
+        raise UserError(f"{shards}: cameras are {found}, the model was trained with {wanted}; pack them alike")
     if index.encoders is not None and policy.encoders is not None:
         identities_match(index.encoders, policy.encoders)
     return index

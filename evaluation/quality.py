@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.foreign_files import refuse_lfs_pointer
 
 WINDOW, SIGMA = 11, 1.5
 K1, K2, RANGE = 0.01, 0.03, 255.0
@@ -64,6 +65,7 @@ class QualityModel:
         self.file, self.option, self.device = Path(file), option, device
         if not self.file.is_file():
             raise UserError(f"{option}={file}: not found; give a TorchScript module, as torch.jit.save writes it")
+        refuse_lfs_pointer(self.file)
         try:
             self._module = torch.jit.load(str(self.file), map_location=device).eval()
         except (RuntimeError, ValueError, OSError) as error:

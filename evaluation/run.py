@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataloaders.consistency.report import announced, lines, read_report
 from dataloaders.shards import ShardIndex
 from evaluation import losses, memory_probe, open_loop, plots, video
 from evaluation.held_out import open_policy
@@ -109,6 +110,8 @@ def evaluate(
     settings.check()
     policy, index = open_policy(export, shards, robot=settings.robot, device=device, dtype=dtype)
     predictor = Predictor(policy, sampler=policy.sampler.replaced(steps=settings.steps, guidance=settings.guidance))
+    for line in announced(shards):
+        logger.info(line)
     parts, left_out = _chosen(obstacles(policy, index), settings.parts)
     judges = _check_video(predictor, settings) if "video" in parts else {}
     if "video" not in parts and (settings.lpips or settings.fvd):
@@ -122,7 +125,12 @@ def evaluate(
         "experiment": policy.config.experiment,
         "model_name": policy.config.model.name,
         "model": {k: policy.about.get(k) for k in ("weights", "dtype", "step", "checkpoint_sha256", "fingerprint")},
-        "shards": {"fingerprint": index.fingerprint, "dataset": index.source.get("dataset"), "samples": index.samples},
+        "shards": {
+            "fingerprint": index.fingerprint,
+            "dataset": index.source.get("dataset"),
+            "samples": index.samples,
+            "contradictions": lines(read_report(shards)),
+        },
         "seed": settings.seed,
         "parts": found,
         "left_out": left_out,

@@ -14,6 +14,7 @@ import av
 import numpy as np
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import holds_lfs_pointer, is_lfs_pointer, pointer_fault
 
 _TURNS = {  # (a, b, c, d) of a display matrix, x' = a x + c y and y' = b x + d y -> what shows the picture so
     (1, 0, 0, 1): lambda p: p,
@@ -40,6 +41,8 @@ def read_image(source: bytes | Path, *, name: str, scale_16_bits: bool = True) -
     """
     from PIL import Image, ImageOps
 
+    if is_lfs_pointer(source) if isinstance(source, bytes) else holds_lfs_pointer(source):
+        raise UserError(pointer_fault(name))
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")

@@ -23,6 +23,7 @@ import numpy as np
 
 from dataloaders.files.images import frame_pixels
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import is_lfs_pointer, pointer_fault, refuse_lfs_pointer
 
 TOLERANCE_S = 1e-4  # farthest a frame may lie from the asked time, as LeRobot has it
 _RUN_UPS = (0, 1, None)  # key frames that decoding starts before the needed one, in each attempt; None: all
@@ -116,6 +117,10 @@ def _opened(file: Path | bytes, name: str | None, *, run_up: int | None = 0) -> 
     name = name or (str(file) if isinstance(file, Path) else "video")
     if isinstance(file, Path) and not file.is_file():
         raise UserError(f"{name}: no such video file")
+    if isinstance(file, Path):
+        refuse_lfs_pointer(file)
+    elif is_lfs_pointer(file):
+        raise UserError(pointer_fault(name))
     try:
         # The whole path: in a name like 12:30.mp4, FFmpeg would take what is before the colon for a protocol.
         with av.open(os.path.abspath(file) if isinstance(file, Path) else io.BytesIO(file)) as container:

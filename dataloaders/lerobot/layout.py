@@ -10,15 +10,20 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dataloaders.consistency.pictures import VideoSpan
+from dataloaders.consistency.tables import EpisodeRow
 from dataloaders.files.urls import join
+from dataloaders.lerobot.columns import text_of
 from kairos_train.basics.errors import UserError, one_line
 from kairos_train.basics.files import read_json
+from kairos_train.basics.foreign_files import read_text, refuse_lfs_pointer
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 INFO_PATH = "meta/info.json"
@@ -40,7 +45,8 @@ EPISODE_COLUMNS = ("episode_index", "tasks", "length", "dataset_from_index", "da
 
 @dataclass(frozen=True)
 class Info:
-    """What `meta/info.json` says, checked. `fps` in frames per second, `features` as they stand in the file."""
+    """What `meta/info.json` says, checked. `fps` in frames per second, `features` as they stand in the file, `raw` all
+    of it."""
 
     root: Path
     version: str
@@ -50,25 +56,24 @@ class Info:
     data_path: str
     video_path: str | None
     chunks_size: int
+    raw: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class VideoPlace:
-    """Where an episode's pictures of one camera begin: file and second of the file's clock."""
+    """Where an episode's pictures of one camera are: the file, and which part of it."""
 
     path: Path
-    from_timestamp: float
+    span: VideoSpan = field(default_factory=lambda: VideoSpan(0.0))
 
 
 @dataclass(frozen=True)
-class EpisodeEntry:
+class EpisodeEntry(EpisodeRow):
     """One row of the table of episodes. `extra` holds the per-episode values that LeRobot itself does not know."""
 
-    index: int
-    length: int
-    tasks: list[str]
-    data: Path
-    videos: dict[str, VideoPlace]
+    tasks: list[str] = field(default_factory=list)
+    data: Path = Path()
+    videos: dict[str, VideoPlace] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,6 +113,7 @@ def read_info(root: Path) -> Info:
         data_path=raw["data_path"],
         video_path=raw.get("video_path"),
         chunks_size=chunks_size,
+        raw=raw,
     )
 
 
@@ -115,21 +121,29 @@ def read_tasks(info: Info) -> dict[int, str]:
     """Task strings by task index.
 
     Raises:
-        UserError: the table is missing or unreadable.
+        UserError: the table is missing or unreadable, or has two tasks of one index.
     """
     if info.version != "v3.0":
         path = info.root / "meta/tasks.jsonl"
         rows = _read_jsonl(path, ("task_index", "task"))
-        return {_whole(row, "task_index", path): str(row["task"]) for row in rows}
-    path = info.root / TASKS_PATH
-    table = read_table(path)
-    # The writer stores a pandas frame indexed by the task; the index column has a name only in some of its versions.
-    column = next((c for c in ("task", "__index_level_0__") if c in table.column_names), None)
-    if column is None or "task_index" not in table.column_names:
-        raise UserError(
-            f"{path}: has columns {table.column_names}; it needs task_index and task (or __index_level_0__)"
-        )
-    return dict(zip(table["task_index"].to_pylist(), table[column].to_pylist()))
+    else:
+        path = info.root / TASKS_PATH
+        table = read_table(path)
+        # The writer stores a pandas frame indexed by the task; only in some of its versions has that column a name.
+        column = next((c for c in ("task", "__index_level_0__") if c in table.column_names), None)
+        if column is None or "task_index" not in table.column_names:
+            raise UserError(
+                f"{path}: has columns {table.column_names}; it needs task_index and task (or __index_level_0__)"
+            )
+        rows = table.select(["task_index", column]).rename_columns(["task_index", "task"]).to_pylist()
+    tasks: dict[int, str] = {}
+    for row in rows:
+        index, text = _whole(row, "task_index", path), _text(row["task"], path) or ""
+        if tasks.setdefault(index, text) != text:
+            raise UserError(
+                f"{path}: task_index {index} is there twice, as {tasks[index]!r} and {text!r}; give each task its own"
+            )
+    return tasks
 
 
 def read_episodes(info: Info) -> list[EpisodeEntry]:
@@ -155,6 +169,7 @@ def read_table(path: Path, **kwargs: Any) -> pa.Table:
     """
     if not path.is_file():
         raise UserError(f"{path}: the file is missing; the dataset is incomplete: fetch or write it again")
+    refuse_lfs_pointer(path)
     try:
         # The file alone: a folder like `chunk-000` beside it must not be taken for a partition column.
         return pq.ParquetFile(path).read(**kwargs)
@@ -169,13 +184,10 @@ def _entries_v2(info: Info, video_keys: list[str]) -> list[EpisodeEntry]:
         index, length = _whole(row, "episode_index", path), _whole(row, "length", path)
         place = {"episode_chunk": index // info.chunks_size, "episode_index": index}
         videos = {
-            key: VideoPlace(_fill(info, "video_path", video_key=key, **place), 0.0)
-            for key in video_keys
-            if info.video_path
+            key: VideoPlace(_fill(info, "video_path", video_key=key, **place)) for key in video_keys if info.video_path
         }
-        extra = {k: v for k, v in row.items() if k not in EPISODE_COLUMNS and isinstance(v, bool | int | float | str)}
         data = _fill(info, "data_path", **place)
-        entries.append(EpisodeEntry(index, length, _texts(row.get("tasks")), data, videos, extra))
+        entries.append(EpisodeEntry(index, length, None, _texts(row.get("tasks"), path), data, videos, _extra(row)))
     return entries
 
 
@@ -193,37 +205,67 @@ def _entries_v3(info: Info, video_keys: list[str]) -> list[EpisodeEntry]:
         table = read_table(path, columns=[name for name in names if not name.startswith("stats/")])
         cameras = [key for key in video_keys if info.video_path and f"videos/{key}/from_timestamp" in names]
         for row in table.to_pylist():
-            entries.append(_entry_v3(info, row, cameras))
+            entries.append(_entry_v3(info, row, cameras, path))
     return entries
 
 
-def _entry_v3(info: Info, row: dict[str, Any], cameras: list[str]) -> EpisodeEntry:
+def _entry_v3(info: Info, row: dict[str, Any], cameras: list[str], path: Path) -> EpisodeEntry:
+    index, length = (_whole(row, name, path) for name in ("episode_index", "length"))
+    where = f"{path}: episode {index}"
     videos = {}
     for key in cameras:
-        of_camera = {name: row.get(f"videos/{key}/{name}") for name in ("chunk_index", "file_index", "from_timestamp")}
-        if None not in of_camera.values():
-            start = float(of_camera.pop("from_timestamp"))
-            videos[key] = VideoPlace(_fill(info, "video_path", video_key=key, **of_camera), start)
-    extra = {
-        k: v
-        for k, v in row.items()
-        if "/" not in k and k not in EPISODE_COLUMNS and isinstance(v, bool | int | float | str)
-    }
-    data = _fill(info, "data_path", chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
-    index, length = (_whole(row, name, info.root / "meta/episodes") for name in ("episode_index", "length"))
-    return EpisodeEntry(index, length, _texts(row["tasks"]), data, videos, extra)
+        names = [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")]
+        if all(row.get(name) is not None for name in names[:3]):
+            chunk, file = (_whole(row, name, where) for name in names[:2])
+            start, to = (_seconds(row, name, where) for name in names[2:])
+            place = _fill(info, "video_path", video_key=key, chunk_index=chunk, file_index=file)
+            videos[key] = VideoPlace(place, VideoSpan(start, to))
+    chunk, file = (_whole(row, f"data/{name}_index", where) for name in ("chunk", "file"))
+    bounds = [f"dataset_{name}_index" for name in ("from", "to")]
+    known = all(row.get(name) is not None for name in bounds)
+    return EpisodeEntry(
+        index,
+        length,
+        tuple(_whole(row, name, where) for name in bounds) if known else None,
+        _texts(row["tasks"], where),
+        _fill(info, "data_path", chunk_index=chunk, file_index=file),
+        videos,
+        _extra(row),
+    )
 
 
-def _whole(row: dict[str, Any], name: str, path: Path) -> int:
+def _extra(row: dict[str, Any]) -> dict[str, Any]:
+    """The values that are not LeRobot's own; pandas' NaN stands for none."""
+    own = {name: value for name, value in row.items() if "/" not in name and name not in EPISODE_COLUMNS}
+    return {name: v for name, v in own.items() if isinstance(v, bool | int | float | str) and v == v}
+
+
+def _whole(row: dict[str, Any], name: str, where: Path | str) -> int:
     value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 0:
-        raise UserError(f"{path}: {name} is {value!r}; it must be a whole number of 0 or more: restore the file")
+    real = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or value != int(value) or value < 0:
+        raise UserError(f"{where}: {name} is {value!r}; it must be a whole number of 0 or more: restore the file")
     return int(value)
 
 
-def _texts(value: Any) -> list[str]:
+def _seconds(row: dict[str, Any], name: str, where: str) -> float | None:
+    value = row.get(name)
+    if value is not None and not (isinstance(value, int | float | Decimal) and math.isfinite(value)):
+        raise UserError(f"{where}: {name} is {value!r}; it must be a number of seconds: restore the file")
+    return None if value is None else float(value)
+
+
+def _texts(value: Any, where: Path | str) -> list[str]:
     """The tasks of an episode: a list, or in some sets one string."""
-    return [value] if isinstance(value, str) else [str(task) for task in value or []]
+    cells = [value] if isinstance(value, str | bytes) else value or []
+    return [text for text in (_text(cell, where) for cell in cells) if text is not None]
+
+
+def _text(value: Any, where: Path | str) -> str | None:
+    try:
+        return text_of(value)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: the task {value!r} is not UTF-8; convert the table") from error
 
 
 def pq_names(path: Path) -> list[str]:
@@ -232,6 +274,7 @@ def pq_names(path: Path) -> list[str]:
     Raises:
         UserError: the file is missing or not readable.
     """
+    refuse_lfs_pointer(path)
     try:
         return pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
@@ -253,7 +296,8 @@ def _read_jsonl(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: the file is missing; the dataset is incomplete: fetch or write it again")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    # Not splitlines: a text may hold what that takes for the end of a line, as U+2028.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -22,6 +22,7 @@ import numpy as np
 
 from dataloaders.config import MIN_RANGE, WindowConfig
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import read_text
 
 MODALITY_PATH = "meta/modality.json"
 _COLUMNS = {"state": "observation.state", "action": "action"}  # that modality.json means where it names none
@@ -37,14 +38,15 @@ def read_modality(root: Path) -> dict[str, tuple[str, int, int]]:
     path = root / MODALITY_PATH
     if not path.is_file():
         return {}
+    text = read_text(path)
     try:
-        groups = json.loads(path.read_text())
+        groups = json.loads(text)
         return {
             f"{group}.{name}": (part.get("original_key", column), int(part["start"]), int(part["end"]))
             for group, column in _COLUMNS.items()
             for name, part in groups.get(group, {}).items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not a table of parts with start and end ({error!r}); fix or remove it") from error
 
 
@@ -131,7 +133,9 @@ def _spans(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def read_vector(columns: Mapping[str, np.ndarray], length: int, parts: list[tuple], where: str) -> np.ndarray:
-    """float32 (T, D) of the parts, checked: present, as long as the episode, finite.
+    """float (T, D) of the parts, checked: present, as long as the episode, finite.
+
+    float32 where every part is or needs no more; whole numbers of 64 bits and float64 give float64.
 
     Raises:
         UserError: naming the column, frame and dimension of the first fault.
@@ -140,7 +144,8 @@ def read_vector(columns: Mapping[str, np.ndarray], length: int, parts: list[tupl
     for name, part in parts:
         if name not in columns:
             raise UserError(f"{where}: lacks column {name!r}; it has {', '.join(sorted(columns))}")
-        values = np.asarray(columns[name], dtype=np.float32)
+        values = np.asarray(columns[name])
+        values = values.astype(np.float64 if values.dtype in (np.int64, np.float64) else np.float32)
         values = values.reshape(len(values), -1)
         if len(values) != length:
             raise UserError(f"{where}: column {name!r} has {len(values)} rows, the episode {length} frames; fix it")
@@ -148,11 +153,13 @@ def read_vector(columns: Mapping[str, np.ndarray], length: int, parts: list[tupl
             raise UserError(
                 f"{where}: dimensions {part.start} to {part.stop} asked of column {name!r}, which has {values.shape[1]}"
             )
-        if (bad := np.argwhere(~np.isfinite(values))).size:
+        with np.errstate(over="ignore"):
+            packed = values.astype(np.float32)
+        if (bad := np.argwhere(~np.isfinite(packed))).size:
             row, dim = (int(i) for i in bad[0])
             raise UserError(
                 f"{where}: column {name!r} is {values[row, dim]} at frame {row}, dimension {dim}; every value must "
-                "be finite: fix or remove the episode"
+                "be finite in float32: fix or remove the episode"
             )
         found.append(values[:, part])
     return np.concatenate(found, axis=1)

@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 
 from dataloaders.config import MIN_RANGE, DataConfig
+from dataloaders.consistency.report import Contradicted, lines, read_report, report
 from dataloaders.files.urls import is_url
 from dataloaders.files.video import decode_mp4
 from dataloaders.lerobot.reader import LeRobotDataset
 from dataloaders.lerobot.splits import choose_episodes
 from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector, stillness
+from dataloaders.packing.dataset_check import check_episode, open_dataset, source_settings
 from dataloaders.packing.findings import Findings, Strip, Vector
 from dataloaders.shards import INDEX, CorruptData, ShardIndex, ShardInfo, read_index, read_shard
-from dataloaders.sources.base import Clip, SourceSettings
+from dataloaders.sources.base import Clip
 from dataloaders.sources.open import kind_of, open_source
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import new_folder
@@ -92,6 +94,7 @@ def _of_shards(folder: Path | str, samples: int) -> Findings:
             ("left out", f"{source.get('quarantined', 0):,} quarantined" + (f", {left}" if left else ""))
         )
     found.facts += [("note", note) for note in source.get("notes", [])]
+    _consistency(found, read_report(folder), "when it was packed")
     if index.shapes:
         _resolutions(found, [(s["frames"], s["height"], s["width"], s["samples"]) for s in index.shapes])
     _shard_samples(found, index, samples)
@@ -160,7 +163,7 @@ def _ranges_of_statistics(found: Findings, index: ShardIndex) -> None:
 
 
 def _of_lerobot(root: Path, data: DataConfig, samples: int) -> Findings:
-    dataset = LeRobotDataset(root)
+    dataset = open_dataset(root, data)
     found, outline = Findings(f"LeRobot dataset {root}"), dataset.outline()
     if not outline:
         raise UserError(f"{root}: has no episodes; there is nothing to inspect")
@@ -179,10 +182,14 @@ def _of_lerobot(root: Path, data: DataConfig, samples: int) -> Findings:
     _, notes = choose_episodes(root, [index for index, *_ in outline], None)
     found.facts += [("note", note) for note in notes]
     _lerobot_numbers(found, dataset, data)
+    _lerobot_consistency(found, dataset, data)
     shown = data.window.cameras or [key for key in dataset.camera_keys if key not in dataset.depth_keys]
     for number in _spread(dataset.num_episodes, samples) if shown else ():
-        episode, camera = dataset.episode(number), shown[0]
-        pictures = episode.frames(camera, _spread(episode.length, FRAMES))
+        episode, camera = dataset.examine(number), shown[0]
+        try:
+            pictures = episode.frames(camera, _spread(episode.length, FRAMES))
+        except Contradicted:
+            continue
         label = f"episode {episode.index}, {episode.length} frames, {camera}"
         found.strips.append(Strip(label, episode.tasks[0] if episode.tasks else "", pictures))
     return found
@@ -209,7 +216,7 @@ def _lerobot_numbers(found: Findings, dataset: LeRobotDataset, data: DataConfig)
             continue
         values = []
         for number in looked_at:
-            episode = dataset.episode(number)
+            episode = dataset.examine(number)
             values.append(read_vector(episode.columns, episode.length, parts, f"episode {episode.index}"))
         rows = np.concatenate(values)
         low, high = rows.min(0), rows.max(0)
@@ -226,8 +233,21 @@ def _lerobot_numbers(found: Findings, dataset: LeRobotDataset, data: DataConfig)
             found.facts.append(("note", note))
 
 
+def _lerobot_consistency(found: Findings, dataset: LeRobotDataset, data: DataConfig) -> None:
+    """What its tables, rows and videos say differently, of up to UNITS episodes."""
+    looked_at = _spread(dataset.num_episodes, UNITS)
+    parts = [check_episode(dataset, number, data.window) for number in looked_at]
+    contradictions = [*dataset.contradictions, *(c for part in parts for c in part.contradictions)]
+    told = report(contradictions, data.believe, data.timestamp_tolerance)
+    _consistency(found, told, f"{len(looked_at):,} of {dataset.num_episodes:,} episodes")
+    faults = [list(fault) for part in parts for fault in part.faults]
+    if faults:
+        found.facts.append(("cannot be used", f"{len(faults):,} in {len(looked_at):,} episodes"))
+        found.tables["cannot be used"] = [["name", "reason"], *faults]
+
+
 def _of_clips(location: Path | str, data: DataConfig, samples: int) -> Findings:
-    source = open_source(location, SourceSettings(data.window, data.clips, data.prompt_template))
+    source = open_source(location, source_settings(data))
     found = Findings(f"clips {location}")
     about = source.describe()
     found.facts += [
@@ -258,6 +278,18 @@ def _of_clips(location: Path | str, data: DataConfig, samples: int) -> Findings:
 
 
 # --- shared ---
+
+
+def _consistency(found: Findings, told: dict[str, Any] | None, of: str) -> None:
+    """Contradictions by kind; one that is not resolved is refused when it is packed."""
+    if told is None or not told["contradictions"]:
+        return
+    found.facts += [("contradiction", line) for line in lines(told)]
+    rows = [
+        [e["name"], e["where"], "; ".join(map(" ".join, e["says"])), e["believed"] or "neither", f"{e['count']:,}"]
+        for e in told["contradictions"]
+    ]
+    found.tables[f"contradictions ({of})"] = [["name", "first", "what is said", "believed", "count"], *rows]
 
 
 def _length(episodes: int | None, frames: int, fps: float) -> str:

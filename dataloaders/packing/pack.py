@@ -31,9 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.config import ClipConfig, WindowConfig
+from dataloaders.config import BelieveConfig, ClipConfig, WindowConfig
+from dataloaders.consistency.report import CONSISTENCY, Contradiction, report
 from dataloaders.files.workers import spread
 from dataloaders.packing.members import MemberEncoder, MemberWriter, half
+from dataloaders.packing.recipe import done_before, files_digest, recipe_of
 from dataloaders.packing.spool import Spool, SpoolRecord
 from dataloaders.packing.statistics import DatasetStatistics
 from dataloaders.shards import (
@@ -42,16 +44,13 @@ from dataloaders.shards import (
     STATISTICS,
     ShardIndex,
     ShardInfo,
-    read_index,
     write_shard,
 )
 from dataloaders.sources.base import Source, SourceSettings
 from dataloaders.sources.open import open_source
+from dataloaders.sources.rows import FIELD
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import locked, sha256_of, write_json, write_whole
-
-VERSION = 2
-"""Of what packing makes of a source: another one does not go on with an older one's work."""
 
 QUARANTINE = "quarantine.jsonl"
 LoadEncoder = Callable[[int], MemberEncoder]
@@ -78,6 +77,8 @@ def pack(
     clips: ClipConfig | None = None,
     captions: Path | None = None,
     only_episodes: Sequence[tuple[int, int]] | None = None,
+    believe: BelieveConfig | None = None,
+    timestamp_tolerance: float = 1e-4,
     shard_samples: int = 256,
     encoder: LoadEncoder | None = None,
     processes: int = 1,
@@ -96,6 +97,8 @@ def pack(
         clips: how plain videos are cut; the schema's defaults when None.
         captions: for LeRobot, JSON lines with `episode_index` and further captions and scores.
         only_episodes: for LeRobot, (first, end) of the episodes to pack, by their index; None: its own split `train`.
+        believe: for LeRobot, which side is right where two sources within the dataset contradict each other.
+        timestamp_tolerance: for LeRobot, seconds a row's timestamp may lie from its frame.
         shard_samples: most samples of a shard; the shards' sizes differ by one at most.
         encoder: makes the encoders whose latents and contexts are stored, as float16, in every process.
         processes: units packed at the same time.
@@ -117,14 +120,16 @@ def pack(
         prompt_template,
         captions,
         only_episodes=None if only_episodes is None else tuple(only_episodes),
+        believe=believe or BelieveConfig(),
+        timestamp_tolerance=timestamp_tolerance,
     )
     _check_settings(out, shard_samples, processes, on_bad)
     opened = open_source(source, settings)
     encoders = None if encoder is None else encoder(0)
     identity = None if encoders is None else encoders.identity
-    recipe = _recipe(opened, settings, identity, {"samples": shard_samples, "seed": seed, "on_bad": on_bad})
+    recipe = recipe_of(opened, settings, identity, {"samples": shard_samples, "seed": seed, "on_bad": on_bad})
     if out.exists() or out.is_symlink():
-        index = _done_before(out, recipe)
+        index = done_before(out, recipe, opened)
         _sweep(_work_path(out, recipe))
         return index
     with _work_folder(out, recipe) as work:
@@ -135,7 +140,7 @@ def pack(
         records = _pack_units(job, opened, encoders, processes, progress)
         shards = work / "shards"
         index = _write_folder(shards, job, opened, records, shard_samples, seed)
-        index |= {"encoders": identity, "recipe": recipe}
+        index |= {"encoders": identity, "recipe": recipe, "files_sha256": files_digest(opened)}
         if empty is not None:
             np.save(shards / EMPTY_CONTEXT, empty)
         write_json(shards / INDEX, index)
@@ -153,42 +158,18 @@ def _check_settings(out: Path, shard_samples: int, processes: int, on_bad: str) 
         raise UserError(f"{out}: is no name for a new folder; choose another")
 
 
-def _recipe(source: Source, settings: SourceSettings, encoders: dict[str, Any] | None, options: dict[str, Any]) -> str:
-    """Hash of everything that decides the bytes, as far as it can be told without reading the source's data."""
-    parts = {
-        "version": VERSION,
-        "source": source.identity,
-        "name": source.name,
-        "window": None if source.sizes_differ else asdict(settings.window),
-        "clips": asdict(settings.clips) if source.sizes_differ else None,
-        "prompt_template": settings.prompt_template,
-        "encoders": encoders,
-        "options": options,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _done_before(out: Path, recipe: str) -> dict[str, Any]:
-    """The index of `out` when it was packed from the same source in the same way."""
-    found = read_index(out) if (out / INDEX).is_file() else None
-    if found is None or found.recipe != recipe:
-        what = "holds something else" if found is None else "was packed from another source or with other settings"
-        raise UserError(f"{out}: exists and {what}; remove it or choose another output folder")
-    return found.to_dict()
-
-
 @contextmanager
 def _work_folder(out: Path, recipe: str) -> Iterator[Path]:
     """The folder of this packing's unfinished work, for this process alone; removed when the block ends well."""
     work = _work_path(out, recipe)
-    others = (
-        [p.name for p in out.parent.glob(f".{glob.escape(out.name)}.*.packing") if p != work]
-        if out.parent.is_dir()
-        else []
-    )
-    if others:
+    known = out.parent.glob(f".{glob.escape(out.name)}.*.packing") if out.parent.is_dir() else ()
+    for other in known:
+        if other == work:
+            continue
+        if next((other / "units").glob("*/*.json"), None) is None and _sweep(other):
+            continue  # refused before a single unit was done
         raise UserError(
-            f"{out.parent / others[0]}: unfinished packing of {out.name} from another source or with other settings; "
+            f"{other}: unfinished packing of {out.name} from another source or with other settings; "
             "finish that one, or remove the folder"
         )
     work.mkdir(parents=True, exist_ok=True)
@@ -203,12 +184,14 @@ def _work_path(out: Path, recipe: str) -> Path:
     return out.parent / f".{out.name}.{recipe[:12]}.packing"
 
 
-def _sweep(work: Path) -> None:
-    """Remove what a packing left that was killed after its last rename; one that still runs removes it itself."""
-    if work.is_dir():
-        with locked(work / "lock", wait=False) as mine:
-            if mine:
-                shutil.rmtree(work, ignore_errors=True)
+def _sweep(work: Path) -> bool:
+    """Remove what a packing left that has ended, as one that was killed after its last rename; False: it still runs."""
+    if not work.is_dir():
+        return True
+    with locked(work / "lock", wait=False) as mine:
+        if mine:
+            shutil.rmtree(work, ignore_errors=True)
+        return mine
 
 
 # --- units ---
@@ -273,11 +256,17 @@ def _write_folder(
     shards = _write_shards(folder, notes, spool, entries, shard_samples)
     statistics, rank_error = _statistics(job.settings.window, spool, records)
     write_json(folder / STATISTICS, statistics)
+    found = [
+        *source.contradictions,
+        *(Contradiction(**values) for record in records for values in record.contradictions),
+    ]
+    write_json(folder / CONSISTENCY, report(found, job.settings.believe, job.settings.timestamp_tolerance))
     left_out = sum((Counter(record.left_out) for record in records), Counter())
     episodes = {"episodes": sum(len(record.samples) > 0 for record in records)}
     about = {"seed": seed} | ({} if source.sizes_differ else episodes)
     about |= {"frames": sum(record.frames for record in records), "quantile_rank_error": rank_error}
-    about |= {"quarantined": len(bad), "left_out": dict(sorted(left_out.items()))}
+    about |= {"quarantined": len(bad)}
+    about |= {"left_out": {name: n for name, n in sorted(left_out.items()) if not name.startswith(FIELD)}}
     index = ShardIndex(
         folder=folder,
         samples=len(entries),
@@ -288,7 +277,7 @@ def _write_folder(
         fps=float(source.fps),
         encoders=None,
         tasks=sorted({task for record in records for task in record.tasks}),
-        source=source.describe() | about | {"notes": source.notes(statistics)},
+        source=source.describe() | about | _texts(source, records, left_out, source.notes(statistics)),
         shards=shards,
         clips=job.settings.clips if source.sizes_differ else None,
         shapes=_shapes(entries),
@@ -297,6 +286,19 @@ def _write_folder(
         statistics_sha256=sha256_of(folder / STATISTICS),
     )
     return index.to_dict()
+
+
+def _texts(source: Source, records: Sequence[SpoolRecord], left_out: Counter[str], notes: list[str]) -> dict[str, Any]:
+    """Notes, and where captions may have been missed: samples without any, fields that mean nothing here."""
+    fields = {name.removeprefix(FIELD) for name in left_out if name.startswith(FIELD)}
+    unused = sorted(fields | set(source.describe().get("columns_left_out", ())))
+    if not source.sizes_differ:
+        return {"notes": notes} | ({"columns_left_out": unused} if unused else {})
+    silent, samples = (sum(counts) for counts in zip(*((r.without_caption, len(r.samples)) for r in records)))
+    said = [f"{silent:,} of {samples:,} samples have no caption"] if silent else []
+    said += [f"fields left out: {', '.join(unused)} (a caption is called caption)"] if unused else []
+    notes = [*notes, *(["; ".join(said)] if said else [])]
+    return {"notes": notes, "without_caption": silent, "columns_left_out": unused}
 
 
 def _one_size(location: Path | str, records: Sequence[SpoolRecord]) -> tuple[int, int]:
@@ -341,12 +343,12 @@ def _write_shards(
 
 def _statistics(window: WindowConfig, spool: Spool, records: Sequence[SpoolRecord]) -> tuple[dict[str, Any], float]:
     """(content of dataset_stats.json, largest rank error of its quantiles)."""
-    with_numbers = [(unit, record) for unit, record in enumerate(records) if record.numbers]
+    with_numbers = [(unit, record) for unit, record in enumerate(records) if record.numbers and len(record.samples)]
     if not with_numbers:
         return {"action": {}, "state": {}, "num_episodes": 0, "num_transition": 0}, 0.0
     statistics = DatasetStatistics(window, state_key=window.state_key, action_key=window.action_key)
     for unit, record in with_numbers:
-        statistics.add(*spool.numbers(unit, record))
+        statistics.add(*spool.numbers(unit, record), [tuple(run) for run in record.runs])
     return statistics.result(), statistics.rank_error
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dataloaders.consistency.report import LEFT_OUT
 from dataloaders.packing.members import MemberWriter, npy
 from dataloaders.shards import sample_block
 from dataloaders.sources.base import Bad, Clip, Source, Unit
@@ -34,6 +35,9 @@ class SpoolRecord:
         samples: (offset, size, T, H, W) of each; an int64 array (n, 5) once it is read back.
         frames: raw frames of the episode; for clips, frames of the samples.
         dims: (action_dim, state_dim); None without a robot.
+        runs: of the episode, as `Unit` has them.
+        without_caption: samples.
+        contradictions: as `Contradiction` has them.
         numbers: (offset, size) of the states and the actions.
         bad: (name, reason) of what cannot be used.
         files: [bytes, modification time in ns] of what it was read from, by path.
@@ -45,6 +49,9 @@ class SpoolRecord:
     captions: list[str] = field(default_factory=list)
     scores: list[str] = field(default_factory=list)
     dims: list[int] | None = None
+    runs: list[list[int]] = field(default_factory=list)
+    without_caption: int = 0
+    contradictions: list[dict[str, Any]] = field(default_factory=list)
     numbers: list[list[int]] = field(default_factory=list)
     bad: list[list[str]] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
@@ -105,7 +112,8 @@ def _pack(unit: int, source: Source, writer: MemberWriter, file: io.BufferedWrit
     except Exception as error:
         if not skip_bad:
             raise
-        return SpoolRecord(bad=[[f"{source.name}: unit {unit}", _reason(error)]])
+        settled = [asdict(replace(c, believed=LEFT_OUT)) for c in getattr(error, "contradictions", ())]
+        return SpoolRecord(bad=[[f"{source.name}: unit {unit}", _reason(error)]], contradictions=settled)
     record = SpoolRecord(files=_signatures(found.files))
     for sample in _samples(found, skip_bad):
         if sample is None:  # an episode that cannot be read to its end counts as none
@@ -117,15 +125,18 @@ def _pack(unit: int, source: Source, writer: MemberWriter, file: io.BufferedWrit
         record.samples.append([file.tell(), len(block), *sample.frames.shape[:3]])
         file.write(block)
         record.frames += len(sample.frames)
+        record.without_caption += not any(sample.captions.values())
         record.tasks.append(sample.meta.get("task", ""))
         record.captions += sample.captions
         record.scores += sample.scores
+    record.contradictions = [asdict(contradiction) for contradiction in found.contradictions]
     record.left_out = {k: n for k, n in found.left_out.items() if n}
     record.tasks = sorted({task for task in record.tasks if task})
     record.captions, record.scores = (list(dict.fromkeys(names)) for names in (record.captions, record.scores))
     if found.numbers is not None:
         state, actions = found.numbers
         record.frames, record.dims = len(state), [actions.shape[1], state.shape[1]]
+        record.runs = [list(run) for run in found.runs]
         for values in found.numbers:
             data = npy(values)
             record.numbers.append([file.tell(), len(data)])

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dataloaders.config import WindowConfig
-from dataloaders.windows import action_count, action_offset, windows_of
+from dataloaders.windows import action_count, action_offset, windows_of_runs
 
 NAMES = ("min", "max", "mean", "std", "q01", "q99")
 QUANTILES = {"q01": 0.01, "q99": 0.99}
@@ -44,15 +44,19 @@ class DatasetStatistics:
         self._steps = [ColumnSummary() for _ in range(action_count(window))]
         self._episodes = 0
 
-    def add(self, states: np.ndarray, actions: np.ndarray) -> None:
-        """One episode: float (L, ds) and (L, da)."""
+    def add(self, states: np.ndarray, actions: np.ndarray, runs: Sequence[tuple[int, int]] = ()) -> None:
+        """One episode: float (L, ds) and (L, da), counted as the float32 that samples hold.
+
+        Args:
+            runs: (first, end) of its parts, over whose ends no window reaches; none: it is one.
+        """
         self._episodes += 1
-        self._state.add(states)
-        windows = windows_of(len(actions), self._window)
+        self._state.add(states.astype(np.float32))
+        windows = [w for w, _ in windows_of_runs(runs or [(0, len(actions))], self._window)]
         starts, valid = np.array([w.start for w in windows]), np.array([w.valid_actions for w in windows])
         offset = action_offset(actions.shape[1], states, starts, self._window)
-        for i, step in enumerate(self._steps):
-            step.add(actions[starts[valid > i] + i] - offset[valid > i])
+        for i, step in enumerate(self._steps if windows else ()):
+            step.add((actions[starts[valid > i] + i] - offset[valid > i]).astype(np.float32))
 
     @property
     def rank_error(self) -> float:

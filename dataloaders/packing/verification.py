@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataloaders.consistency.report import CONSISTENCY, lines, read_report
 from dataloaders.files.urls import download, is_url, join
 from dataloaders.files.workers import spread
-from dataloaders.shards import STATISTICS, CorruptData, ShardIndex, ShardInfo, read_index
+from dataloaders.shards import INDEX, STATISTICS, CorruptData, ShardIndex, ShardInfo, read_index
 from dataloaders.sources.tars import tar_samples
-from dataloaders.windows import action_count
+from dataloaders.windows import action_count, picture_size
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import sha256_of
 
@@ -33,12 +34,13 @@ class ShardFault:
 
 @dataclass
 class VerificationResult:
-    """What was looked at and what is wrong with it."""
+    """What was looked at, what is wrong with it, and what its dataset said in two ways when it was packed."""
 
     shards: int = 0
     samples: int = 0
     bytes: int = 0
     faults: list[ShardFault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def verify(
     """
     index = read_index(folder)
     verdict = VerificationResult(shards=len(index.shards), faults=_folder_faults(folder, index))
+    verdict.faults += [ShardFault(INDEX, reason) for reason in index_faults(index)]
+    _add_report(verdict, folder, index)
     found: dict[int, _ShardVerdict] = {}
     make = functools.partial(_looker, folder, index, decode)
     for number, shard in spread(make, range(len(index.shards)), processes):
@@ -83,6 +87,40 @@ def verify(
                 verdict.faults.append(ShardFault(f"{info.name}/{key}", f"has the key of a sample of {seen[key]}"))
             seen[key] = info.name
     return verdict
+
+
+def index_faults(index: ShardIndex) -> list[str]:
+    """What an index says of its cameras in one place and not in another."""
+    told, packed = list(index.window.cameras), index.source.get("cameras")
+    if packed is None or index.clips is not None:
+        return []
+    faults = []
+    if told and told != packed:
+        faults.append(f"window.cameras is {', '.join(told)}, source.cameras {', '.join(packed)}")
+    size = picture_size(index.window, len(packed))
+    for shape in index.shapes:
+        if (shape["height"], shape["width"]) != size:
+            found = f"{shape['height']}×{shape['width']}"
+            faults.append(f"has pictures of {found}; its {len(packed)} cameras give {size[0]}×{size[1]}")
+    return faults
+
+
+def _add_report(verdict: VerificationResult, folder: Path | str, index: ShardIndex) -> None:
+    """What the dataset said in two ways when it was packed."""
+    try:
+        report = read_report(folder)
+    except UserError as error:
+        verdict.faults.append(ShardFault(CONSISTENCY, str(error)))
+        return
+    if report is None:
+        if index.files_sha256 is not None:
+            verdict.faults.append(ShardFault(CONSISTENCY, "is missing"))
+        return
+    for entry, line in zip(report["contradictions"], lines(report)):
+        if entry["believed"] is None:
+            verdict.faults.append(ShardFault(CONSISTENCY, line))
+        else:
+            verdict.notes.append(line)
 
 
 def _folder_faults(folder: Path | str, index: ShardIndex) -> list[ShardFault]:
@@ -186,6 +224,8 @@ def _sample_fault(
     except CorruptData as error:
         return error.reason
     meta = sample.meta
+    if index.clips is None and meta.get("fps", index.fps) != index.fps:
+        return f"its JSON says {meta['fps']} fps, the index {index.fps}"
     for name, kind in (("captions", str), ("scores", int | float)):
         values = meta.get(name, {})
         if not isinstance(values, dict) or not all(isinstance(v, kind) for v in values.values()):

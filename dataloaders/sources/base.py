@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dataloaders.config import ClipConfig, WindowConfig
+from dataloaders.config import BelieveConfig, ClipConfig, WindowConfig
+from dataloaders.consistency.report import Contradiction
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,19 @@ class Unit:
         name: what it is called when it cannot be used.
         samples: those that can be used and those that cannot; a UserError on the way condemns the unit as a whole.
         numbers: (states (L, ds), actions (L, da)) of its episode, for the statistics; None without a robot.
+        runs: (first, end) raw frames of the parts of that episode, over whose ends no window reaches; empty: it is one.
         files: what it is read from, as far as these are local files.
         left_out: what of it no sample shows, counted by name while the samples are iterated over.
+        contradictions: what two sources say of it differently, complete when the samples have been iterated over.
     """
 
     name: str
     samples: Iterator[Clip | Bad]
     numbers: tuple[np.ndarray, np.ndarray] | None = None
+    runs: list[tuple[int, int]] = field(default_factory=list)
     files: tuple[Path, ...] = ()
     left_out: Counter[str] = field(default_factory=Counter)
+    contradictions: list[Contradiction] = field(default_factory=list)
 
 
 class Source(Protocol):
@@ -76,7 +81,9 @@ class Source(Protocol):
     Attributes:
         name: of its samples' keys: letters, digits, `_` and `-`.
         units: how many there are.
-        identity: of what is to be packed (not of every byte): JSON values.
+        identity: of all that decides what is packed but the bytes of `files`: JSON values.
+        files: local files that hold what is packed.
+        contradictions: what two sources say differently of the whole.
         sizes_differ: whether samples have frames and sizes of their own (clips) instead of the window's.
         fps: of raw frames; for clips, the one they are brought to.
     """
@@ -84,6 +91,8 @@ class Source(Protocol):
     name: str
     units: int
     identity: dict[str, Any]
+    files: list[Path]
+    contradictions: list[Contradiction]
     sizes_differ: bool
     fps: float
 
@@ -106,3 +115,5 @@ class SourceSettings:
     prompt_template: str
     captions: Path | None = None  # LeRobot: JSON lines with further captions and scores of episodes
     only_episodes: tuple[tuple[int, int], ...] | None = None  # LeRobot: (first, end) by episode index; None: its splits
+    believe: BelieveConfig = field(default_factory=BelieveConfig)
+    timestamp_tolerance: float = 1e-4  # seconds

@@ -16,8 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from dataloaders.consistency.numbers import refuse_lost_steps
+from dataloaders.consistency.report import Contradiction, refuse
+from dataloaders.consistency.tables import check_picture_size
+from dataloaders.lerobot.episode import DatasetEpisode
 from dataloaders.lerobot.layout import INFO_PATH
-from dataloaders.lerobot.reader import DatasetEpisode, LeRobotDataset
+from dataloaders.lerobot.reader import LeRobotDataset
 from dataloaders.lerobot.splits import choose_episodes
 from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector, stillness
 from dataloaders.sources.base import Clip, SourceSettings, Unit
@@ -31,7 +35,7 @@ from dataloaders.windows import (
     cut_actions,
     frame_indices,
     picture_size,
-    windows_of,
+    windows_of_runs,
 )
 from kairos_train.basics.errors import UserError
 
@@ -59,7 +63,7 @@ class LeRobotSource:
                 f"data.prompt_template={settings.prompt_template!r}: must contain {{task}}, where the instruction goes"
             )
         self._root, self._window, self._template = root, window, settings.prompt_template
-        self._dataset = LeRobotDataset(root)
+        self._dataset = LeRobotDataset(root, believe=settings.believe, tolerance=settings.timestamp_tolerance)
         modality = read_modality(root)
         self._parts: dict[str, list[tuple]] = {}
         for setting in ("state_key", "action_key"):
@@ -84,29 +88,38 @@ class LeRobotSource:
         if unasked and not available:
             raise UserError(f"{root}: its cameras hold depth ({', '.join(unasked)}); name them in data.window.cameras")
         self._cameras = choose_cameras(window, available)
+        self._check_places()
         if unasked:
             left_out = ", ".join(unasked)
             self._notes.append(f"depth is packed only where data.window.cameras names it: left out {left_out}")
         self._captions = read_captions(settings.captions) if settings.captions else {}
+        self.contradictions = [*self._dataset.contradictions, *self._check_captions()]
+        refuse(self.contradictions, root)
+        self.files = self._dataset.files(self._cameras)
+        trust = {"believe": asdict(settings.believe), "timestamp_tolerance": settings.timestamp_tolerance}
+        self._identity = self._dataset.content() | {"parts": str(self._parts), **trust}
         self.name = plain_name(root.resolve().name)
         self.units, self.sizes_differ, self.fps = len(self._episodes), False, self._dataset.fps
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The dataset's own description and the episodes that are packed."""
+        """What the dataset's tables say, and how they are read."""
         digest = hashlib.sha256((self._root / INFO_PATH).read_bytes())
-        digest.update(json.dumps(self._outline).encode())
+        digest.update(json.dumps([self._outline, self._identity], sort_keys=True).encode())
         captions = {str(number): asdict(row) for number, row in self._captions.items()}
         return {"kind": "lerobot", "sha256": digest.hexdigest(), "captions": captions}
 
     def describe(self) -> dict[str, Any]:
-        dataset = self._dataset
+        dataset, extra = self._dataset, {}
+        for _, _, _, values in dataset.outline():
+            extra |= values
+        strange = [name for name, value in extra.items() if _unusable(name, value)]
         return {
             "dataset": self.name,
             "version": dataset.version,
             "robot_type": dataset.robot_type,
             "cameras": list(self._cameras),
-        }
+        } | ({"columns_left_out": sorted(strange)} if strange else {})
 
     def notes(self, statistics: Mapping[str, Any]) -> list[str]:
         return [*self._notes, *filter(None, (self._still(statistics, group) for group in ("action", "state")))]
@@ -120,7 +133,9 @@ class LeRobotSource:
         return stillness(group, *bounds, parts=parts, features=self._dataset.features, window=self._window)
 
     def unit(self, number: int) -> Unit:
-        episode = self._dataset.episode(self._episodes[number])
+        episode = self._dataset.examine(self._episodes[number])
+        found = [*episode.contradictions, *(c for key in self._cameras for c in episode.check_pictures(key))]
+        refuse(found, self._root)
         where = f"{self._root}: episode {episode.index}"
         numbers = None
         if self._parts["state_key"]:
@@ -130,9 +145,38 @@ class LeRobotSource:
             )
             check_dimensions(self._window, actions.shape[1], state.shape[1])
             numbers = (state, actions)
-        windows = windows_of(episode.length, self._window)
-        tasks = {w.start: self._task(episode, w.start, where) for w in windows}
-        return Unit(where, self._samples(episode, windows, tasks, numbers), numbers, self._files(episode))
+            self._check_float32(state, actions, where)
+        windows = windows_of_runs(episode.runs, self._window)
+        tasks = {w.start: self._task(episode, w.start, where) for w, _ in windows}
+        unit = Unit(where, iter(()), numbers, episode.runs, self._files(episode), contradictions=found)
+        unit.left_out["frames between gaps"] = _between_gaps(episode.runs, windows)
+        unit.samples = self._samples(episode, windows, tasks, unit)
+        return unit
+
+    def _check_places(self) -> None:
+        """Refuse two cameras whose pictures are the same files."""
+        for i, camera in enumerate(self._cameras):
+            for other in self._cameras[:i]:
+                if shared := self._dataset.places(camera) & self._dataset.places(other):
+                    raise UserError(
+                        f"{self._root}: cameras {other} and {camera} are the same file, {min(shared)}: name the camera "
+                        "in video_path of meta/info.json, or leave one out of data.window.cameras"
+                    )
+
+    def _check_captions(self) -> list[Contradiction]:
+        """Captions of episodes that are not there."""
+        known = {index for index, *_ in self._dataset.outline()}
+        if not (strange := sorted(set(self._captions) - known)):
+            return []
+        said = {"the file of captions": f"has episode {strange[0]}", "the dataset": f"has {len(known)} others"}
+        return [Contradiction("captions", "--captions", said, f"the dataset: {len(strange)} left out")]
+
+    def _check_float32(self, state: np.ndarray, actions: np.ndarray, where: str) -> None:
+        """Refuse what samples cannot hold; differences are small whatever they are of."""
+        window = self._window
+        absolute = window.absolute_dims if window.action_values == "minus_state" else range(actions.shape[1])
+        refuse_lost_steps(state, where, f"data.window.state_key={window.state_key}")
+        refuse_lost_steps(actions[:, list(absolute)], where, f"data.window.action_key={window.action_key}")
 
     def _task(self, episode: DatasetEpisode, row: int, where: str) -> str:
         tasks = episode.tasks_at(row)
@@ -141,25 +185,27 @@ class LeRobotSource:
         return task
 
     def _files(self, episode: DatasetEpisode) -> tuple[Path, ...]:
-        return (episode.data_file, *(episode.video_files[c] for c in self._cameras if c in episode.video_files))
+        return (*episode.data_files, *(episode.video_files[c] for c in self._cameras if c in episode.video_files))
 
     def _samples(
         self,
         episode: DatasetEpisode,
-        windows: Sequence[Window],
+        windows: Sequence[tuple[Window, int]],
         tasks: dict[int, str],
-        numbers: tuple[np.ndarray, np.ndarray] | None,
+        unit: Unit,
     ) -> Iterator[Clip]:
-        window = self._window
-        rows = [frame_indices(w.start, episode.length, window) for w in windows]
+        if not windows:
+            return
+        window, numbers = self._window, unit.numbers
+        rows = [frame_indices(w.start, end, window) for w, end in windows]
         needed = np.unique(np.concatenate(rows))
-        pictures = self._pictures(episode, needed)
+        pictures = self._pictures(episode, needed, unit.contradictions)
         captions, scores = self._beside(episode)
-        for w, shown in zip(windows, rows):
+        for (w, end), shown in zip(windows, rows):
             task = tasks[w.start]
             meta = {"task": task, "episode": int(episode.index), "dataset": self.name, "fps": self.fps} | asdict(w)
-            if "seed" in episode.columns:
-                meta["seed"] = int(np.ravel(episode.columns["seed"])[0])
+            if "seed" in episode.columns and np.isfinite(episode.columns["seed"].flat[0]):
+                meta["seed"] = int(episode.columns["seed"].flat[0])
             yield Clip(
                 key=f"{self.name}-{episode.index:06d}-{w.start:06d}",
                 frames=pictures[np.searchsorted(needed, shown)],
@@ -167,17 +213,20 @@ class LeRobotSource:
                 captions={INSTRUCTION: self._template.replace("{task}", task)} | captions,
                 scores=scores,
                 meta=meta,
-                actions=None if numbers is None else cut_actions(numbers[1], w.start, window, states=numbers[0]),
-                state=None if numbers is None else numbers[0][w.start][None],
+                actions=None if numbers is None else cut_actions(numbers[1][:end], w.start, window, states=numbers[0]),
+                state=None if numbers is None else numbers[0][w.start][None].astype(np.float32),
             )
 
-    def _pictures(self, episode: DatasetEpisode, needed: np.ndarray) -> np.ndarray:
+    def _pictures(self, episode: DatasetEpisode, needed: np.ndarray, found: list[Contradiction]) -> np.ndarray:
         """uint8 (len(needed), H, W, 3): each needed raw frame decoded once and composed at the window's size."""
         size = picture_size(self._window, len(self._cameras))
         out = np.empty((len(needed), *size, 3), dtype=np.uint8)
         for first in range(0, len(needed), FRAME_CHUNK):
             chunk = needed[first : first + FRAME_CHUNK]
-            out[first : first + len(chunk)] = compose([episode.frames(c, chunk) for c in self._cameras], self._window)
+            views = [episode.frames(camera, chunk) for camera in self._cameras]
+            for camera, view in zip(self._cameras, views) if first == 0 else ():
+                found += check_picture_size(camera, self._dataset.features[camera], view.shape[1:3])
+            out[first : first + len(chunk)] = compose(views, self._window)
         return out
 
     def _beside(self, episode: DatasetEpisode) -> tuple[dict[str, str], dict[str, float]]:
@@ -191,6 +240,18 @@ class LeRobotSource:
         if (row := self._captions.get(episode.index)) is not None:
             captions, scores = captions | row.captions, scores | row.scores
         return {variant: text for variant, text in captions.items() if variant != INSTRUCTION}, scores
+
+
+def _unusable(name: str, value: Any) -> bool:
+    """Whether a value of the table of episodes is called a caption or score and is none."""
+    text = isinstance(value, str)
+    return (bool(_CAPTION.fullmatch(name)) and not text) or (bool(_SCORE.fullmatch(name)) and text)
+
+
+def _between_gaps(runs: Sequence[tuple[int, int]], windows: Sequence[tuple[Window, int]]) -> int:
+    """Frames of parts between gaps that are too short for a window."""
+    used = {end for _, end in windows}
+    return sum(end - first for first, end in runs if end not in used)
 
 
 def choose_task(tasks: Sequence[str]) -> str | None:

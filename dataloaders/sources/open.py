@@ -35,6 +35,19 @@ def open_source(location: Path | str, settings: SourceSettings) -> Source:
     return TarSource(location, settings)
 
 
+def is_source(location: Path | str) -> bool:
+    """Whether a location holds something to be packed, not a folder of shards that was."""
+    text = str(location)
+    if is_url(location) or text.endswith((".jsonl", ".csv", ".tar")):
+        return text.endswith((".jsonl", ".csv", ".tar"))
+    folder = Path(location)
+    return not (folder / "index.json").is_file() and (
+        (folder / "meta").is_dir()
+        or any((folder / name).is_file() for name in ("manifest.jsonl", "manifest.csv"))
+        or next(folder.glob("*.tar"), None) is not None
+    )
+
+
 def kind_of(location: Path | str) -> str:
     """lerobot, manifest or tars. Raises UserError when it is none of them."""
     text = str(location)

@@ -2,8 +2,8 @@
 
 JSON: `{"path", "caption" | "captions": {variant: text}, "start", "end", "scores": {name: number}}`. CSV: the columns
 `path, caption, caption_VARIANT, start, end, score_NAME`; empty cells mean nothing. `caption` is the variant `caption`
-and the primary one; without it the first in the file is. Variants and scores are called by lower-case letters and
-digits. What else a row holds is left out, and said once.
+and the primary one, and may be called `text`; without it the first in the file is. Variants and scores are called by
+lower-case letters and digits. What else a row holds is left out, and reported once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from typing import Any
 from dataloaders.files.urls import read_url, reason_of
 from dataloaders.sources.base import Bad
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import is_lfs_pointer, pointer_fault, unmarked
 
 _NAME = re.compile(r"[a-z][a-z0-9]*")
-_KNOWN = ("path", "caption", "captions", "start", "end", "scores")
+_KNOWN = ("path", "caption", "text", "captions", "start", "end", "scores")
+FIELD = "field "
+"""Before the name of a field that means nothing here, where what is left out is counted."""
+
 _RESERVED = ("text",)  # context_text.npy is the primary caption without the picture
 _LONGEST_NAME = 48
 
@@ -70,10 +74,11 @@ def row_of(values: Mapping[str, Any]) -> Row:
     if not isinstance(path, str):
         raise ValueError(f"path is {path!r}; it must be a text")
     captions = values.get("captions") or {}
-    if isinstance(values.get("caption"), str | None):
-        captions = {"caption": values.get("caption") or ""} | _mapping(captions, "captions")
+    name = "text" if "caption" not in values and "text" in values else "caption"
+    if isinstance(values.get(name), str | None):
+        captions = {"caption": values.get(name) or ""} | _mapping(captions, "captions")
     else:
-        raise ValueError(f"caption is {values['caption']!r}; it must be a text")
+        raise ValueError(f"{name} is {values[name]!r}; it must be a text")
     start, end = (_number(values.get(name), name) for name in ("start", "end"))
     start = 0.0 if start is None else start
     if start < 0 or (end is not None and end <= start):
@@ -85,6 +90,11 @@ def row_of(values: Mapping[str, Any]) -> Row:
         start=start,
         end=end,
     )
+
+
+def unknown_fields(values: Mapping[str, Any]) -> list[str]:
+    """The fields of a row that `row_of` leaves out."""
+    return [str(name) for name in values if name not in _KNOWN]
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -102,7 +112,7 @@ def read_manifest(path: str | Path) -> Manifest:
         if isinstance(values, Bad):
             rows.append((number, values))
             continue
-        left_out |= dict.fromkeys(str(name) for name in values if name not in _KNOWN)
+        left_out |= dict.fromkeys(unknown_fields(values))
         row = _checked(values, f"{path}: line {number}")
         if isinstance(row, Row):
             place = (row.path, row.start, row.end)
@@ -146,17 +156,23 @@ def _checked(values: Mapping[str, Any], name: str, *, needs_path: bool = True) -
 
 def _read(path: str | Path) -> bytes:
     try:
-        return read_url(path)
+        data = read_url(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason_of(error)}); give an existing file") from error
+    if is_lfs_pointer(data):
+        raise UserError(pointer_fault(path))
+    return data
 
 
 def _json_rows(data: bytes, path: str | Path) -> Iterator[tuple[int, dict[str, Any] | Bad]]:
-    for number, line in enumerate(data.split(b"\n"), 1):
+    for number, line in enumerate(unmarked(data, path).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             values = json.loads(line)
+        except UnicodeDecodeError as error:
+            yield number, Bad(f"{path}: line {number}", f"is not UTF-8 (byte 0x{line[error.start]:02x}); convert it")
+            continue
         except ValueError as error:
             yield number, Bad(f"{path}: line {number}", f"is not JSON ({error})")
             continue

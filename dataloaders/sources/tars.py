@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dataloaders.consistency.report import Contradiction
 from dataloaders.files.urls import base_name, is_url, open_url, parent, reason_of, size_of
 from dataloaders.sources.base import Bad, Clip, SourceSettings, Unit
 from dataloaders.sources.clips import IMAGES, VIDEOS, cut_video, read_image
-from dataloaders.sources.rows import Row, plain_name, row_of
+from dataloaders.sources.rows import FIELD, Row, plain_name, row_of, unknown_fields
 from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.foreign_files import is_lfs_pointer
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]+)")
 _MEDIA = tuple(suffix[1:] for suffix in (*VIDEOS, *IMAGES))
@@ -52,6 +54,8 @@ class TarSource:
             name = base_name(parent(self._paths[0])) or base_name(self._paths[0])
         self.name = plain_name(name)
         self.units, self.sizes_differ, self.fps = len(self._paths), True, settings.clips.fps
+        self.files = [Path(path) for path in self._paths if not is_url(path)]
+        self.contradictions: list[Contradiction] = []
         self._sizes = [self._size(path) for path in self._paths]
 
     @property
@@ -89,7 +93,8 @@ class TarSource:
                 f"{name}: has the members {', '.join(sorted(members))}; a sample is one of {', '.join(_MEDIA)} with a "
                 "json or txt"
             )
-        row = _row(members, name)
+        row, unused = _row(members, name)
+        left_out.update(f"{FIELD}{field}" for field in unused)
         left_out["members of other kinds"] += len(set(members) - {*media, "json", "txt"})
         meta = {"dataset": self.name, "source_key": key}
         data, given = members[media[0]], {"key": new_key, "name": name, "meta": meta}
@@ -106,19 +111,19 @@ class TarSource:
             raise UserError(f"{path}: cannot be read ({reason_of(error)}); give existing tars") from error
 
 
-def _row(members: dict[str, bytes], name: str) -> Row:
-    """Captions, scores and times of a sample: its JSON, with the text member as the caption where there is one."""
+def _row(members: dict[str, bytes], name: str) -> tuple[Row, list[str]]:
+    """(captions, scores and times of a sample: its JSON, with the text member as the caption where there is one; the
+    fields of the JSON that mean nothing here)."""
     values: dict[str, Any] = {}
     try:
         if "json" in members:
             values = json.loads(members["json"])
             if not isinstance(values, dict):
                 raise ValueError("is not an object")
-            if "text" in values and "caption" not in values:
-                values["caption"] = values["text"]
+        unused = unknown_fields(values)
         if "txt" in members:
-            values = values | {"caption": members["txt"].decode()}
-        return row_of({k: v for k, v in values.items() if k != "path"})
+            values = values | {"caption": members["txt"].decode("utf-8-sig")}
+        return row_of({k: v for k, v in values.items() if k != "path"}), unused
     except ValueError as error:
         raise UserError(f"{name}: its json or txt cannot be used ({error})") from error
 
@@ -155,5 +160,15 @@ def tar_samples(path: Path | str) -> Iterator[tuple[str, dict[str, bytes] | str]
         if key is not None:
             yield key, members
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        reason = one_line(error)
-        yield key or "its start", f"this and what follows cannot be read ({reason}): restore the tar"
+        if key is None and _is_pointer(path):
+            yield "its start", "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+        else:
+            yield key or "its start", f"this and what follows cannot be read ({one_line(error)}): restore the tar"
+
+
+def _is_pointer(path: Path | str) -> bool:
+    try:
+        with open_url(path) as file:
+            return is_lfs_pointer(file.read(128))
+    except OSError:
+        return False

@@ -36,11 +36,15 @@ class VideoSource:
         self._manifest = read_manifest(path)
         self.name = plain_name(str(self._folder).rstrip("/").rpartition("/")[2])
         self.units = -(-len(self._manifest.rows) // ROWS_PER_UNIT)
-        self.sizes_differ, self.fps = True, settings.clips.fps
+        self.sizes_differ, self.fps, self.contradictions = True, settings.clips.fps, []
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"kind": "manifest", "sha256": self._manifest.sha256}
+
+    @property
+    def files(self) -> list[Path]:
+        return self._local([row for _, row in self._manifest.rows])
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -54,10 +58,15 @@ class VideoSource:
 
     def unit(self, number: int) -> Unit:
         rows = self._manifest.rows[number * ROWS_PER_UNIT : (number + 1) * ROWS_PER_UNIT]
-        local = [r.path for _, r in rows if isinstance(r, Row) and not is_url(r.path) and not is_url(self._folder)]
         left_out: Counter[str] = Counter()
-        files = tuple(Path(self._folder) / path for path in local)
+        files = tuple(self._local([row for _, row in rows]))
         return Unit(str(self._path), self._samples(rows, left_out), files=files, left_out=left_out)
+
+    def _local(self, rows: list[Row | Bad]) -> list[Path]:
+        """The files on this machine that rows name."""
+        if is_url(self._folder):
+            return []
+        return [Path(self._folder) / row.path for row in rows if isinstance(row, Row) and not is_url(row.path)]
 
     def _samples(self, rows: list[tuple[int, Row | Bad]], left_out: Counter[str]) -> Iterator[Clip | Bad]:
         for number, row in rows:

@@ -71,7 +71,8 @@ class DreamGen(PlainBenchmark):
     def read_results(self, files: Mapping[str, Path], jobs: Sequence[VideoJob]) -> dict[str, Any]:
         """The rate of instructions followed, of a CSV written without quotes: a path may hold commas, a prompt none."""
         path = files["sr"]
-        heading, *rows = [line.split(",") for line in read_text(path, self.results["sr"]).splitlines()] or [[]]
+        lines = read_text(path, self.results["sr"]).rstrip("\n").split("\n")
+        heading, *rows = [line.split(",") for line in lines]
         if heading != HEADING:
             raise UserError(f"{path}: begins with {','.join(heading)!r}; give {self.results['sr']}")
         if short := next((row for row in rows if len(row) < len(HEADING)), None):

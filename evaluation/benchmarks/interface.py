@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import refuse_lfs_pointer
 
 LONGEST_NAME = 255  # bytes of a file name on the usual file systems
 
@@ -102,7 +104,7 @@ def read_json(path: Path, what: str) -> Any:
 def read_rows(path: Path, what: str) -> list[list[str]]:
     """Rows of a CSV file, empty lines left out; UserError where it cannot be read or holds none."""
     try:
-        rows = [row for row in csv.reader(read_text(path, what).splitlines(keepends=True), strict=True) if row]
+        rows = [row for row in csv.reader(io.StringIO(read_text(path, what)), strict=True) if row]
     except csv.Error as error:
         raise UserError(f"{path}: is no CSV ({error}); give {what}") from error
     if not rows:
@@ -125,6 +127,7 @@ def read_text(path: Path, what: str) -> str:
     """The content of a file in UTF-8; UserError naming `what` it should be."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give {what}")
+    refuse_lfs_pointer(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.foreign_files import is_lfs_pointer, pointer_fault, unmarked
 
 _LONGEST_STEM = 200  # characters of a temporary name that come from the file's: systems allow 255 bytes
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
@@ -94,13 +95,20 @@ def read_json(path: str | Path, *, remedy: str) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
-        UserError: no such file, not JSON, or not an object; ends with `remedy`.
+        UserError: no such file, not JSON, or not an object, with `remedy`; or a Git LFS pointer.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {remedy}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {remedy}") from error
+    if is_lfs_pointer(data):
+        raise UserError(pointer_fault(path))
+    data = unmarked(data, path)
+    try:
+        value = json.loads(data.decode())
+    except ValueError as error:
         raise UserError(f"{path}: is not JSON ({one_line(error)}); {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, must be an object; {remedy}")

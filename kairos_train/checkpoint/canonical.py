@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import sha256_of
+from kairos_train.basics.foreign_files import refuse_lfs_pointer
 from kairos_train.checkpoint import boxes
 from kairos_train.checkpoint.boxes import Box
 from kairos_train.checkpoint.tensor_file import TensorFile
@@ -223,6 +224,7 @@ def find_untiled(manifest: Mapping[str, Any]) -> str | None:
 
 def _load_manifest(path: Path) -> dict[str, Any]:
     file = Path(path) / MANIFEST
+    refuse_lfs_pointer(file)
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         found = manifest.get("format"), manifest.get("sha256")

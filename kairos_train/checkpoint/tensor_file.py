@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import refuse_lfs_pointer
 
 CODES = {
     torch.float64: "F64",
@@ -75,6 +76,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        refuse_lfs_pointer(self.path)
         try:
             header, self._start, size = self._read_header()
             self.metadata: dict[str, str] = header.pop("__metadata__", {})

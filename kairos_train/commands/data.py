@@ -23,6 +23,9 @@ from kairos_train.commands.parsing import (
     with_overrides,
 )
 
+READING = ("data.window", "data.clips", "data.prompt_template", "data.believe", "data.timestamp_tolerance")
+"""What decides how a source is read."""
+
 
 def run_data_simulate(args: argparse.Namespace) -> int:
     from dataloaders.simulators.collect import simulate
@@ -74,9 +77,10 @@ def prepare(commands: Sequence[str]) -> None:
 
 
 def run_data_pack(args: argparse.Namespace) -> int:
+    from dataloaders.consistency.report import announced
     from dataloaders.packing.pack import pack
 
-    config = config_of(args, sections=("data.window", "data.clips", "data.prompt_template", "encoders"))
+    config = config_of(args, sections=(*READING, "encoders"))
     index = pack(
         args.source,
         args.out,
@@ -85,12 +89,16 @@ def run_data_pack(args: argparse.Namespace) -> int:
         prompt_template=config.data.prompt_template,
         captions=args.captions,
         only_episodes=args.only_episodes,
+        believe=config.data.believe,
+        timestamp_tolerance=config.data.timestamp_tolerance,
         encoder=_sample_encoder(config) if args.encode else None,
         processes=args.processes,
         shard_samples=args.shard_samples,
         on_bad=args.on_bad,
         progress=_show_progress if sys.stderr.isatty() else None,
     )
+    for line in announced(args.out):
+        print(line)
     print(f"{args.out}: {index['samples']} samples in {len(index['shards'])} shards")
     for note in index["source"].get("notes", []):
         print(f"note: {note}", file=sys.stderr)
@@ -100,7 +108,7 @@ def run_data_pack(args: argparse.Namespace) -> int:
 def run_data_inspect(args: argparse.Namespace) -> int:
     from dataloaders.packing.inspection import inspect
 
-    config = config_of(args, sections=("data.window", "data.clips", "data.prompt_template"))
+    config = config_of(args, sections=READING)
     lines = inspect(args.source, args.out, data=config.data, samples=args.samples)
     print("\n".join([*lines, f"page: {args.out / 'index.html'}"]))
     return 0
@@ -108,15 +116,36 @@ def run_data_inspect(args: argparse.Namespace) -> int:
 
 def run_data_verify(args: argparse.Namespace) -> int:
     from dataloaders.packing.verification import verify
+    from dataloaders.sources.open import is_source
 
     progress = _show_progress if sys.stderr.isatty() else None
+    if is_source(args.shards):
+        return _verify_source(args, progress)
     verdict = verify(args.shards, decode=not args.no_decode, processes=args.processes, progress=progress)
     for fault in verdict.faults:
         print(f"{fault.name}: {fault.reason}")
+    for note in verdict.notes:
+        print(f"its dataset: {note}")
     state = f"{len(verdict.faults)} faults" if verdict.faults else "ok"
     counts = f"{verdict.samples} samples in {verdict.shards} shards, {verdict.bytes / 1e6:.1f} MB"
     print(f"{args.shards}: {counts}: {state}" if verdict.faults else f"{args.shards}: ok: {counts}")
     return 1 if verdict.faults else 0
+
+
+def _verify_source(args: argparse.Namespace, progress: Callable[[int, int], None] | None) -> int:
+    from dataloaders.packing.dataset_check import check_dataset
+
+    data = config_of(args, sections=READING).data
+    found = check_dataset(args.shards, data, processes=args.processes, progress=progress)
+    for name, reason in found.faults:
+        print(f"{name}: {reason}")
+    for contradiction in found.contradictions:
+        print(contradiction)
+    told = len(found.contradictions)
+    counts = f"{told} contradictions, {found.unresolved} of them unresolved, {len(found.faults)} faults"
+    good = not told and not found.faults
+    print(f"{args.shards}: {'ok: no contradictions' if good else counts} in {found.units} units")
+    return 0 if good else 1
 
 
 def _sample_encoder(config: Any) -> Callable[[int], Any]:
@@ -197,7 +226,13 @@ def _add_checks(data: Any) -> None:
     inspect.add_argument("--samples", type=count, default=12, help="rows of the contact sheet")
     with_overrides(inspect)
 
-    verify = command(data, "verify", run_data_verify, "read every byte of packed shards; exit code 1 for a fault")
-    verify.add_argument("shards", type=location, metavar="SHARDS", help="written by pack")
+    verify = command(
+        data,
+        "verify",
+        run_data_verify,
+        "read every byte of packed shards, or all of a dataset; exit code 1 for a fault",
+    )
+    verify.add_argument("shards", type=location, metavar="DATASET|SHARDS", help="what pack takes, or what it wrote")
     verify.add_argument("--no-decode", action="store_true", help="do not decode the clips")
-    verify.add_argument("--processes", type=count, default=1, help="shards at the same time")
+    verify.add_argument("--processes", type=count, default=1, help="shards or episodes at the same time")
+    with_overrides(verify)

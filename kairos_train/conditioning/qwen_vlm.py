@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import refuse_lfs_pointer
 from kairos_train.conditioning.interfaces import config_sha256, weights_sha256
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ def _settings(path: str | Path | None) -> tuple[Path, dict[str, Any]]:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{FIELD}: {folder} has no config.json; {REMEDY}")
+    refuse_lfs_pointer(folder)
     try:
         settings = json.loads((folder / "config.json").read_text())
     except ValueError as error:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import refuse_lfs_pointer
 from kairos_train.basics.geometry import LATENT_CHANNELS
 from kairos_train.conditioning.interfaces import config_sha256, latent_shape, weights_sha256
 
@@ -98,6 +99,7 @@ def _load(path: str | Path | None) -> AutoencoderKLWan:
     if path is None:
         raise UserError(f"{FIELD}: not set, but encoders.video.kind=wan needs weights; {REMEDY}")
     path = Path(path)
+    refuse_lfs_pointer(path)
     if path.is_dir():
         model = _load_folder(path)
     elif path.is_file():
@@ -116,6 +118,7 @@ def _load_folder(path: Path) -> AutoencoderKLWan:
     folder = path if (path / "config.json").is_file() else path / "vae"
     if not (folder / "config.json").is_file():
         raise UserError(f"{FIELD}: {path} has no config.json, nor has a folder vae in it; {REMEDY}")
+    refuse_lfs_pointer(folder)
     try:
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         if kind != "AutoencoderKLWan":

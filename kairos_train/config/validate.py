@@ -151,6 +151,12 @@ def head_stands_over_two_wrists(config: Config) -> None:
         )
 
 
+def cameras_are_named_once(config: Config) -> None:
+    cameras = config.data.window.cameras
+    if cameras != MISSING and len(set(cameras)) < len(cameras):
+        raise UserError(f"data.window.cameras={cameras} names a camera twice; name each once")
+
+
 def absolute_dims_are_named_once(config: Config) -> None:
     dims = config.data.window.absolute_dims
     if len(set(dims)) < len(dims) or min(dims, default=0) < 0:
@@ -206,6 +212,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     clips_have_sides,
     pictures_are_multiples_of_32,
     head_stands_over_two_wrists,
+    cameras_are_named_once,
     absolute_dims_are_named_once,
     sources_give_samples,
     prompt_holds_the_task,

@@ -21,6 +21,7 @@ from torch import nn
 
 from kairos_train.basics.errors import UserError, one_line
 from kairos_train.basics.files import read_json, sha256_of
+from kairos_train.basics.foreign_files import refuse_lfs_pointer
 from kairos_train.basics.geometry import latent_frames
 from kairos_train.basics.plain import from_dict
 from kairos_train.config.schema import Config, ModelConfig
@@ -84,6 +85,11 @@ class Policy:
         return self.config.model.action is not None and self.config.stage.streams == "joint"
 
     @property
+    def cameras(self) -> tuple[str, ...]:
+        """The robot's camera keys in the order of the frames' parts; empty where the checkpoint recorded none."""
+        return _cameras(self.config, self.about)
+
+    @property
     def horizon(self) -> int:
         """Actions of one chunk, A."""
         window = self.config.data.window
@@ -130,6 +136,13 @@ def load(
     if name not in DTYPES:
         raise UserError(f"dtype={name!r}: must be one of {', '.join(DTYPES)}")
     sampler = read_sampler(folder, described)
+    trained, configured = _cameras(config, described), _cameras(config, {})
+    if configured and trained != configured:
+        raise UserError(
+            f"{folder / CONFIG_FILE}: robot.cameras is {','.join(trained)}, run.data.window.cameras "
+            f"{','.join(configured)}; which order was trained is not known: train again with the cameras of "
+            "the shards"
+        )
     acts = config.model.action is not None and config.stage.streams == "joint"
     statistics = read_statistics(folder, described) if acts else {}
     model = load_model(folder, config, described, device=device, dtype=DTYPES[name])
@@ -161,6 +174,13 @@ def for_robot(policy: Policy, robot: Robot) -> Policy:
         about=policy.about | {"robot": {"fps": robot.fps, "cameras": robot.cameras}},
         robot=robot,
     )
+
+
+def _cameras(config: Config, described: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those that an export says of its robot, else those of its run."""
+    configured = config.data.window.cameras
+    told = (described.get("robot") or {}).get("cameras")
+    return tuple(told or (configured if isinstance(configured, list | tuple) else ()))
 
 
 def load_model(
@@ -227,6 +247,7 @@ def read_header(file: Path) -> Header:
     """
     if not file.is_file():
         raise UserError(f"{file}: not found; write an export folder with `kairos-train export`")
+    refuse_lfs_pointer(file)
     try:
         with safe_open(file, "pt") as weights:
             parts = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118, not a dict

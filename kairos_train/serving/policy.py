@@ -98,6 +98,7 @@ class ServedPolicy:
         clipped: values of actions that have been bounded so far.
         metadata: what a client is told on connecting.
         reader: checks its observations.
+        contradictions: of its robot's dataset, by name, that were resolved when that was packed.
 
     Raises:
         UserError: an export without actions, or whose cameras are not known.
@@ -128,7 +129,8 @@ class ServedPolicy:
         self.given_frames = video_frames(policy.history_frames)
         self._past = (self.given_frames - 1) * self._window.action_video_freq_ratio
         about = policy.about.get("robot") or {}  # imported weights do not know theirs
-        cameras = _cameras(folder, about.get("cameras") or self._window.cameras, cameras)
+        self.contradictions: list[str] = about.get("contradictions", [])
+        cameras = _cameras(folder, policy.cameras, cameras)
         self._size = picture_size(self._window, len(cameras))
         state_dim = policy.state_dim
         layouts = layouts_of(cameras, self._window.state_key, state_dim)

@@ -73,6 +73,12 @@ def run(
         clipping=clipping,
         device=device,
     )
+    if policy.contradictions:
+        logger.warning(
+            "%s: its robot's dataset contradicted itself (%s); consistency.json of the shards says what was believed",
+            export,
+            ", ".join(policy.contradictions),
+        )
     for batch in sorted({1, max_batch}):
         policy.warm_up(batch)
 

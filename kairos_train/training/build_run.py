@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dataloaders.config import DataConfig
+from dataloaders.consistency.report import announced
 from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader, check_shards, sources_of
 from dataloaders.shards import ShardIndex, read_index
@@ -48,11 +49,10 @@ from kairos_train.training.faults import Faults
 from kairos_train.training.inputs.feed import Feed
 from kairos_train.training.inputs.sources import (
     check_encoders,
+    check_held_out,
     check_sources,
-    check_window,
     held_out_source,
     normalizers_of,
-    policy_source,
     rates_of,
 )
 from kairos_train.training.measure.monitor import Monitor
@@ -100,7 +100,8 @@ class Checked:
         checkpoint: to continue from; None: the run begins.
         damaged: warnings about newer checkpoints.
         changes: settings that the checkpoint has otherwise, all of them free to change.
-        notes: what else is to be said of the sources.
+        notes: what else is to be said of the sources, such as what their datasets say in two ways and what was
+            believed.
     """
 
     indices: list[ShardIndex]
@@ -120,21 +121,21 @@ def check(config: Config, *, on_this_machine: bool = True) -> Checked:
         UserError: something in them does not fit the rest.
     """
     indices = [read_index(source.shards) for source in sources_of(config.data)]
-    _check_data(config, indices)
+    notes = _check_data(config, indices)
     check_layers(config, on_this_machine=on_this_machine)
     reader, damaged = run_state.find_resumable(config.run_dir, resume=config.train.resume)
     changes = run_state.changed_settings(asdict(config), reader) if reader else []
-    return Checked(indices, reader, damaged, changes, [*filter(None, [rates_of(indices)])])
+    return Checked(indices, reader, damaged, changes, [*filter(None, [rates_of(indices)]), *notes])
 
 
-def _check_data(config: Config, indices: Sequence[ShardIndex]) -> None:
-    """Refuse shards that do not fit the configuration or each other, or are not whole."""
+def _check_data(config: Config, indices: Sequence[ShardIndex]) -> list[str]:
+    """Refuse shards that do not fit the configuration or each other, or are not whole; what is to be said of them."""
     data, train = config.data, config.train
     check_sources(indices, window=data.window, model=config.model, stage=config.stage)
     held_out = [read_index(folder) for folder in filter(None, [data.validation_shards])]
-    if indices[policy_source(indices)].action_dim:
-        for index in held_out:
-            check_window(indices[held_out_source(indices, index)].window, index)
+    for index in held_out:
+        source = indices[held_out_source(indices, index)]
+        check_held_out(source.window, source, index)
     for index in indices:
         normalizers_of(index, data=data, stage=config.stage)
     check_encoders(config.encoders, [*indices, *held_out])
@@ -142,6 +143,7 @@ def _check_data(config: Config, indices: Sequence[ShardIndex]) -> None:
     if data.on_corrupt == "stop":
         for index in [*indices, *held_out]:
             check_shards(index)
+    return [line for index in [*indices, *held_out] for line in announced(index.folder)]
 
 
 def confirm(config: Config, checked: Checked, topology: Topology) -> Checked:

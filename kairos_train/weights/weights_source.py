@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import refuse_lfs_pointer
 from kairos_train.checkpoint.tensor_file import TensorFile
 
 INDEX_SUFFIX = ".index.json"
@@ -61,6 +62,7 @@ class WeightsSource:
 
 def _open_indexed(index: Path) -> dict[str, TensorFile]:
     """{key: the file that holds it}."""
+    refuse_lfs_pointer(index)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = dict(weight_map.items())

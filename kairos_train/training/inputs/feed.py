@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dataloaders.config import DataConfig
+from dataloaders.consistency.report import read_report
 from dataloaders.loading.batch import Batch
 from dataloaders.loading.buckets import Bucket
 from dataloaders.shards import ShardIndex, read_index
@@ -56,8 +57,8 @@ class Feed:
         needs_frames: whether batches must carry decoded frames.
         policy: number of the source whose robot a policy of this run is for.
         statistics: of that source.
-        robot: how a policy meets that robot: its cameras in the order of the picture, `fps` of frames and actions;
-            None without a robot.
+        robot: how a policy meets that robot: its cameras in the order of the picture, `fps` of frames and actions, and
+            which `contradictions` of its dataset were resolved, where there were any; None without a robot.
         robots: of all sources with actions, the policy's first; none in a video stage.
         held_out: number of the source whose robot the validation shards are of.
 
@@ -198,7 +199,12 @@ class Feed:
 
 
 def _robot(index: ShardIndex) -> dict[str, Any] | None:
-    return {"fps": index.fps, "cameras": list(index.source.get("cameras", []))} if index.action_dim else None
+    if not index.action_dim:
+        return None
+    found = read_report(index.folder)
+    names = sorted({entry["name"] for entry in found["contradictions"]}) if found else []
+    robot = {"fps": index.fps, "cameras": list(index.source.get("cameras", []))}
+    return robot | ({"contradictions": names} if names else {})
 
 
 def _identity(wanted: EncodersConfig, indices: Sequence[ShardIndex], encoders: Encoders | None) -> dict[str, Any]:

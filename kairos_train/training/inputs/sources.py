@@ -13,7 +13,7 @@ from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import latent_frames, video_frames
 from kairos_train.conditioning.build import build_encoders
 from kairos_train.conditioning.interfaces import identities_match
-from kairos_train.config.schema import ActionStreamConfig, EncodersConfig, ModelConfig, StageConfig
+from kairos_train.config.schema import MISSING, ActionStreamConfig, EncodersConfig, ModelConfig, StageConfig
 from kairos_train.inference.normalization import Normalizer, from_statistics
 from kairos_train.inference.robots import Robot
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS
@@ -42,10 +42,29 @@ def check_sources(
     policy = indices[policy_source(indices)]
     if policy.action_dim:
         check_window(window, policy)
+    _check_cameras(window, policy)
+    for number, index in enumerate(indices):
+        for other in indices[:number]:
+            _check_order(other, index)
     if stage.streams == "joint":
         _check_actions(model.action, indices)
     _check_history(stage, indices)
     check_captions(stage.captions, indices)
+
+
+def check_held_out(window: WindowConfig, policy: ShardIndex, held_out: ShardIndex) -> None:
+    """Refuse validation shards that are not packed as those of the policy's source.
+
+    Raises:
+        UserError: other windows, or other cameras or another order of them.
+    """
+    if not policy.action_dim:
+        _check_order(policy, held_out)
+        return
+    check_window(window, held_out)
+    _check_cameras(window, held_out)
+    if held_out.cameras and policy.cameras and held_out.cameras != policy.cameras:
+        raise _other_cameras(policy, held_out)
 
 
 def check_window(window: WindowConfig, index: ShardIndex) -> None:
@@ -58,6 +77,34 @@ def check_window(window: WindowConfig, index: ShardIndex) -> None:
             raise UserError(
                 f"data.window.{field}={wanted}: {index.folder} was packed with {packed}; set that or repack"
             )
+
+
+def _check_cameras(window: WindowConfig, index: ShardIndex) -> None:
+    """Refuse shards of other cameras than the configuration names; it may name none, and shards may not know theirs."""
+    wanted = () if window.cameras == MISSING else tuple(window.cameras)
+    if wanted and index.cameras and wanted != index.cameras:
+        raise UserError(
+            f"data.window.cameras={_named(wanted)}: {index.folder} was packed with {_named(index.cameras)}; set that "
+            "or repack"
+        )
+
+
+def _check_order(one: ShardIndex, other: ShardIndex) -> None:
+    """Refuse two sources that show cameras of the same names in different orders."""
+    if [c for c in one.cameras if c in other.cameras] != [c for c in other.cameras if c in one.cameras]:
+        raise _other_cameras(one, other)
+
+
+def _other_cameras(one: ShardIndex, other: ShardIndex) -> UserError:
+    return UserError(
+        f"data: {one.folder} was packed with the cameras {_named(one.cameras)}, {other.folder} with "
+        f"{_named(other.cameras)}; a model sees them in one order: repack one of them with the other's "
+        "data.window.cameras"
+    )
+
+
+def _named(cameras: Sequence[str]) -> str:
+    return f"[{','.join(cameras)}]"
 
 
 def _check_actions(action: ActionStreamConfig, indices: Sequence[ShardIndex]) -> None:

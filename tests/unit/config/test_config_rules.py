@@ -91,6 +91,11 @@ RULE_CASES = [
         {"data.window.layout": "head_over_wrists", "data.window.cameras": ["a", "b", "c"], "data.window.height": 256},
         r"height=256 with layout=head_over_wrists is no multiple of 96; use 288",
     ),
+    (
+        "cameras_are_named_once",
+        {"data.window.cameras": ["top", "wrist", "top"]},
+        r"cameras=\['top', 'wrist', 'top'\] names a camera twice; name each once",
+    ),
     ("absolute_dims_are_named_once", {"data.window.absolute_dims": [6, 6]}, r"absolute_dims=\[6, 6\]; name each"),
     ("absolute_dims_are_named_once", {"data.window.absolute_dims": [-1]}, r"absolute_dims=\[-1\]; name each .* from 0"),
     ("prompt_holds_the_task", {"data.prompt_template": "go"}, r"data\.prompt_template='go' lacks \{task\}"),

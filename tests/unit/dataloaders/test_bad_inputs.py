@@ -52,7 +52,7 @@ class Case:
 FIRST = episode_file(1)
 LEROBOT = [
     Case("unknown version", bad.info(codebase_version="v1.6"), "codebase_version is 'v1.6'; it must be one of"),
-    Case("info is a list", bad.text("meta/info.json", "[]"), "codebase_version is None"),
+    Case("info is a list", bad.text("meta/info.json", "[]"), "info.json: holds a list, must be an object"),
     Case("info is cut off", bad.cut("meta/info.json"), "is not JSON"),
     Case("negative fps", bad.info(fps=-20), "fps is -20; it must be a positive number"),
     Case("fps not a number", bad.info(fps="20"), "fps is '20'"),
@@ -103,8 +103,14 @@ LEROBOT = [
     Case("mp4 is text", bad.text(video_file(1), "no video"), "cannot be decoded", 1),
     Case(
         "times do not fit",
-        bad.column(1, "timestamp", lambda rows: [1.5 * t for t in rows]),
+        bad.column(1, "timestamp", lambda rows: [t + 0.02 * (i % 2) for i, t in enumerate(rows)]),
         "farther than the tolerance",
+        1,
+    ),
+    Case(
+        "times of another rate",
+        bad.column(1, "timestamp", lambda rows: [1.5 * t for t in rows]),
+        "info.json says 10 fps; timestamp says 6.66667 fps",
         1,
     ),
     Case(

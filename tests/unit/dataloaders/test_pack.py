@@ -44,11 +44,12 @@ def test_every_window_is_packed_once_with_the_datasets_actions_and_frames(packed
         episode, w = episodes[meta["episode"]], wanted.pop((meta["episode"], meta["start"]))
         assert sample.key == f"{source.name}-{episode.index:06d}-{w.start:06d}"
         assert (meta["valid_actions"], meta["valid_frames"]) == (w.valid_actions, w.valid_frames)
-        actions = episode.columns["action"][w.start : w.start + action_count(window)]
+        actions = episode.columns["action"][w.start : w.start + action_count(window)].astype(np.float32)
         assert np.array_equal(sample.arrays["action"][: w.valid_actions], actions)
         assert len(actions) == w.valid_actions
         assert (sample.arrays["action"][w.valid_actions :] == 0).all()
-        assert np.array_equal(sample.arrays["state"], episode.columns["observation.state"][w.start][None])
+        state = episode.columns["observation.state"][w.start][None].astype(np.float32)
+        assert np.array_equal(sample.arrays["state"], state)
         assert meta["text"] == meta["captions"]["instruction"] == f"A robot doing: {meta['task']}"
         assert meta["task"] in episode.tasks
         assert meta["task"] != "valid"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.bad_datasets import lines
 from support.lerobot_layouts import as_version_2, direct_read
 from support.packed_samples import packed_samples, psnr
 
@@ -175,6 +176,7 @@ def test_the_task_of_a_window_is_that_of_its_first_frame(tmp_path, simulated):
     root = as_version_2(simulated, tmp_path / "set", "v2.1")
     tasks = [{"task_index": i, "task": task} for i, task in enumerate(("reach", "push"))]
     (root / "meta/tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
+    lines("meta/episodes.jsonl", lambda rows: [row | {"tasks": ["push", "reach"]} for row in rows])(root)
     path = root / "data/chunk-000/episode_000000.parquet"
     table = pq.read_table(path)
     halves = pa.array([int(i >= 10) for i in range(table.num_rows)])

@@ -1,0 +1,1 @@
+"""Checks of the sources within one dataset against each other: pure functions over plain tables."""
