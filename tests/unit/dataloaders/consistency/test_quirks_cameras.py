@@ -10,7 +10,7 @@ import torch
 from support.quirky_datasets import FRONT, WRIST, codes_in, write_v21
 from support.tiny_export import random_weights, tiny_config
 
-from dataloaders.config import WindowConfig
+from dataloaders.config import SourceConfig, WindowConfig
 from dataloaders.consistency.report import CONSISTENCY, announced
 from dataloaders.files.video import decode_mp4
 from dataloaders.packing.pack import pack
@@ -57,7 +57,9 @@ def config_of(cameras: list[str], **data) -> Config:
 
 def check(config: Config, *folders: Path) -> list[str]:
     """What a run of these sources is told; UserError where they do not fit."""
-    return _check_data(config.data, config.model, config.stage, [read_index(folder) for folder in folders])
+    config.data.sources = [SourceConfig(shards=str(folder)) for folder in folders]
+    config.train.micro_batch = 1  # of several shapes
+    return _check_data(config, [read_index(folder) for folder in folders])
 
 
 def robot_of(config: Config, folder: Path) -> dict:
