@@ -81,7 +81,7 @@ class BelieveConfig:
 class SourceConfig:
     """One of several sources that a run draws from."""
 
-    shards: str = "???"  # folder written by `kairos-train data pack`
+    shards: str = setting("???", path="any")  # folder written by `kairos-train data pack`
     # share of the samples, relative to the others; null: the number of its samples
     weight: float | None = setting(None, NOT_NEGATIVE)
     max_epochs: int | None = None  # how often it may be repeated; null: without limit
@@ -92,11 +92,12 @@ class DataConfig:
     """What a run is trained on, and how its loader reads it."""
 
     name: str = "custom"  # of the option, as in data=NAME
-    shards: str = "???"  # folder written by `kairos-train data pack`; the one source where `sources` is empty
+    # folder written by `kairos-train data pack`; the one source where `sources` is empty
+    shards: str = setting("???", path="any")
     sources: list[SourceConfig] = field(default_factory=list)  # several sources, mixed
     # weights of sources to the power 1 / temperature: above 1 evens their shares out (ours)
     temperature: float = setting(1.0, POSITIVE)
-    validation_shards: str | None = setting(None, on_resume="free")  # folder of held-out windows
+    validation_shards: str | None = setting(None, on_resume="free", path="any")  # folder of held-out windows
     window: WindowConfig = field(default_factory=WindowConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
     # seconds a row's timestamp may lie from its frame, as LeRobot has it
@@ -117,7 +118,8 @@ class DataConfig:
     on_corrupt: str = setting("stop", one_of("stop", "skip"), on_resume="free")
     # on_corrupt=skip: share of all samples from which the run stops (ours)
     max_corrupt: float = setting(0.01, FRACTION, on_resume="free")
-    cache_dir: str = setting("runs/shard_cache", on_resume="free")  # copies of shards that are named by URL (ours)
+    # copies of shards that are named by URL (ours)
+    cache_dir: str = setting("runs/shard_cache", on_resume="free", path="any")
     cache_gb: float = setting(100.0, POSITIVE, on_resume="free")  # what the copies may take on one machine (ours)
     # seconds after which a silent loader process counts as hung (ours)
     timeout: float = setting(600.0, POSITIVE, on_resume="free")

@@ -5,17 +5,18 @@
     train: TrainConfig = setting(factory=TrainConfig, on_resume="free")
 
 A setting of whatever value of its type is a plain dataclass field. The comment documents the setting.
-`kairos_train.config.validate` holds values to their rules; `kairos_train.training.run_state` asks for `on_resume`.
+`kairos_train.config` holds values to their rules; `kairos_train.training.run_state` asks for `on_resume`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 ON_RESUME = ("fixed", "free", "silent")
+PATHS = ("any", "exists")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ def setting(
     *,
     factory: Callable[[], Any] | Any = MISSING,
     on_resume: str | None = None,
+    path: str | None = None,
+    names: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field with what its setting needs to be checked and resumed.
+    """A dataclass field with what its setting needs to be composed, checked and resumed.
 
     Args:
         default: of the setting; for lists, mappings and sections give `factory`, which makes it.
@@ -56,6 +59,11 @@ def setting(
         on_resume: what becomes of another value when a run is resumed: "fixed", refused; "free", allowed and reported;
             "silent", allowed. Said of a section, it holds for the settings in it that say nothing themselves; of
             nothing at all, "fixed" holds.
+        path: of a setting that is a path, or a list of them, in which `~` means the home folder: "exists" if there must
+            be something where it is composed, else "any".
+        names: what a mapping may have keys for; none: any.
     """
     assert on_resume in (None, *ON_RESUME), on_resume
-    return field(default=default, default_factory=factory, metadata={"rule": rule, "on_resume": on_resume})
+    assert path in (None, *PATHS), path
+    metadata = {"rule": rule, "on_resume": on_resume, "path": path, "names": tuple(names)}
+    return field(default=default, default_factory=factory, metadata=metadata)

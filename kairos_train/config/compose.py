@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import operator
 import os
 import re
 import types
@@ -35,14 +34,7 @@ from kairos_train.basics.plain import from_dict
 from kairos_train.config.keys import MAPPINGS, annotation_of, describe, nearest, type_of, walk
 from kairos_train.config.schema import MISSING, ActionStreamConfig, Config, ModelConfig, StageConfig
 from kairos_train.config.texts import check_file, entries, kept, quoted
-from kairos_train.config.validate import validate, value_of
-
-MUST_EXIST = ("encoders.video.path", "encoders.text.path", "stage.init_from")
-PATHS = (
-    *(*MUST_EXIST, "run_dir", "data.shards", "data.validation_shards", "data.cache_dir", "monitor.prometheus_file"),
-    *(f"cluster.{name}" for name in ("venv", "container", "scratch", "jobs_dir")),
-)
-"""Settings that are paths, beside those in lists."""
+from kairos_train.config.validate import validate
 
 # --- composing and storing ---
 
@@ -182,10 +174,10 @@ def _to_config(node: Any) -> Config:
 
 
 def _require(config: Config, sections: Sequence[str]) -> None:
-    for key, value, _ in walk(config):
+    for key, section, field in walk(config):
         if (key == "data.shards" and config.data.sources) or "[" in key:
             continue  # the sources are the data; items of lists have rules of their own
-        if value == MISSING and any(_within(key, section) for section in sections):
+        if getattr(section, field.name) == MISSING and any(_within(key, prefix) for prefix in sections):
             raise UserError(f"{key} has no value; give {key}=VALUE ({describe(type_of(key))})")
 
 
@@ -195,21 +187,19 @@ def _within(key: str, section: str) -> bool:
 
 def _at_home(config: Config) -> Config:
     """`~` in paths becomes the home folder, here and nowhere else: whoever reads a setting takes it as it is."""
-    for key in PATHS:
-        if (path := value_of(config, key)) not in (None, MISSING):
-            section, _, name = key.rpartition(".")
-            setattr(operator.attrgetter(section)(config) if section else config, name, os.path.expanduser(path))
-    for source in config.data.sources:
-        source.shards = os.path.expanduser(source.shards)
-    config.cluster.container_mounts = [os.path.expanduser(mount) for mount in config.cluster.container_mounts]
+    for _, section, field in walk(config):
+        value = getattr(section, field.name)
+        if field.metadata.get("path") and value is not None:
+            one = isinstance(value, str)
+            setattr(section, field.name, os.path.expanduser(value) if one else [*map(os.path.expanduser, value)])
     return config
 
 
 def _check_paths(config: Config, sections: Sequence[str]) -> None:
-    """Every weights path that is given exists."""
-    for key in MUST_EXIST:
-        path = value_of(config, key)
-        if path is not None and any(_within(key, s) for s in sections) and not Path(path).exists():
+    """Every path that must exist does."""
+    for key, section, field in walk(config):
+        path = getattr(section, field.name) if field.metadata.get("path") == "exists" else None
+        if path is not None and any(_within(key, prefix) for prefix in sections) and not Path(path).exists():
             raise UserError(f"{key}={path} does not exist; give an existing path")
 
 

@@ -12,10 +12,7 @@ from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from kairos_train.basics.errors import UserError
-from kairos_train.config.schema import CONDITIONS, IMAGE_CONDITIONS, Config
-
-MAPPINGS = {"stage.conditions": CONDITIONS, "stage.image_conditions": IMAGE_CONDITIONS}
-"""The fields that are mappings, with the names they may hold."""
+from kairos_train.config.schema import Config
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
@@ -85,16 +82,20 @@ def all_keys(kind: Any = Config, prefix: str = "") -> Iterator[str]:
 
 
 def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
-    """Key, value and field of every setting that a section holds; of items of lists as `data.sources[0].weight`."""
+    """Key, section and field of every setting in a section; items of lists have keys as `data.sources[0].weight`."""
     for field in fields(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)
         if is_dataclass(value):
             yield from walk(value, f"{key}.")
             continue
-        yield key, value, field
+        yield key, section, field
         for number, item in enumerate(value if isinstance(value, list) else ()):
             if is_dataclass(item):
                 yield from walk(item, f"{key}[{number}].")
+
+
+MAPPINGS = {key: field.metadata["names"] for key, _, field in walk(Config()) if field.metadata.get("names")}
+"""The settings that are mappings of a few names, with these."""
 
 
 def on_resume(key: str) -> str:

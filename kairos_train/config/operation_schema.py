@@ -40,11 +40,13 @@ class ClusterConfig:
     srun: list[str] = field(default_factory=list)  # further options of srun
     environment: dict[str, str] = field(default_factory=dict)  # variables of all processes: NCCL's, and the site's own
     healthcheck: bool = True  # of all machines, before each life of a training job
-    container: str | None = None  # image of pyxis/enroot, a file or REGISTRY#IMAGE:TAG; null: a virtual environment
-    container_mounts: list[str] = field(default_factory=list)  # as HOST:CONTAINER, besides the working directory
-    venv: str | None = None  # folder of a virtual environment that all machines see; null: the one that submits
-    scratch: str = "/tmp"  # folder of each machine's own, for the job's copy of the code
-    jobs_dir: str = "runs/jobs"  # folder that all machines see: scripts, code and logs of jobs
+    # image of pyxis/enroot, a file or REGISTRY#IMAGE:TAG; null: a virtual environment
+    container: str | None = setting(None, path="any")
+    container_mounts: list[str] = setting(factory=list, path="any")  # as HOST:CONTAINER, besides the working directory
+    # folder of a virtual environment that all machines see; null: the one that submits
+    venv: str | None = setting(None, path="any")
+    scratch: str = setting("/tmp", path="any")  # folder of each machine's own, for the job's copy of the code
+    jobs_dir: str = setting("runs/jobs", path="any")  # folder that all machines see: scripts, code and logs of jobs
 
 
 @dataclass
@@ -81,7 +83,8 @@ class MonitorConfig:
     profile_at: int | None = setting(None, POSITIVE)
     profile_steps: int = setting(3, POSITIVE)  # of a profiler window
     log_samples: bool = False  # which samples each step had, in samples/rank-….jsonl
-    prometheus_file: str | None = None  # text file for node_exporter's textfile collector; null: none
+    # text file for node_exporter's textfile collector; null: none
+    prometheus_file: str | None = setting(None, path="any")
 
 
 @dataclass

@@ -89,7 +89,7 @@ class VideoEncoderConfig:
     """Frames -> latents. `block_dct` is weight-free; `wan` is the real Wan2.1 VAE from local weights."""
 
     kind: str = setting("wan", one_of("wan", "block_dct"))  # which encoder
-    path: str | None = None  # wan: Diffusers folder or original .pth
+    path: str | None = setting(None, path="exists")  # wan: Diffusers folder or original .pth
     sample_posterior: bool = False  # wan: sample the posterior; false takes its mode (ours)
 
 
@@ -98,7 +98,7 @@ class TextEncoderConfig:
     """Prompt (and first frame) -> context. `hashed_ngrams` is weight-free; `qwen` the real VLM from local weights."""
 
     kind: str = setting("qwen", one_of("qwen", "hashed_ngrams"))  # which encoder
-    path: str | None = None  # qwen: model folder
+    path: str | None = setting(None, path="exists")  # qwen: model folder
     text_dim: int = setting(2048, POSITIVE)  # width of the contexts, `model.text_dim`
     # longest sequence read, in tokens (qwen: the 97 that are cut off included)
     max_tokens: int = setting(1024, POSITIVE)
@@ -147,9 +147,10 @@ class StageConfig:
 
     name: str = "joint"  # of the option, as in stage=NAME
     streams: str = setting("joint", one_of("video", "joint"))  # joint: video and actions
-    conditions: dict[str, float] = field(default_factory=lambda: {"ti2v": 1.0})  # probabilities, summing to 1
+    # probabilities, summing to 1
+    conditions: dict[str, float] = setting(factory=lambda: {"ti2v": 1.0}, names=CONDITIONS)
     # the same, of samples of one frame
-    image_conditions: dict[str, float] = field(default_factory=lambda: {"t2i": 1.0})
+    image_conditions: dict[str, float] = setting(factory=lambda: {"t2i": 1.0}, names=IMAGE_CONDITIONS)
     captions: list[CaptionShare] = field(default_factory=list)  # empty: each sample's primary one
     history_frames: int = setting(1, NOT_NEGATIVE)  # K of conditions that give frames (ti2v, i2v)
     cfg_dropout: float = setting(0.1, FRACTION)  # of contexts, for guidance (ours)
@@ -162,7 +163,7 @@ class StageConfig:
     train_video: bool = True  # false: the video stream is frozen
     lora: LoraConfig = field(default_factory=LoraConfig)
     # checkpoint folder whose weights this stage starts from; null: fresh weights
-    init_from: str | None = setting(None, on_resume="free")
+    init_from: str | None = setting(None, on_resume="free", path="exists")
     # which weights of `init_from`; both: weights from raw, their average from ema (ours)
     init_weights: str = setting("ema", one_of("ema", "raw", "both"), on_resume="free")
     # action stream, when `init_from` has none (ours)
@@ -266,7 +267,7 @@ class Config:
 
     experiment: str = "custom"  # of the option, as in experiment=NAME
     seed: int = setting(0, NOT_NEGATIVE)  # of weights, noise, conditions and the order of the data
-    run_dir: str = setting("runs/${experiment}/${stage.name}", on_resume="free")  # all that a run writes
+    run_dir: str = setting("runs/${experiment}/${stage.name}", on_resume="free", path="any")  # all that a run writes
     model: ModelConfig = field(default_factory=ModelConfig)
     kernels: KernelsConfig = setting(factory=KernelsConfig, on_resume="free")
     encoders: EncodersConfig = field(default_factory=EncodersConfig)

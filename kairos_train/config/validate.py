@@ -87,8 +87,8 @@ def value_of(config: Config, key: str) -> Any:
 
 def values_are_legal(config: Config) -> None:
     """Every value keeps the rule that its field in the schema has."""
-    for key, value, field in walk(config):
-        rule = field.metadata.get("rule")
+    for key, section, field in walk(config):
+        rule, value = field.metadata.get("rule"), getattr(section, field.name)
         missing = value == MISSING
         if rule is None or value is None or (missing and "[" not in key):  # in items of lists nobody asks for it later
             continue

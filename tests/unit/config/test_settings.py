@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from support.settings import changed, section_of
+from support.settings import changed
 
 from dataloaders.config import DataConfig, SourceConfig
 from kairos_train.basics.errors import UserError
@@ -43,7 +43,7 @@ def test_the_rule_of_a_setting_refuses_another_value(key):
 
 
 def test_every_number_has_a_rule():
-    hints = {key: get_type_hints(type(section_of(FILLED, key)))[field.name] for key, _, field in walk(FILLED)}
+    hints = {key: get_type_hints(type(section))[field.name] for key, section, field in walk(FILLED)}
     numbers = {key for key, hint in hints.items() if hint in (int, float, int | None, float | None)}
     assert numbers - RULED.keys() == COMPARED
 
@@ -75,9 +75,11 @@ def test_what_a_resumed_run_may_change(key, answer):
     assert on_resume(key) == answer
 
 
-def test_a_word_that_on_resume_does_not_know_is_refused():
+def test_words_that_nobody_reads_are_refused():
     with pytest.raises(AssertionError, match="fre"):
         setting(1, POSITIVE, on_resume="fre")
+    with pytest.raises(AssertionError, match="exist"):
+        setting("a", path="exist")
 
 
 # --- every setting says what it is ---
