@@ -7,13 +7,13 @@ z-scores, the LIBERO ones min/max.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dataloaders.config import WindowConfig
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import read_json
 from kairos_train.config.schema import Config
 from kairos_train.inference.normalization import from_statistics
 
@@ -41,17 +41,11 @@ def read_statistics(file: Path) -> dict[str, Any]:
     Raises:
         UserError: unreadable, no JSON object, or without groups `state` and `action`.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"statistics {file}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        content = None
-    groups = [content.get(name) for name in ("state", "action")] if isinstance(content, dict) else [None]
-    if not all(isinstance(group, dict) for group in groups):
-        raise UserError(
-            f"statistics {file}: no JSON object with groups state and action; give the dataset's statistics"
-        )
+    remedy = "give the statistics of the dataset, with groups state and action"
+    content = read_json(file, remedy=remedy)
+    for group in ("state", "action"):
+        if not isinstance(content.get(group), dict):
+            raise UserError(f"{file}: has no group {group!r}; {remedy}")
     return content
 
 
@@ -72,7 +66,7 @@ def imported_statistics(file: Path, config: Config, given: Iterable[str], *, exp
         return content
     if not (exported or {"data", "experiment"} & given or given.issuperset(MODES)):
         raise UserError(
-            f"statistics {file}: do not say how they normalise; add data=robotwin (z-score) or data=libero (min/max), "
+            f"{file}: do not say how they normalise; add data=robotwin (z-score) or data=libero (min/max), "
             f"or {MODES[0]}=zscore {MODES[1]}=zscore (or minmax)"
         )
     for group, size in (("state", config.model.action.state_dim), ("action", config.model.action.action_dim)):
@@ -81,9 +75,9 @@ def imported_statistics(file: Path, config: Config, given: Iterable[str], *, exp
         content[group] = {key: content[group][found]}
         mode = getattr(config.data, f"normalize_{group}")
         width = from_statistics(content, group=group, key=key, mode=mode).dim
-        if width != size:
+        if width != size and not (exported and width < size):  # of several robots trained together, the policy's
             raise UserError(
-                f"statistics {file}: {group}/{found} is of {width} dimensions, the weights' {group} of {size}; give "
+                f"{file}: {group}/{found} is of {width} dimensions, the weights' {group} of {size}; give "
                 "the statistics of the dataset that these weights were trained on"
             )
     return content
@@ -96,7 +90,7 @@ def _entry(file: Path, entries: dict[str, Any], group: str, key: str, *, named: 
         return found[0]
     there = ", ".join(sorted(entries)) or "nothing"
     raise UserError(
-        f"statistics {file}: group {group} has {there}, and which of them is these weights' is "
+        f"{file}: group {group} has {there}, and which of them is these weights' is "
         f"{'ambiguous' if found else 'unknown'}; name it with data.window.{group}_key=KEY"
     )
 
