@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dataloaders.config import WindowConfig
+from dataloaders.packing import statistics
 from dataloaders.packing.statistics import NAMES, QUANTILES, ColumnSummary, column_statistics, dataset_statistics
 from dataloaders.windows import action_count, cut_actions, windows_of
 
@@ -54,6 +55,24 @@ def test_states_count_once_per_frame():
         np.testing.assert_allclose(stats["state"]["s"][f"global_{name}"], total[name], rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(stats["state"]["s"][f"stepwise_{name}"], [total[name]], rtol=1e-12, atol=1e-12)
     assert (stats["num_episodes"], stats["num_transition"]) == (3, 38)
+
+
+def test_a_step_that_one_window_alone_reaches_has_its_own_values_and_one_that_none_does_those_of_all():
+    window = WindowConfig(frames=5, action_video_freq_ratio=2, stride=100)  # 8 actions
+    actions = _episodes([3, 5], 2)
+    stats = dataset_statistics(actions, actions, window=window, state_key="s", action_key="a")["action"]["a"]
+    assert stats["stepwise_mean"][4] == pytest.approx(actions[1][4].tolist())
+    assert stats["stepwise_std"][4] == [0.0, 0.0]
+    for step in (5, 7):
+        assert stats["stepwise_mean"][step] == stats["global_mean"]
+
+
+def test_the_rank_error_counts_every_row_that_a_merged_pair_stands_for(monkeypatch):
+    monkeypatch.setattr(statistics, "KEEP", 4)
+    summary = ColumnSummary()
+    for value in range(13):  # pairs move up at rows 5, 9 and 13, and then of the six pairs again
+        summary.add(np.array([[float(value)]]))
+    assert summary.rank_error == (1 + 1 + 1 + 2) / 13
 
 
 def _summary(values, pieces=7):

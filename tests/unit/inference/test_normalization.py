@@ -35,6 +35,18 @@ def test_constant_dimension_maps_to_zero_with_scale_one():
     torch.testing.assert_close(normalizer.unnormalize(torch.zeros(3))[2], torch.tensor(0.5))
 
 
+def test_a_range_is_flat_below_1e_4_and_no_wider():
+    stats = {"global_min": [0.0, 0.0], "global_max": [0.99e-4, 1.01e-4]}
+    out = Normalizer(stats, "minmax").normalize(torch.tensor([0.5e-4, 0.505e-4 + 0.101e-4]))
+    torch.testing.assert_close(out, torch.tensor([0.5e-4, 0.2]))
+
+
+def test_zscore_adds_1e_8_to_the_std():
+    stats = {"global_mean": [0.0, 0.0], "global_std": [0.0, 3e-8]}
+    out = Normalizer(stats, "zscore").normalize(torch.tensor([2e-8, 8e-8]))
+    torch.testing.assert_close(out, torch.tensor([2.0, 2.0]))
+
+
 def test_zscore_subtracts_mean_and_divides_by_std():
     out = Normalizer(STATS, "zscore").normalize(torch.tensor([5.0, 2.25, 0.5]))
     torch.testing.assert_close(out, torch.tensor([2.0, 1.0, 0.0]))
@@ -142,8 +154,9 @@ def test_mistakes_are_named(tmp_path):
         Normalizer({"global_q01": [0.0]}, "quantile")
     with pytest.raises(UserError, match="equal"):
         Normalizer({"global_min": [0.0, 1.0], "global_max": [1.0]}, "minmax")
-    with pytest.raises(UserError, match="not finite"):
-        Normalizer({"global_min": [float("nan")], "global_max": [1.0]}, "minmax")
+    for bad in (float("nan"), float("-inf")):
+        with pytest.raises(UserError, match="not finite"):
+            Normalizer({"global_min": [bad], "global_max": [1.0]}, "minmax")
     with pytest.raises(UserError, match="no action statistics for key 'actions'; it has default"):
         from_statistics({"action": {"default": STATS}}, group="action", key="actions", mode="minmax")
     with pytest.raises(UserError, match="cannot be read"):

@@ -171,6 +171,44 @@ def test_sampling_integrates_the_velocity_over_its_own_schedule(model):
     torch.testing.assert_close(ours.actions, a, atol=1e-5, rtol=0)
 
 
+def test_the_default_is_what_the_specification_says():
+    assert SamplerConfig() == SamplerConfig("shifted", steps=10, guidance=5.0, action_shift=5.0, negative_prompt=None)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_velocities_of_bfloat16_weights_are_integrated_in_float32(guidance):
+    rng = torch.Generator().manual_seed(0)
+    velocities = [torch.randn(1, 2, 3, 2, 2, generator=rng).bfloat16() for _ in range(3)]
+    video, negative, action = velocities[0], velocities[1], torch.randn(1, 4, 2, generator=rng).bfloat16()
+    config, sigmas = SamplerConfig(steps=3, guidance=guidance), sampler.sampling_sigmas(3, 2.0)
+    out = sampler.integrate(
+        lambda z, t, a, t_action: (video, action),
+        lambda z, t: negative,
+        config=config,
+        sigmas=sigmas,
+        latents=sampler.StreamNoise((2, 3, 2, 2), [5], "video", torch.device("cpu")),
+        actions=sampler.StreamNoise((4, 2), [5], "action", torch.device("cpu")),
+        history=None,
+    )
+    v = video.float() if guidance == 1 else negative.float() + guidance * (video.float() - negative.float())
+    torch.testing.assert_close(out.latents, sampler.noise((2, 3, 2, 2), [5], "video") - v, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(out.actions, sampler.noise((4, 2), [5], "action") - action.float(), atol=1e-6, rtol=1e-6)
+    assert out.latents.dtype == out.actions.dtype == torch.float32
+
+
+def test_the_model_is_told_timesteps_in_float32(model):
+    told = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: told.append((args[3], kwargs)), with_kwargs=True)
+    run(model, "joint", steps=3, guidance=2.0)
+    hook.remove()
+    video = 1000 * sampler.video_sigmas(SamplerConfig(steps=3), FRAMES, SIZE[0] * SIZE[1] // 4)[:-1]
+    action = 1000 * sampler.action_sigmas(SamplerConfig(steps=3))[:-1]
+    assert [float(t[0]) for t, _ in told[::2]] == video.float().tolist()
+    assert [float(t[0]) for t, _ in told[1::2]] == video.float().tolist(), "of the negative branch"
+    assert [float(kwargs["action_timestep"][0]) for _, kwargs in told[::2]] == action.float().tolist()
+    assert all(t.dtype == torch.float32 for t, _ in told)
+
+
 @pytest.mark.parametrize("history_frames", [0, 1, 2])
 @pytest.mark.parametrize("mode", ["video", "joint"])
 def test_history_frames_come_back_untouched(model, mode, history_frames):
