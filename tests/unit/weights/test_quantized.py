@@ -17,7 +17,9 @@ from kairos_train.config.compose import load_config, to_yaml
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
 from kairos_train.inference.quantized import (
+    CODES,
     METHODS,
+    SCALE,
     QuantizedLinear,
     dequantize,
     is_large,
@@ -54,6 +56,20 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_normal_weights_lose_no_more_than_the_bits_must(method, limit):
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     assert relative(rounded(method, weight), weight) < limit
+
+
+def test_rows_in_fp8_take_the_better_of_two_largest_codes():
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    scale, largest = find_scales("fp8", weight)[SCALE], weight.abs().amax(1)
+    tops = (largest / scale).round()
+    assert set(tops.tolist()) == {448.0, 256.0}
+
+    def errors(top):
+        scale = largest[:, None] / top
+        return ((weight / scale).to(CODES["fp8"]).float() * scale - weight).square().sum(1)
+
+    better = torch.where(errors(256.0) < errors(448.0), 256.0, 448.0)
+    assert torch.equal(tops, better)
 
 
 def test_uniform_weights_in_int4_lose_no_more_than_sixteen_levels_over_a_groups_span_must():
