@@ -109,6 +109,37 @@ def test_an_array_that_is_not_what_it_says_is_refused(message, reason):
     assert reason in str(refused.value)
 
 
+def of_bytes(shape, data):
+    return {b"__ndarray__": True, b"data": data, b"dtype": "|u1", b"shape": shape}
+
+
+@pytest.mark.parametrize(
+    ("most", "beyond", "reason"),
+    [
+        ([0] * 1024, [0] * 1025, "max_array_len"),
+        ({str(i): 0 for i in range(1024)}, {str(i): 0 for i in range(1025)}, "max_map_len"),
+        ("a" * 65536, "a" * 65537, "max_str_len"),
+        ([[]] * 255, [[]] * 256, "more than 256 maps and lists"),  # and the list around them
+        (of_bytes([1] * 8, b"x"), of_bytes([1] * 9, b"x"), "at most 8 sizes"),
+        (of_bytes([2**31 - 1, 0], b""), of_bytes([2**31, 0], b""), "sizes from 0 to 2^31 - 1"),
+        (of_bytes([3], b"xyz"), of_bytes([3], b"xyz-"), "shape [3] of |u1 takes 3 bytes, data has 4"),
+        (of_bytes([3], b"xyz"), of_bytes([3], b"xy"), "shape [3] of |u1 takes 3 bytes, data has 2"),
+    ],
+    ids=["list", "map", "text", "containers", "axes", "size", "more bytes", "fewer bytes"],
+)
+def test_limits_are_met_and_no_more(most, beyond, reason):
+    codec.decode(msgpack.packb(most))
+    with pytest.raises(UserError) as refused:
+        codec.decode(msgpack.packb(beyond))
+    assert reason in str(refused.value)
+
+
+def test_eight_containers_within_each_other_and_no_more():
+    codec.decode(nested(8))
+    with pytest.raises(UserError, match="more than 8 deep"):
+        codec.decode(nested(9))
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
