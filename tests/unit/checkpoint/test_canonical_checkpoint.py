@@ -16,8 +16,10 @@ from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import describe_file
 from kairos_train.checkpoint import canonical
 from kairos_train.checkpoint.canonical import CheckpointReader, find_latest
+from kairos_train.checkpoint.intact import find_intact
 from kairos_train.checkpoint.retention import prune
 from kairos_train.checkpoint.writing import write_checkpoint
+from parallel.topology import Topology
 
 
 def make_sections(scale: float = 1.0) -> dict:
@@ -218,6 +220,45 @@ def test_find_latest_reads_every_byte_only_when_asked(tmp_path):
     assert "model-00000-00001.safetensors is damaged" in warnings[0]
 
 
+def test_a_file_that_has_grown_is_another_file(tmp_path):
+    path = write(tmp_path, 10)
+    with open(path / "config.yaml", "a") as file:
+        file.write("\n")
+    assert canonical.find_problem(path) == "config.yaml has 9 bytes, not 8"
+
+
+def test_steps_are_ordered_as_numbers_and_names_must_tell_the_manifests(tmp_path):
+    """Beyond eight digits names do not sort."""
+    old, new = write(tmp_path, 99_999_999), write(tmp_path, 100_000_000)
+    assert canonical.list_checkpoints(tmp_path) == [old, new]
+    assert find_latest(tmp_path)[0] == new
+    new.rename(canonical.checkpoint_path(tmp_path, 100_000_001))
+    found, (warning,) = find_latest(tmp_path)
+    assert found == old
+    assert "manifest.json is of step 100000000" in warning
+
+
+@pytest.mark.parametrize("name", ["model-00000-00001.safetensors", "rng-00000-00001.safetensors", "config.yaml"])
+def test_ranks_that_share_the_bytes_find_the_damage_between_them(tmp_path, name):
+    path = write(tmp_path)
+    flip_bit(path / name, 2 if name == "config.yaml" else -20)
+    found = [canonical.find_problem(path, deep=True, share=(rank, 3)) for rank in range(3)]
+    number = sorted(json.loads((path / "manifest.json").read_text())["files"]).index(name)
+    assert [problem is not None for problem in found] == [rank == number for rank in range(3)]
+    assert name in found[number]
+
+
+def test_the_newest_intact_checkpoint_before_a_step_is_found_by_its_bytes(tmp_path):
+    alone, paths = Topology.single(torch.device("cpu")), {step: write(tmp_path, step) for step in (10, 20, 30, 40)}
+    flip_bit(paths[30] / "model-00000-00001.safetensors", -1)
+    assert find_intact(tmp_path, alone) == (paths[40], [])
+    found, (warning,) = find_intact(tmp_path, alone, before=40)
+    assert found == paths[20]
+    assert "step-00000030 is skipped: model-00000-00001.safetensors is damaged" in warning
+    assert find_intact(tmp_path, alone, before=20)[0] == paths[10]
+    assert find_intact(tmp_path, alone, before=10) == (None, [])
+
+
 def test_find_latest_of_a_run_without_checkpoints_is_none(tmp_path):
     assert find_latest(tmp_path / "absent") == (None, [])
 
@@ -280,7 +321,8 @@ def test_prune_keeps_the_last_and_every_nth_and_never_counts_damaged_ones(tmp_pa
     assert removed == [paths[10], paths[30]]
     assert sorted(p.name for p in tmp_path.iterdir()) == [paths[step].name for step in (20, 40, 50, 60)]
     assert find_latest(tmp_path)[0] == paths[50]
-    assert prune(tmp_path, keep_last=1, keep_every=0) == [paths[20], paths[40]]
+    assert prune(tmp_path, keep_last=1, keep_every=0, keep=[20]) == [paths[40]]
+    assert prune(tmp_path, keep_last=1, keep_every=0) == [paths[20]]
 
 
 def test_prune_refuses_to_keep_nothing(tmp_path):
