@@ -230,6 +230,8 @@ def test_a_file_that_has_grown_is_another_file(tmp_path):
 def test_steps_are_ordered_as_numbers_and_names_must_tell_the_manifests(tmp_path):
     """Beyond eight digits names do not sort."""
     old, new = write(tmp_path, 99_999_999), write(tmp_path, 100_000_000)
+    for name in ("7", "00000007", "step-x", "step-", "steps-7"):
+        (tmp_path / name).mkdir()
     assert canonical.list_checkpoints(tmp_path) == [old, new]
     assert find_latest(tmp_path)[0] == new
     new.rename(canonical.checkpoint_path(tmp_path, 100_000_001))
