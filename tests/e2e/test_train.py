@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
-from support.command_ranks import linear_is_torchs
+from support.command_ranks import behind_another, linear_is_torchs
 from support.commands import RELEASED, SAMPLED, kill_at, losses, run, train_command, train_overrides
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -62,6 +62,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over(train, whole, tmp_path):
     newest.write_bytes(newest.read_bytes()[:-100])
     result = train(run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5")
     assert "is skipped" in result.stderr
+    assert "resumed at step 10" in result.stderr
+    assert losses(run_dir) == losses(whole)
+
+
+def test_what_the_job_before_wrote_while_its_end_was_waited_for_is_continued(world, shards, whole, tmp_path):
+    """When this job looked first, nothing was there yet."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000014")
+    settings = ["stage=joint", "train.steps=14", "train.checkpoint_every=5", SAMPLED, "data.workers=0"]
+    words = ["train", *train_overrides(shards, run_dir, *settings)]
+    (result,) = world(1).run(behind_another, words, run_dir, timeout=300)
+    assert result.returncode == 0, result.stderr
     assert "resumed at step 10" in result.stderr
     assert losses(run_dir) == losses(whole)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from pathlib import Path
 from subprocess import CompletedProcess
 
 from support.pool import Pool
 
+from kairos_train.basics.log import log_to_stderr, logger
 from kairos_train.cli import main
+from kairos_train.operations.run_lock import RunLock
 
 
 def run_inside(pool: Pool, words: list[object], *, code: int = 0, cwd: Path | None = None) -> CompletedProcess:
@@ -18,6 +21,27 @@ def run_inside(pool: Pool, words: list[object], *, code: int = 0, cwd: Path | No
     for rank, result in enumerate(results):
         assert result.returncode == code, f"rank {rank}: exit code {result.returncode}\n{result.stderr[-4000:]}"
     return results[0]
+
+
+def behind_another(words: list[object], run_dir: Path) -> CompletedProcess:
+    """`kairos-train WORDS` while another job has the run's lock; it ends, its checkpoints written, once waited for."""
+    checkpoints, later = run_dir / "checkpoints", run_dir / "later"
+    checkpoints.rename(later)
+    lock = RunLock(run_dir)
+
+    class End(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "waiting for its end" in record.getMessage():
+                later.rename(checkpoints)
+                lock.release()
+
+    log_to_stderr()
+    logger.addHandler(end := End())
+    try:
+        return _command(list(map(str, words)), Path.cwd())
+    finally:
+        logger.removeHandler(end)
+        lock.release()
 
 
 def linear_is_torchs() -> bool:
