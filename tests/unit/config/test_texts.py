@@ -136,3 +136,9 @@ def test_arguments_that_are_paths_may_too(monkeypatch, tmp_path, capsys):
     (tmp_path / "page").mkdir()
     assert main(["data", "inspect", "~/none", "--out=~/page", "data=custom"]) == 2
     assert f"{tmp_path}/page: exists" in capsys.readouterr().err
+
+
+def test_an_option_may_have_a_name_like_a_number(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/1e3.yaml").write_text('# @package _global_\ndefaults: [demo]\nexperiment: "1e3"\n')
+    assert load_config(["experiment=1e3"], config_dirs=[tmp_path]).experiment == "1e3"
