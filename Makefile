@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo finetune-demo test test-unit test-processes mutants lint format clean
+.PHONY: help setup demo finetune-demo test test-quick test-nightly test-unit test-processes test-waiting mutants lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,18 +36,29 @@ demo: setup ## simulate, pack, train, export and evaluate: make demo ENV=metawor
 finetune-demo: setup ## published weights → joint training → export → closed loop: within half an hour on two cores
 	$(BIN)/kairos-train finetune-demo
 
-# Two at a time, about equally long: the tests of one process, with those of several that mostly wait (for ranks to be
-# missed, for jobs to be scheduled); and the other tests of several processes.
-WAITING := tests/distributed/test_liveness.py tests/e2e/test_launcher.py tests/e2e/test_slurm.py
+# Three streams at a time: what computes in one process, what computes in several, and what mostly waits (for ranks to be
+# missed, for jobs to be scheduled) and takes little of a processor.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test: lint ## lint, then all tests
-	$(MAKE) --no-print-directory --jobs 2 --keep-going test-unit test-processes
+test: lint ## lint, then all tests but the nightly ones: what continuous integration runs, 15 minutes on two cores
+	$(MAKE) --no-print-directory --jobs 3 --keep-going test-unit test-processes test-waiting
+
+test-quick: lint ## lint, then the tests that neither compute long nor wait
+	$(PYTEST) -m "not (nightly or slow or waits)" tests
+
+test-nightly: test mutants ## everything: full grids of layouts, parity of all of them, a hundred faults
+	$(PYTEST) -m nightly --timeout 3600 tests
+	$(BIN)/python benchmarks/parity.py
+	$(BIN)/python benchmarks/chaos.py --faults 100 --seed 0
 
 test-unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(WAITING)
+	$(PYTEST) tests/unit
 
 test-processes: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed tests/e2e $(WAITING:%=--ignore=%)
+	$(PYTEST) -m "not (nightly or waits)" tests/distributed tests/e2e
+
+test-waiting: setup
+	$(PYTEST) -m "waits and not nightly" tests/distributed tests/e2e
 
 mutants: setup ## break the code one line at a time, each must fail its test: make mutants ONLY=guard JOBS=2
 	$(BIN)/python tests/mutants.py --only '$(ONLY)' --jobs $(JOBS)

@@ -15,6 +15,8 @@ from kairos_train.basics.errors import UserError
 from kairos_train.training.engine.deepspeed_engine import start_processes
 from parallel.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 DECAYED = ("inner.weight", "conv.weight", "extra.weight", "outer.weight")
 
 CASES = [f"{stage}-{precision}-{size}" for size in (1, 2) for precision in ("fp32", "bf16") for stage in range(4)]

@@ -12,6 +12,8 @@ from support.liveness_ranks import live
 
 from kairos_train.config.operation_schema import WatchConfig
 
+pytestmark = pytest.mark.waits
+
 SIZE = 3
 HEARTBEAT = 0.2
 PATIENT = 300.0  # seconds that nothing here takes

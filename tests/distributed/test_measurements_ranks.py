@@ -15,6 +15,8 @@ from support.measurement_ranks import (
     unmeasured_norms,
 )
 
+pytestmark = pytest.mark.slow
+
 KINDS = {"SWA", "DSWA", "FA", "GATED", "cross_attention", "ffn", "modulation", "action", "embeddings_and_heads"}
 TENSOR = "parallel.tensor=2 parallel.sequence=true"
 SHALLOW = "model.num_layers=2 model.video.layer_cycle=[SWA,GATED] train.accumulation=1"

@@ -11,6 +11,8 @@ from support.parallel_training_ranks import make_config, tensors_hooked_in_a_blo
 
 from kairos_train.training.parity.compare import Trace, compare
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {
     "TP2xDP2": (4, "parallel.tensor=2"),
     "TP2+SPxDP2": (4, "parallel.tensor=2 parallel.sequence=true"),

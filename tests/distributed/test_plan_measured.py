@@ -3,6 +3,8 @@
 import pytest
 from support import plan_ranks
 
+pytestmark = pytest.mark.slow
+
 BF16, FP32 = "train.precision=bf16", "train.precision=fp32"
 LONGER = "data.window.frames=21"
 SHARDED = [LONGER, "data.window.height=128", "data.window.width=160"]

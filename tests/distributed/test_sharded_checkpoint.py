@@ -25,6 +25,8 @@ from support.sharded_checkpoint_ranks import (
 from kairos_train.checkpoint.canonical import CheckpointReader, checkpoint_path, find_latest
 from parallel.topology import Topology
 
+pytestmark = pytest.mark.slow
+
 WRITER = (4, {"tensor": 2, "context": 2, "stage": 1})
 READERS = {
     "data4_zero3": (4, {"stage": 3}),

@@ -3,6 +3,8 @@
 import pytest
 from support.sharded_model_ranks import Case, cached_mode, run_cases
 
+pytestmark = pytest.mark.slow
+
 TOKEN = (("window_semantics", "token"), ("restrict_history_query_to_history", False))
 ATTEND = (("all_attend_history", True),)
 CAUSAL = (("history_causal", True),)

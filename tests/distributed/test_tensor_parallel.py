@@ -6,6 +6,8 @@ from support import tensor_parallel_ranks as ranks
 from torch import Tensor
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.slow
+
 PEERS = {0: (0, 1), 1: (0, 1), 2: (2, 3), 3: (2, 3)}
 """Rank → ranks of its tensor group, at tensor 2 × data 2."""
 

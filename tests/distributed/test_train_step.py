@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from support.train_step_ranks import train
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {"whole": (1, 1), "accumulated": (1, 4), "two_processes": (2, 1), "both": (2, 2)}
 """Processes and micro-batches per process for the same eight samples."""
 

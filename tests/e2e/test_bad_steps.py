@@ -10,6 +10,8 @@ from support.commands import RELEASED, losses
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.operations.events import read_events
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ["stage=joint", "data.validation_shards=null", "monitor.log_samples=true"]
 
 

@@ -17,6 +17,8 @@ from chaos_parts.pack import make_shards  # noqa: E402
 
 from kairos_train.operations.events import read_events  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SEED = 11
 STEPS = 16  # a checkpoint is due every 4
 FAULTS = ["kill_rank", "disk_full", "stop_rank", "corrupt"]

@@ -12,6 +12,8 @@ from support.commands import TINY, command, kill_at, losses, run
 
 from kairos_train.checkpoint.canonical import CheckpointReader
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENT = """# @package _global_
 defaults:
   - demo_push2d

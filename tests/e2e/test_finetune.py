@@ -18,6 +18,8 @@ from kairos_train.cli import main
 from kairos_train.model.lora import is_adapter
 from kairos_train.serving.client import PolicyClient
 
+pytestmark = pytest.mark.slow
+
 CAMERA = "observation.images.top"
 SIZES = [
     *("model=tiny", "encoders=weight_free", *TINY[1:], f"data.window.cameras=[{CAMERA}]", "data.window.frames=5"),

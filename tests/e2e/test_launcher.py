@@ -10,6 +10,8 @@ import time
 import pytest
 from support.commands import command, environment
 
+pytestmark = pytest.mark.waits
+
 JOB = {"SLURM_JOB_ID": "31000", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODEID": "0", "SLURM_NTASKS": "1"}
 JOB |= {"SLURM_CPUS_ON_NODE": "4", "SLURMD_NODENAME": "here", "SLURM_JOB_NUM_NODES": "1"}
 LAUNCHER = """

@@ -11,6 +11,8 @@ from support.reshard_ranks import train_run
 
 from kairos_train.cli import main
 
+pytestmark = pytest.mark.slow
+
 WRITERS = {
     "TP2xCP2": (4, "parallel.tensor=2 parallel.context=2 train.zero_stage=1"),
     "TP2xCP2xDP2": (8, "parallel.tensor=2 parallel.context=2 train.zero_stage=1"),

@@ -19,7 +19,10 @@ from kairos_train.config.operation_schema import ClusterConfig
 from kairos_train.launch.script import SlurmJob
 from kairos_train.launch.submit import submit as send
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no Slurm of our own here: {missing()}")
+pytestmark = [
+    pytest.mark.waits,
+    pytest.mark.skipif(missing() is not None, reason=f"no Slurm of our own here: {missing()}"),
+]
 
 STEPS = 16
 CHAIN = """# @package _global_

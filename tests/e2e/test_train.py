@@ -18,6 +18,8 @@ from kairos_train.checkpoint.resolve import resolve_best
 from kairos_train.cli import main
 from kairos_train.training.engine.deepspeed_internals import compiled_all_reduce
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 

@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
 from support.commands import TINY, command, run
 
 from dataloaders.shards import read_index
 from kairos_train.cli import main
 from kairos_train.serving.policy import ServedPolicy
+
+pytestmark = pytest.mark.slow
 
 OWN = ["data.window.action_key=action[1:2]", "data.window.state_key=observation.state[0:1]"]
 

@@ -1,6 +1,7 @@
 """From published weights to a policy by the command line: import, train, export in few bits, predict."""
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from support.commands import TINY, losses
@@ -11,6 +12,8 @@ from kairos_train.config.compose import load_config
 from kairos_train.inference.load import load
 from kairos_train.inference.predict import Predictor
 from kairos_train.model import WorldActionModel
+
+pytestmark = pytest.mark.slow
 
 
 def test_video_only_weights_become_a_policy_in_few_bits(train, tmp_path):

@@ -9,14 +9,14 @@ from kairos_train.config.schema import Config
 from kairos_train.training.engine.deepspeed_engine import TrainingEngine, build_engine, start_processes
 from kairos_train.training.engine.ema import Ema
 from kairos_train.training.engine.initial_weights import InitialAverage
-from parallel.sharding import Rule, ShardingTable
+from parallel.sharding import ShardingRule, ShardingTable
 
 
 def make_engine() -> TrainingEngine:
     config = Config()
     config.train.zero_stage, config.train.precision = 0, "fp32"
     net = nn.Linear(2, 2, bias=False)
-    table = ShardingTable.of([Rule(".*", "replicated_full")], ["weight"], tensor=1)
+    table = ShardingTable.of([ShardingRule(".*", "replicated_full")], ["weight"], tensor=1)
     topology = start_processes("cpu")
     return build_engine(net, config, topology=topology, table=table, full_shapes={"weight": (2, 2)})
 

@@ -1,7 +1,9 @@
 """README.md and docs/ name only paths, commands, flags, settings and make targets that exist."""
 
+import io
 import re
 import shlex
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from kairos_train.cli import build_parser
 from kairos_train.config.keys import MAPPINGS, all_keys
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))) if path.is_file()]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
 ROOMS = (
     "kairos_train",
     "parallel",
@@ -24,6 +26,11 @@ ROOMS = (
     "docs",
     ".ci",
 )
+NEVER = re.compile(
+    r"few bits|\bwidened|lives of|in a life\b|stands? in for|\b[Mm]end(s|ed|ing)?\b|\banew\b|passed over|at hand\b|"
+    r"[Ww]hoever|\buntold\b|GATED layer|\bso many\b"
+)
+"""House words for which the field has its own; `GATED` alone is a value of configurations."""
 PLACEHOLDER = re.compile(r"[A-Z_]+|.*[<>…*].*|.*\.\.\..*")
 
 
@@ -156,3 +163,38 @@ def test_a_name_that_does_not_exist_is_found(text, fault):
 )
 def test_names_that_exist_pass(text):
     assert faults_of(text, ROOT) == []
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) that a reader greps: of Python the strings (docstrings, help, log lines) and comments."""
+    if path.suffix != ".py":
+        yield from enumerate(path.read_text().splitlines(), 1)
+        return
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type in (tokenize.STRING, tokenize.COMMENT):
+            yield from enumerate(token.string.splitlines(), token.start[0])
+
+
+def sources_of_prose() -> list[Path]:
+    folders = [folder for folder in ROOMS if folder not in ("tests", "docs", ".ci")]
+    code = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml", ".sh")]
+    return [*DOCUMENTS, ROOT / "Makefile", *sorted(code)]
+
+
+def test_prose_uses_the_words_of_the_field():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {match[0]}"
+        for path in sources_of_prose()
+        for line, text in prose(path)
+        if (match := NEVER.search(text))
+    ]
+    assert found == []
+
+
+def test_a_house_word_is_found_in_strings_and_comments(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        'anew = 1  # not in names\n\ndef f():\n    """Read it anew."""\n    return f"mend {anew}"  # so many\n'
+    )
+    found = [(line, match[0]) for line, text in prose(path) if (match := NEVER.search(text))]
+    assert found == [(4, "anew"), (5, "mend"), (5, "so many")]

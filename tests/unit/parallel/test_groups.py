@@ -15,13 +15,13 @@ from torch import nn
 
 from kairos_train.config.schema import StageConfig
 from kairos_train.objective.flow_matching import FlowMatching
-from kairos_train.training.engine.deepspeed_engine import _share_first
+from kairos_train.training.engine.deepspeed_engine import _broadcast_first
 from kairos_train.training.step import LossMeter, global_counts
 from parallel.config import Fp8Config, ParallelConfig
 from parallel.fp8 import Fp8Policy
 from parallel.gradient_sync import gradient_norm, sum_partial_gradients
 from parallel.hooks import action_hooks, video_hooks
-from parallel.sharding import Rule, ShardingTable, set_attributes
+from parallel.sharding import ShardingRule, ShardingTable, set_attributes
 from parallel.topology import Degrees, Topology
 
 
@@ -115,7 +115,11 @@ class Net(nn.Module):
             setattr(self, name, nn.Parameter(torch.tensor([3.0, 4.0])))
 
 
-RULES = (Rule("split", "column"), Rule("whole", "replicated_full"), Rule("partial", "replicated_partial"))
+RULES = (
+    ShardingRule("split", "column"),
+    ShardingRule("whole", "replicated_full"),
+    ShardingRule("partial", "replicated_partial"),
+)
 
 
 @pytest.mark.parametrize(("rank", "squares"), [(0, 25 + 25 + 25), (1, 25)])
@@ -130,7 +134,7 @@ def test_the_gradient_norm_counts_copies_on_the_first_tensor_rank_alone(told, ra
 
 def test_the_gradient_norm_of_bfloat16_gradients_is_summed_in_float32(told):
     net = nn.Linear(64, 64, bias=False).bfloat16()
-    set_attributes(net, ShardingTable.of([Rule(".*", "column")], ["weight"], tensor=2))
+    set_attributes(net, ShardingTable.of([ShardingRule(".*", "column")], ["weight"], tensor=2))
     net.weight.grad = torch.full_like(net.weight, 0.1)
     norm = gradient_norm(net, place())
     assert norm.dtype == torch.float32
@@ -140,7 +144,9 @@ def test_the_gradient_norm_of_bfloat16_gradients_is_summed_in_float32(told):
 def test_gradients_of_partial_copies_alone_are_summed_over_tensor_ranks(told):
     net = Net()
     net.register_parameter("frozen", nn.Parameter(torch.ones(1), requires_grad=False))
-    table = ShardingTable.of((*RULES, Rule("frozen", "replicated_partial")), dict(net.named_parameters()), tensor=2)
+    table = ShardingTable.of(
+        (*RULES, ShardingRule("frozen", "replicated_partial")), dict(net.named_parameters()), tensor=2
+    )
     handles = sum_partial_gradients(net, table, place())
     assert len(handles) == 1
     sum(p.sum() for p in net.parameters()).backward()
@@ -151,7 +157,7 @@ def test_gradients_of_partial_copies_alone_are_summed_over_tensor_ranks(told):
 
 def test_weights_of_the_first_are_given_to_all_that_hold_the_same(told):
     net = nn.Linear(2, 2)
-    _share_first(net, place())
+    _broadcast_first(net, place())
     assert told == ["gradient from 1", "gradient from 1"]  # ranks 1, 3, 5 and 7 are of the second tensor rank
 
 
