@@ -22,9 +22,9 @@ def make_engine() -> TrainingEngine:
 
 
 def set_masters(engine: TrainingEngine, value: float) -> None:
-    for master in engine.layout.masters:
+    for master in engine.master_shards.masters:
         master.fill_(value)
-    engine.layout.refresh()
+    engine.master_shards.refresh()
 
 
 def averages(decay: float, values: list[float], start: tuple[float, int] | None = None, **options: bool) -> list[float]:
@@ -56,7 +56,7 @@ def exchanged() -> list[list[float]]:
     set_masters(engine, 5.0)
 
     def seen() -> list[float]:
-        held = (engine.layout.masters[0], ema.average[0], next(engine.model.parameters()))
+        held = (engine.master_shards.masters[0], ema.average[0], next(engine.model.parameters()))
         return [x.detach().mean().item() for x in held]
 
     found = [seen()]
