@@ -165,13 +165,15 @@ def load(
 
 def for_robot(policy: Policy, robot: Robot) -> Policy:
     """The same model for one of its robots."""
-    data = policy.config.data
+    data, about = policy.config.data, {"fps": robot.fps, "cameras": robot.cameras}
+    if robot == policy.robots[0]:
+        about = (policy.about.get("robot") or {}) | about
     window = dataclasses.replace(data.window, **robot.window, cameras=list(robot.cameras))
     return dataclasses.replace(
         policy,
         config=dataclasses.replace(policy.config, data=dataclasses.replace(data, window=window)),
         statistics=robot.statistics,
-        about=policy.about | {"robot": {"fps": robot.fps, "cameras": robot.cameras}},
+        about=policy.about | {"robot": about},
         robot=robot,
     )
 

@@ -152,6 +152,7 @@ def held_out_source(indices: Sequence[ShardIndex], held_out: ShardIndex) -> int:
         and all(getattr(index.window, field) == getattr(held_out.window, field) for field in POLICY_FIELDS)
     ]
     same = [n for n in fitting if indices[n].source.get("dataset") == held_out.source.get("dataset")]
+    same.sort(key=lambda n: indices[n].cameras != held_out.cameras)
     return next(iter([*same, *(n for n in fitting if n == policy), *fitting]), policy)
 
 
