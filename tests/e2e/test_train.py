@@ -81,6 +81,15 @@ def test_what_the_job_before_wrote_while_its_end_was_waited_for_is_continued(wor
     assert losses(run_dir) == losses(whole)
 
 
+def test_a_run_that_is_to_stop_writes_the_checkpoint_of_its_step_first(train, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = ["stage=joint", "train.steps=14", "train.checkpoint_every=5", SAMPLED]
+    result = train(run_dir, *settings, "train.deadline=2020-01-01T00:00:00", code=75)
+    assert "the checkpoint of step 1 is written" in result.stderr
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
+    assert losses(run_dir) == losses(whole)[:1]
+
+
 def shown(run_dir: Path) -> dict[str, np.ndarray]:
     """The frames (T, H, W, 3) of every picture in TensorBoard."""
     board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
@@ -116,6 +125,8 @@ def test_losses_fall_and_everything_is_reported(whole):
     assert [line["step"] for line in lines] == list(range(1, 15))
     assert {"loss", "video_loss", "action_loss", "grad_norm", "lr"} <= set(lines[0])
     metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    kinds = [sorted({"loss/total", "validation_raw/video", "validation_ema/video"} & line.keys()) for line in metrics]
+    assert kinds == [["loss/total"]] * 3 + [["validation_raw/video"], ["validation_ema/video"]], "reported first"
     names = {name for line in metrics for name in line}
     assert {"speed/model_tflops_per_second", "speed/tokens_per_second", "memory/gb", "validation_ema/action"} <= names
     assert any(name.startswith("loss_by_sigma/action") for name in names)

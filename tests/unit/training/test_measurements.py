@@ -271,6 +271,18 @@ def test_lines_of_metrics_have_their_time_and_what_was_measured(tmp_path):
     assert all("time" not in line for line in losses), "losses of two runs compare as text"
 
 
+def test_a_pause_is_not_the_time_of_steps_nor_taken_off_twice_by_a_report_within(tmp_path):
+    telemetry = open_telemetry(tmp_path / "run")
+    begin = telemetry._since
+    with telemetry.paused():
+        pass
+    assert telemetry._since > begin, "the seconds that a report is of begin later by the pause"
+    with telemetry.paused():
+        tell(telemetry, 1)
+    assert telemetry._since <= time.perf_counter(), "else the next report's seconds would be too few"
+    telemetry.close()
+
+
 def test_sampled_windows_are_files_and_the_same_in_tensorboard(tmp_path):
     telemetry = open_telemetry(tmp_path / "run")
     frames = np.random.default_rng(0).integers(0, 255, (1, 3, 8, 16, 3), dtype=np.uint8)
