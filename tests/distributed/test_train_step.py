@@ -1,11 +1,12 @@
 """One loss equation: a step's numbers do not depend on how its samples are spread over processes and micro-batches."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.train_step_ranks import train
+from support.train_step_ranks import refuse_one, train
 
 pytestmark = pytest.mark.slow
 
@@ -41,3 +42,15 @@ def test_the_steps_tell_the_layouts_apart_if_they_differed(results):
     assert (reports[:, 3] > 0.1).all()
     assert reports[0, 2] != reports[1, 2]
     assert (reports[:, 4] == 8).all()
+
+
+@pytest.mark.parametrize(("size", "micro_batches"), [(1, 1), (2, 2)])
+def test_a_refused_update_changes_nothing(world, size, micro_batches):
+    """All ranks are asked once, with the loss of the whole step."""
+    found = world(size).run(refuse_one, micro_batches)
+    for rank in found:
+        assert rank["asked"] == rank["losses"] == found[0]["losses"]
+        assert rank["losses"][0] == pytest.approx(rank["losses"][1], rel=1e-6)
+        assert rank["stepped"] == rank["changed"] == [False, True]
+        assert not math.isfinite(rank["norms"][0])
+        assert 0.1 < rank["norms"][1] < 100

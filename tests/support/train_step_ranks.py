@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +23,7 @@ from kairos_train.model.layout import full_shapes, model_table
 from kairos_train.objective.flow_matching import ConditionedBatch, FlowMatching
 from kairos_train.training.engine.deepspeed_engine import build_engine, start_processes
 from kairos_train.training.engine.engine_state import gather_full_state
-from kairos_train.training.step import train_step
+from kairos_train.training.step import StepReport, train_step
 
 SAMPLES, ACTIONS = 8, 6
 
@@ -60,25 +63,61 @@ def make_batch(objective: FlowMatching, step: int, share: slice) -> ConditionedB
     return objective.condition(keys=keys[share], step=step, **{k: v[share] for k, v in data.items()})
 
 
+@dataclass
+class Setup:
+    """A small model under DeepSpeed; this rank takes its contiguous share of each step's eight samples."""
+
+    micro_batches: int
+
+    def __post_init__(self) -> None:
+        self.config, self.world = make_config(), start_processes("cpu")
+        config, topology = self.config, self.world
+        torch.manual_seed(0)
+        model = WorldActionModel(config.model)
+        for head in (model.video_dit.head.head, model.action_dit.head):
+            torch.nn.init.normal_(head.weight, std=0.1)
+        config.train.accumulation = self.micro_batches
+        layout = {"topology": topology, "table": model_table(config, model), "full_shapes": full_shapes(config)}
+        self.engine = build_engine(model, config.train, config.optimizer, **layout)
+        self.engine.set_lr(1e-2)
+        self.objective = FlowMatching(config.stage, seed=0, patch=(2, 2))
+
+    def step(self, number: int, **options: Any) -> StepReport:
+        size = SAMPLES // self.world.size // self.micro_batches
+        begin = self.world.rank * size * self.micro_batches
+        shares = [slice(begin + i * size, begin + (i + 1) * size) for i in range(self.micro_batches)]
+        batches = [make_batch(self.objective, number, share) for share in shares]
+        return train_step(self.engine, self.objective, self.config.stage, batches, **options)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [master.clone() for master in self.engine.master_shards.masters]
+
+
+def refuse_one(micro_batches: int) -> dict[str, Any]:
+    """A step whose update is refused, then one whose is not: what this rank was asked and what changed."""
+    setup, asked = Setup(micro_batches), []
+    weights = [setup.weights()]
+    reports = []
+    for refused in (True, False):
+        reports.append(setup.step(0, refuses=lambda loss, refused=refused: asked.append(loss) or refused))
+        weights.append(setup.weights())
+    setup.engine.close()
+    return {
+        "asked": asked,
+        "losses": [report.loss for report in reports],
+        "norms": [report.grad_norm for report in reports],
+        "stepped": [report.stepped for report in reports],
+        "changed": [not all(map(torch.equal, *pair)) for pair in pairwise(weights)],
+    }
+
+
 def train(out: Path, micro_batches: int) -> None:
-    """This rank takes its contiguous share of each step's eight samples, in some micro-batches. Rank 0 writes `out`."""
-    config, world = make_config(), start_processes("cpu")
-    torch.manual_seed(0)
-    model = WorldActionModel(config.model)
-    for head in (model.video_dit.head.head, model.action_dit.head):
-        torch.nn.init.normal_(head.weight, std=0.1)
-    config.train.accumulation = micro_batches
-    table = model_table(config, model)
-    shapes = full_shapes(config)
-    engine = build_engine(model, config.train, config.optimizer, topology=world, table=table, full_shapes=shapes)
-    objective = FlowMatching(config.stage, seed=0, patch=(2, 2))
-    size = SAMPLES // world.size // micro_batches
+    """Three steps, in some micro-batches. Rank 0 writes `out`."""
+    setup = Setup(micro_batches)
+    engine, world = setup.engine, setup.world
     reports = []
     for step in range(3):
-        begin = world.rank * size * micro_batches
-        shares = [slice(begin + i * size, begin + (i + 1) * size) for i in range(micro_batches)]
-        engine.set_lr(1e-2)
-        report = train_step(engine, objective, config.stage, [make_batch(objective, step, share) for share in shares])
+        report = setup.step(step)
         reports.append([report.video_loss, report.action_loss, report.loss, report.grad_norm, report.samples])
     sections, _ = gather_full_state(engine)
     if world.rank == 0:

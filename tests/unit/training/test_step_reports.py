@@ -1,5 +1,6 @@
 """What a step reports, and the random states that a checkpoint holds."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 from kairos_train.config.schema import StageConfig
 from kairos_train.objective.flow_matching import ConditionedBatch, LossSums
 from kairos_train.training.engine.random_state import derive_random_state, random_state, set_random_state
-from kairos_train.training.step import LossMeter, scaled_loss, weighted_loss
+from kairos_train.training.step import LossMeter, StepReport, scaled_loss, weighted_loss
 from parallel.topology import Topology
 
 ALONE = Topology.single(torch.device("cpu"))
@@ -63,6 +64,19 @@ def test_the_differentiated_and_the_reported_loss_are_weighted_alike():
     reported = weighted_loss(stage, meter.loss("video"), meter.loss("action"))
     assert scaled_loss(stage, sums, counts).item() == pytest.approx(reported) == pytest.approx(0.5 * 0.5 + 2 * 1)
     assert scaled_loss(stage, LossSums(sums.video, sums.action * 0), (40, 0)).item() == pytest.approx(0.25)
+
+
+def test_context_ranks_share_the_actions_loss():
+    """Each computes all actions, and frames of its own."""
+    stage = StageConfig(video_loss_weight=0.5, action_loss_weight=2.0)
+    sums = LossSums(torch.tensor([8.0, 12.0]), torch.tensor([2.0, 3.0]))
+    assert scaled_loss(stage, sums, (40, 5), context=4).item() == pytest.approx(0.5 * 20 / 40 + 2 * 5 / 5 / 4)
+    assert scaled_loss(stage, LossSums(sums.video, None), (40, 5), context=4).item() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("loss", "norm", "finite"), [(1.0, 2.0, True), (math.inf, 2.0, False), (1.0, math.nan, False)])
+def test_a_step_is_finite_when_its_loss_and_its_norm_are(loss, norm, finite):
+    assert StepReport(1.0, None, loss, norm, stepped=True, samples=1).finite == finite
 
 
 def test_every_random_generator_continues_where_it_stood():
