@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kairos_train.basics.errors import MachineFault, RunStopped, UserError
-from kairos_train.operations.watch import watchdog
+from kairos_train.operations.watch import members, watchdog
 from kairos_train.operations.watch.findings import Heartbeat, RunFault, died, stuck
 from kairos_train.operations.watch.members import Member, process_state, this_member
 from kairos_train.operations.watch.watchdog import AwakeClock, Watchdog
@@ -71,6 +71,31 @@ def test_a_process_is_dead_as_soon_as_it_has_ended_though_its_parent_has_not_ask
         while process_state(other) is not None and time.monotonic() < deadline:
             time.sleep(0.01)
         assert process_state(other) is None  # a zombie still
+
+
+@pytest.mark.parametrize(
+    ("state", "started", "seen"),
+    [("R", 77, "R"), ("T", 77, "T"), ("D", 77, "D"), ("Z", 77, None), ("X", 77, None), ("S", 78, None)],
+)
+@pytest.mark.parametrize("name", ["python", "a) b (c) Z"])
+def test_a_process_is_read_from_behind_its_name_which_may_hold_anything(
+    tmp_path, monkeypatch, name, state, started, seen
+):
+    monkeypatch.setattr(members, "PROC", tmp_path)
+    (tmp_path / "5").mkdir()
+    (tmp_path / "5/stat").write_text(f"5 ({name}) {state} {' '.join(map(str, range(4, 22)))} {started} 23 24")
+    assert process_state(Member(1, "a", 5, started=77)) == seen
+    assert process_state(Member(1, "a", 6, started=77)) is None
+
+
+def test_places_are_counted_anew_in_every_step():
+    dog = Watchdog(60.0, AwakeClock(1.0))
+    places = []
+    for step, phase in ((1, "data"), (1, "forward"), (1, "update"), (2, "data"), (2, "forward")):
+        dog.at(step, phase)
+        beat = dog.beat(0)
+        places.append((beat.step, beat.phase, beat.place))
+    assert places == [(1, "data", 0), (1, "forward", 1), (1, "update", 2), (2, "data", 0), (2, "forward", 1)]
 
 
 def test_ranks_under_other_names_or_in_other_containers_are_not_looked_up_by_pid():

@@ -92,6 +92,24 @@ def test_a_file_system_without_locks_is_an_error_with_a_remedy(tmp_path, monkeyp
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """Between opening and locking another may have tidied up; a third one then locks a file of its own."""
+    lock_file, real, locked = tmp_path / LOCK, fcntl.flock, []
+
+    def late(file, how):
+        if not locked:
+            lock_file.unlink()
+        locked.append(file)
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with RunLock(tmp_path, wait=60):
+        assert len(locked) == 2
+        assert read_owner(tmp_path)["pid"] == os.getpid()
+        monkeypatch.undo()
+        refused(tmp_path)
+
+
 HOLDER = """
 import json, multiprocessing, os, subprocess, sys, time
 from kairos_train.operations.run_lock import RunLock

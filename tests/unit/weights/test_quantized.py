@@ -58,6 +58,12 @@ def test_normal_weights_lose_no_more_than_the_bits_must(method, limit):
     assert relative(rounded(method, weight), weight) < limit
 
 
+def test_a_last_group_of_few_columns_spans_no_more_than_they_do():
+    weight = torch.randn(8, 19, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    weight[:, 16:] = 1.0
+    assert torch.equal(rounded("int4", weight)[:, 16:], weight[:, 16:])
+
+
 def test_rows_in_fp8_take_the_better_of_two_largest_codes():
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     scale, largest = find_scales("fp8", weight)[SCALE], weight.abs().amax(1)
