@@ -83,8 +83,7 @@ def public_pipeline(
             *_head(distilled=distilled, known=encoder is not None),
             *(f"{name} = {value!r}" for name, value in paths.items()),
             "",
-            f'os.environ["QW_DROP_IMG_IN_VLM"] = "{int(not text.image)}"  # 1: the VLM is shown no image',
-            f'os.environ["QW_RM_SYS_PROMPT_IN_VLM"] = "{int(not text.system_message)}"  # 1: nor the system message',
+            *_environment(text),
             "",
             *(
                 f"{name} = {pprint.pformat(value, width=110, compact=True, sort_dicts=False)}"
@@ -95,22 +94,33 @@ def public_pipeline(
     )
 
 
+DISTILLED = """
+These weights are distilled to the times of `selected_sampling_time`. The pipeline below constructs and loads their
+network, and samples with many steps; the public code has the distilled sampler in KairosEmbodiedPipeline_DMD alone,
+which takes this file of weights under its own configuration."""
+
+NO_ENCODER = """
+They were trained on contexts that no text encoder of the public code gives: text_encoder_config is None."""
+
+
 def _head(*, distilled: bool, known: bool) -> list[str]:
-    lines = [
+    """The docstring of the file."""
+    return [
         '"""Configuration of the public Kairos inference code for the weights beside it. Written by kairos-train.',
         "",
+        "Only the paths below need to be edited.",
+        *([DISTILLED] if distilled else []),
+        *([] if known else [NO_ENCODER]),
+        '"""',
+        "",
     ]
-    lines += ["Only the paths below need to be edited."]
-    if distilled:
-        lines += [
-            "",
-            "These weights are distilled to the times of `selected_sampling_time`. The pipeline below constructs",
-        ]
-        lines += ["and loads their network, and samples with many steps; the public code has the distilled sampler in"]
-        lines += ["KairosEmbodiedPipeline_DMD alone, which takes this file of weights under its own configuration."]
-    if not known:
-        lines += [
-            "",
-            "They were trained on contexts that no text encoder of the public code gives: text_encoder_config is None.",
-        ]
-    return [*lines, '"""', "", "import os", ""]
+
+
+def _environment(text: TextEncoderConfig) -> list[str]:
+    """What the text encoders of the public code read when they are constructed."""
+    flags = {"QW_DROP_IMG_IN_VLM": text.image, "QW_RM_SYS_PROMPT_IN_VLM": text.system_message}
+    # An import statement would make mmengine read the file in another way, in which nothing can be assigned.
+    return [
+        "# 1: the VLM is shown no image; no system message.",
+        f'__import__("os").environ.update({ {name: str(int(not shown)) for name, shown in flags.items()} })',
+    ]
