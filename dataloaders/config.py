@@ -123,5 +123,7 @@ class DataConfig:
     cache_gb: float = setting(100.0, POSITIVE, on_resume="free")  # what the copies may take on one machine (ours)
     # seconds after which a silent loader process counts as hung (ours)
     timeout: float = setting(600.0, POSITIVE, on_resume="free")
+    # seconds of waiting for one step's data from which it is logged (ours)
+    log_wait: float = setting(30.0, POSITIVE, on_resume="free")
     # every step, compare the batches of processes that share samples (ours)
     check_peers: bool = setting(False, on_resume="free")

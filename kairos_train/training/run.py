@@ -35,9 +35,6 @@ from kairos_train.training.step import StepReport, weighted_loss
 from kairos_train.training.validation import validate
 from parallel.consensus import any_rank, from_all
 
-LONG_WAIT = 30.0
-"""Seconds of waiting for one step's data from which it is told (ours)."""
-
 CHECKPOINT = "checkpoint"
 """The timed action that others ask for before its time."""
 
@@ -164,7 +161,7 @@ class Run:
         with self.watch.paused("first data") if self._first else nullcontext():
             raw = [next(self.loader) for _ in range(self.train.accumulation)]
         waited = time.perf_counter() - begin
-        if waited > LONG_WAIT:
+        if waited > self.data.log_wait:
             logger.info(f"step {self.step + 1}: waited {waited:.0f} s for data")
             self.events.write("loader_stall", step=self.step + 1, seconds=waited)
         share = self.budget.share(self.state.progress)
