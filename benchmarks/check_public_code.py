@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def small_exports(folder: Path) -> list[Path]:
-    """Random models at small sizes, but for the heads of GATED layers, which are fixed there."""
+    """Random models at small sizes, but for the heads of Gated DeltaNet layers, which are fixed there."""
     tokens = {"window_semantics": "token", "restrict_history_query_to_history": False}
     kinds = {"joint": {}, "tokens": tokens, "frames": {}, "distilled": tokens}
     return [small_export(folder, name, video) for name, video in kinds.items()]

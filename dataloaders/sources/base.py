@@ -103,7 +103,7 @@ class Source(Protocol):
         """What the index says about the source: JSON values."""
 
     def notes(self, statistics: Mapping[str, Any]) -> list[str]:
-        """What whoever packs it should know: sentences. `statistics`: the content of dataset_stats.json."""
+        """What the user who packs it should know: sentences. `statistics`: the content of dataset_stats.json."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class TarSource:
             try:
                 self._paths = list(braceexpand(str(location)))
             except ValueError as error:
-                raise UserError(f"{location}: is neither a tar nor a pattern of tars ({error}); mend it") from error
+                raise UserError(f"{location}: is neither a tar nor a pattern of tars ({error}); fix it") from error
             name = base_name(parent(self._paths[0])) or base_name(self._paths[0])
         self.name = plain_name(name)
         self.units, self.sizes_differ, self.fps = len(self._paths), True, settings.clips.fps

@@ -186,7 +186,7 @@ def _within(key: str, section: str) -> bool:
 
 
 def _at_home(config: Config) -> Config:
-    """`~` in paths becomes the home folder, here and nowhere else: whoever reads a setting takes it as it is."""
+    """`~` in paths becomes the home folder, here and nowhere else: readers of a setting take it as it is."""
     for _, section, field in walk(config):
         value = getattr(section, field.name)
         if field.metadata.get("path") and value is not None:

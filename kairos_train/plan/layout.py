@@ -218,7 +218,7 @@ class Layout:
         return plans
 
     def copied_frames(self, kind: str, rank: int) -> int | None:
-        """Key frames that gathered windows copy for `rank`; None where its queries read all keys at hand as they are.
+        """Key frames that gathered windows copy for `rank`; None where its queries read all local keys as they are.
 
         Frames that read the same keys share one copy; frames of zero padding are copied too.
         """
