@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
@@ -50,7 +51,10 @@ class Prefetch(Generic[Item]):
             pin_memory=pin_memory,
             # its own generator: the default one would consume a number of the training's random stream at every start
             generator=torch.Generator(),
+            worker_init_fn=_keep_inherited if workers else None,
         )
+        if workers:
+            gc.collect()  # decoders that are garbage end here, where their threads are
         with _same_signal_handler():
             self._items = iter(loader)
         if workers:
@@ -108,6 +112,12 @@ class Prefetch(Generic[Item]):
 
     def _processes(self) -> list:
         return list(getattr(self._items, "_workers", ()))
+
+
+def _keep_inherited(worker: int) -> None:
+    """Never collect what a forked process has inherited: decoders of the parent have threads that are not here, and
+    crash the process when they are freed."""
+    gc.freeze()
 
 
 @contextmanager

@@ -18,7 +18,9 @@ def make_engine() -> TrainingEngine:
     net = nn.Linear(2, 2, bias=False)
     table = ShardingTable.of([ShardingRule(".*", "replicated_full")], ["weight"], tensor=1)
     topology = start_processes("cpu")
-    return build_engine(net, config, topology=topology, table=table, full_shapes={"weight": (2, 2)})
+    return build_engine(
+        net, config.train, config.optimizer, topology=topology, table=table, full_shapes={"weight": (2, 2)}
+    )
 
 
 def set_masters(engine: TrainingEngine, value: float) -> None:

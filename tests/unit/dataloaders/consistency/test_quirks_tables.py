@@ -258,7 +258,8 @@ def clips(folder: Path, name: str) -> Path:
 def pack_command(source: Path, out: Path, capsys, *more: str) -> list[str]:
     settings = ["data.clips.short_side=32", "data.clips.aspects=[1.0]", "data.clips.fps=10", "data.clips.most_frames=9"]
     assert cli.main(["data", "pack", str(source), "--out", str(out), "experiment=custom", *settings, *more]) == 0
-    return capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()  # what was packed; notes
+    return [*said.out.splitlines(), *said.err.splitlines()]
 
 
 def test_captions_are_found_or_missed_aloud(tmp_path, capsys):
