@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from chaos_parts.compare import compare_runs
-from chaos_parts.faults import KINDS, STEPS, FaultOutcome, finish, run_with_faults, small_disk
+from chaos_parts.faults import KINDS, STEPS, Attempt, FaultOutcome, finish, run_with_faults, small_disk
 from chaos_parts.pack import EPISODES, make_shards, pack_through_kills
 
 FAULTS_PER_RUN = 5
@@ -89,7 +89,7 @@ def main() -> int:
         steps = QUICK_STEPS if args.quick else STEPS
         settings = [f"data.shards={shards}", f"train.steps={steps}"]
         if args.part != "packing":
-            finish(home / "reference", settings)
+            finish(Attempt(home / "reference", settings))
         with small_disk(home / "disk") as mounted:
             kinds = [kind for kind in KINDS if mounted or kind != "disk_full"]
             if not mounted:
@@ -97,7 +97,7 @@ def main() -> int:
             runs, packing = plan_faults(1 if args.quick else args.faults, kinds, rng)
             for number, wanted in enumerate(runs if args.part != "packing" else []):
                 run_dir = home / "disk" / f"run-{number}"
-                found = run_with_faults(run_dir, settings, wanted, rng, steps=steps)
+                found = run_with_faults(Attempt(run_dir, settings), wanted, rng, steps=steps)
                 compared = compare_runs(run_dir, home / "reference")
                 outcomes += found
                 if not compared.identical:

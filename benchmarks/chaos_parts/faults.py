@@ -1,4 +1,4 @@
-"""What is done to a training run of four processes, and how it is put back on its feet. Used by chaos.py and the tests.
+"""What is done to a run of several processes, and how it is put back on its feet. Used by chaos.py and the tests.
 
 A run is a sequence of lives. Ranks are real processes, forked from one that has imported everything already (start-up
 is seconds of imports otherwise), each running `kairos-train train` with a launcher's environment. A fault comes at a
@@ -80,9 +80,10 @@ class FaultOutcome:
 
 
 class Attempt:
-    """Four ranks of one run, from their start to their end."""
+    """The ranks of one run, from their start to their end."""
 
-    def __init__(self, run_dir: Path, settings: Sequence[str]) -> None:
+    def __init__(self, run_dir: Path, settings: Sequence[str], *, ranks: int = RANKS) -> None:
+        self.settings, self.size = settings, ranks
         self.run_dir, self.logs = run_dir, run_dir.parent / f"{run_dir.name}-logs"
         self.logs.mkdir(exist_ok=True)
         self.number = len(list(self.logs.glob("*-rank0.log")))
@@ -92,10 +93,14 @@ class Attempt:
         port = _free_port()
         self.begun = time.monotonic()
         self.ranks = [
-            context.Process(target=_rank, args=(rank, port, words, str(self.log(rank)))) for rank in range(RANKS)
+            context.Process(target=_rank, args=(rank, ranks, port, words, str(self.log(rank)))) for rank in range(ranks)
         ]
         for process in self.ranks:
             process.start()
+
+    def again(self) -> Attempt:
+        """The next life."""
+        return Attempt(self.run_dir, self.settings, ranks=self.size)
 
     def log(self, rank: int) -> Path:
         return self.logs / f"{self.number:03d}-rank{rank}.log"
@@ -111,7 +116,7 @@ class Attempt:
             if not any(process.is_alive() for process in self.ranks):
                 return condition()
             if time.monotonic() > end:
-                texts = "\n".join(self.log(rank).read_text()[-1500:] for rank in range(RANKS))
+                texts = "\n".join(self.log(rank).read_text()[-1500:] for rank in range(self.size))
                 raise AssertionError(f"the run neither came there nor ended within {seconds} s\n{texts}")
             time.sleep(0.002)
         return True
@@ -132,17 +137,17 @@ class Attempt:
             process.join(max(0.0, end - time.monotonic()))
         if any(process.is_alive() for process in self.ranks):
             self.end()
-            texts = "\n".join(self.log(rank).read_text()[-1500:] for rank in range(RANKS))
+            texts = "\n".join(self.log(rank).read_text()[-1500:] for rank in range(self.size))
             raise AssertionError(f"ranks did not end within {seconds} s\n{texts}")
         return [process.exitcode for process in self.ranks]
 
 
-def _rank(rank: int, port: int, words: list[str], log: str) -> None:
+def _rank(rank: int, size: int, port: int, words: list[str], log: str) -> None:
     """One rank: a launcher's environment, its output in a file, the command, its exit code."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     os.environ |= {
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)},
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
     }
     multiprocessing.set_start_method("fork", force=True)  # as in any other rank: loader workers end with their parent
@@ -162,50 +167,49 @@ def steps_done(run_dir: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def finish(run_dir: Path, settings: Sequence[str] = ()) -> None:
-    """One life to the end of the run."""
-    codes = (life := Attempt(run_dir, settings)).wait(seconds=300)
-    assert codes == [0] * RANKS, f"{codes}\n{life.log(0).read_text()[-3000:]}"
+def finish(life: Attempt) -> None:
+    """To the end of the run."""
+    codes = life.wait(seconds=300)
+    assert codes == [0] * life.size, f"{codes}\n{life.log(0).read_text()[-3000:]}"
 
 
 def run_with_faults(
-    run_dir: Path, settings: Sequence[str], kinds: Sequence[str], rng: random.Random, *, steps: int = STEPS
+    life: Attempt, kinds: Sequence[str], rng: random.Random, *, steps: int = STEPS
 ) -> list[FaultOutcome]:
     """Train to the end through faults, one at a time, at growing random steps.
 
     Args:
-        settings: beyond `SETTINGS`.
-        steps: of the run, as the settings have it.
+        life: the run's first.
+        steps: of the run, as its settings have it.
     """
     outcomes: list[FaultOutcome] = []
-    life = Attempt(run_dir, settings)
+    run_dir = life.run_dir
     for kind, step in zip(kinds, sorted(rng.sample(range(2, steps - 2), len(kinds)))):
-        life = _reach(life, settings, lambda step=step: steps_done(run_dir) >= step)
+        life = _reach(life, lambda step=step: steps_done(run_dir) >= step)
         outcome = FaultOutcome(kind, steps_done(run_dir), "")
         outcomes.append(outcome)
         goes_on = INFLICT[kind](life, outcome, rng)
         since = time.monotonic()
         if goes_on:
             here = steps_done(run_dir)
-            life = _reach(life, settings, lambda here=here: steps_done(run_dir) > min(here, steps - 1))
+            life = _reach(life, lambda here=here: steps_done(run_dir) > min(here, steps - 1))
         else:
             outcome.exit_codes = outcome.exit_codes or life.end()
             starts = len(_starts(run_dir))
-            life = Attempt(run_dir, settings)
-            life = _reach(life, settings, lambda starts=starts: _goes_on(run_dir, starts, steps))
+            life = _reach(life.again(), lambda starts=starts: _goes_on(run_dir, starts, steps))
         outcome.recovered = time.monotonic() - since
-    while (codes := life.wait(seconds=300)) == [RESTART] * RANKS:
-        life = Attempt(run_dir, settings)
-    assert codes == [0] * RANKS, f"{codes}\n{life.log(0).read_text()[-3000:]}"
+    while (codes := life.wait(seconds=300)) == [RESTART] * life.size:
+        life = life.again()
+    assert codes == [0] * life.size, f"{codes}\n{life.log(0).read_text()[-3000:]}"
     return outcomes
 
 
-def _reach(life: Attempt, settings: Sequence[str], condition: Callable[[], bool]) -> Attempt:
+def _reach(life: Attempt, condition: Callable[[], bool]) -> Attempt:
     """The life in which a condition comes true: one that ends with "start me again" is started again."""
     while not life.wait_for(condition):
         codes = life.end()
-        assert codes == [RESTART] * RANKS, f"{codes}\n{life.log(0).read_text()[-3000:]}"
-        life = Attempt(life.run_dir, settings)
+        assert codes == [RESTART] * life.size, f"{codes}\n{life.log(0).read_text()[-3000:]}"
+        life = life.again()
     return life
 
 
@@ -225,13 +229,13 @@ def _goes_on(run_dir: Path, earlier: int, steps: int) -> bool:
 
 def _kill_rank(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
     time.sleep(rng.uniform(0, 0.3))
-    lost = rng.randrange(RANKS)
+    lost = rng.randrange(life.size)
     _lose(life, outcome, lost, signal.SIGKILL)
     return False
 
 
 def _stop_rank(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
-    _lose(life, outcome, rng.randrange(RANKS), signal.SIGSTOP)
+    _lose(life, outcome, rng.randrange(life.size), signal.SIGSTOP)
     return False
 
 
@@ -241,7 +245,7 @@ def _lose(life: Attempt, outcome: FaultOutcome, lost: int, number: signal.Signal
     begin = time.monotonic()
     with contextlib.suppress(ProcessLookupError):
         os.kill(life.ranks[lost].pid, number)
-    others = [rank for rank in range(RANKS) if rank != lost]
+    others = [rank for rank in range(life.size) if rank != lost]
     life.wait_for(lambda: not any(life.ranks[rank].is_alive() for rank in others), seconds=60)
     outcome.detected = time.monotonic() - begin
     outcome.exit_codes = life.end()
@@ -260,7 +264,7 @@ def _kill_in_save(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> b
     began = life.wait_for(lambda: any(checkpoints.glob(".tmp-step-*")))
     time.sleep(rng.choice([0.0, rng.uniform(0, 0.02)]))
     if began and rng.random() < 0.5:
-        _lose(life, outcome, rng.randrange(RANKS), signal.SIGKILL)
+        _lose(life, outcome, rng.randrange(life.size), signal.SIGKILL)
     else:
         outcome.exit_codes = life.end()
         outcome.detail = "SIGKILL of all ranks"
