@@ -32,14 +32,14 @@ curriculum:
         - "data.sources=[{{shards: {data}/images, weight: 0.4}}, {{shards: {data}/videos, weight: 0.6}}]"
         - data.tokens_per_micro_batch=48
         - train.steps=null
-        - train.tokens=400
+        - train.tokens=200
     - name: behaviour
       set:
         - stage=behaviour
         - "stage.captions=[{{name: instruction}}]"
         - "data.sources=[{{shards: {data}/videos}}]"
         - train.steps=null
-        - train.samples=23
+        - train.samples=39
     - {{name: joint, set: [stage=joint, train.steps=4]}}
 """
 NAMES = ["physical", "behaviour", "joint"]
@@ -93,8 +93,8 @@ def scalars(run_dir: Path) -> dict[str, float]:
 
 def test_three_stages_are_walked_each_to_its_budget(whole):
     readers = {name: newest(whole / name) for name in NAMES}
-    assert readers["physical"].state["tokens"] >= 400 > readers["physical"].state["tokens"] - 48
-    assert readers["behaviour"].state["samples"] == 24, "six steps of four: a step is not cut"
+    assert readers["physical"].state["tokens"] >= 200 > readers["physical"].state["tokens"] - 48
+    assert readers["behaviour"].state["samples"] == 40, "ten steps of four: a step is not cut"
     assert readers["joint"].step == 4
     assert {line["samples"] for line in map(json.loads, losses(whole / "physical"))} > {4}, "buckets of unequal samples"
     assert [scalars(whole / name)["progress/stage_number"] for name in NAMES] == [1, 2, 3]
@@ -122,8 +122,10 @@ def test_weights_and_averages_are_handed_over(whole, go_on, tmp_path):
 
 
 def test_a_curriculum_killed_in_its_second_stage_goes_on_to_the_same_numbers(whole, arguments, go_on, tmp_path):
-    run_dir = tmp_path / "run"
-    kill_at(arguments(run_dir), run_dir / "behaviour", 3, checkpoint=2)
+    """It stands in step 9, which only the second stage has, until it is killed."""
+    run_dir, stand = tmp_path / "run", "faults.inject=[{kind: slow, step: 9, seconds: 300, life: 1}]"
+    kill_at(arguments(run_dir, stand), run_dir / "behaviour", 8, checkpoint=6)
+    assert len(losses(run_dir / "physical")) < 9
     assert not (run_dir / "joint").exists()
     result = go_on(run_dir)
     assert "stage 1 of 3: physical is finished" in result.stderr

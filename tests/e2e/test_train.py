@@ -20,23 +20,24 @@ from kairos_train.training.engine.deepspeed_internals import compiled_all_reduce
 
 pytestmark = pytest.mark.slow
 
+WHOLE = ["stage=joint", "train.steps=14", "train.checkpoint_every=5"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 @pytest.fixture(scope="module")
-def whole(shards, tmp_path_factory) -> Path:
+def whole(train, tmp_path_factory) -> Path:
     """A joint run of 14 steps that nothing interrupted."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    run(train_command(shards, run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5", SAMPLED))
+    train(run_dir, *WHOLE, SAMPLED)
     return run_dir
 
 
-def test_a_killed_run_resumes_to_the_same_losses_bit_by_bit(shards, whole, tmp_path):
-    run_dir = tmp_path / "run"
-    arguments = train_command(shards, run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5")
-    kill_at(arguments, run_dir, 8, checkpoint=5)
+def test_a_killed_run_resumes_to_the_same_losses_bit_by_bit(shards, train, whole, tmp_path):
+    """By a start of its own, with loader processes; it stands in step 9 of its first life until it is killed."""
+    run_dir, stand = tmp_path / "run", "faults.inject=[{kind: slow, step: 9, seconds: 300, life: 1}]"
+    kill_at(train_command(shards, run_dir, *WHOLE, stand), run_dir, 8, checkpoint=5)
     assert not (run_dir / "checkpoints" / "step-00000010").exists(), "killed between two checkpoints"
-    result = run(arguments)
+    result = train(run_dir, *WHOLE)
     assert "resumed at step 5" in result.stderr
     assert losses(run_dir) == losses(whole)
     kept = [CheckpointReader(d / "checkpoints" / "step-00000014") for d in (run_dir, whole)]

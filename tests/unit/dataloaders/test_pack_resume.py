@@ -22,13 +22,25 @@ from kairos_train.basics.errors import UserError
 
 ARGUMENTS = {"prompt_template": "Do: {task}", "shard_samples": 9}
 COMMAND = """
-import sys, time
-from dataloaders.packing.pack import pack
+import itertools, sys, time
+from dataloaders.packing import pack as packing
 from dataloaders.config import WindowConfig
 window = WindowConfig(frames=5, action_video_freq_ratio=1, stride=2, height=32, width=32)
-source, out, processes, halt = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-pack(source, out, window=window, prompt_template="Do: {task}", shard_samples=9, processes=processes,
-     progress=lambda done, total: time.sleep(600) if done == halt else None)
+source, out, processes, what, halt = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+write, written = packing.write_shard, itertools.count()
+
+def stand_at(here, done):
+    if (here, done) == (what, halt):
+        time.sleep(600)
+
+def blocks_of(blocks, number):
+    for block in blocks:
+        yield block
+        stand_at("shards", number)
+
+packing.write_shard = lambda path, blocks: write(path, blocks_of(blocks, next(written)))
+packing.pack(source, out, window=window, prompt_template="Do: {task}", shard_samples=9, processes=processes,
+             progress=lambda done, total: stand_at("units", done))
 """
 
 
@@ -45,10 +57,21 @@ def whole(dataset, tmp_path_factory) -> dict[str, bytes]:
     return folder_bytes(out)
 
 
-def start(dataset: Path, out: Path, processes: int, halt: int = 0) -> subprocess.Popen:
-    """A packing of its own; with `halt`, it stands still after that many units."""
-    command = [sys.executable, "-c", COMMAND, str(dataset), str(out), str(processes), str(halt)]
+def start(dataset: Path, out: Path, processes: int, what: str = "", halt: int = 0) -> subprocess.Popen:
+    """A packing of its own; if told so, it stands still after some "units", or in the tar behind some "shards"."""
+    command = [sys.executable, "-c", COMMAND, *map(str, (dataset, out, processes, what, halt))]
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def running(group: int) -> list[int]:
+    """Processes of a group. One that has ended is none, though whoever adopted it has not asked for its exit code."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
+            if int(its_group) == group and state not in "ZX":
+                found.append(int(path.parent.name))
+    return found
 
 
 def wait_for(process: subprocess.Popen, condition) -> bool:
@@ -64,21 +87,18 @@ def wait_for(process: subprocess.Popen, condition) -> bool:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_again_and_again_it_gives_each_sample_once_and_the_same_bytes(dataset, whole, tmp_path, processes):
-    out, kills = tmp_path / "shards", 0
+    out = tmp_path / "shards"
 
     def done(pattern: str) -> int:
         return len(list(tmp_path.glob(f".shards.*.packing/{pattern}")))
 
-    stages = [("units/*/*.json", 2), ("units/*/*.json", 7), ("shards.*/*.json", 1), ("shards.*/*.json", 3)]
-    for pattern, count in stages if processes == 1 else stages[:3:2]:
-        process = start(dataset, out, processes)
-        if wait_for(process, lambda p=pattern, n=count: done(p) >= n):
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
+    units, shards = "units/*/*.json", "shards.*/*.json"
+    stages = [("units", 2, units, 2), ("units", 7, units, 7), ("shards", 1, shards, 1), ("shards", 2, shards, 3)]
+    for what, count, pattern, there in stages if processes == 1 else stages[:3:2]:
+        process = start(dataset, out, processes, what, count)
+        assert wait_for(process, lambda p=pattern, n=there: done(p) >= n)
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        if out.exists():
-            break
-    assert kills >= 2, "the kills came too late to mean anything"
     assert start(dataset, out, processes).wait() == 0
     assert folder_bytes(out) == whole
     keys = [sample.key for sample in packed_samples(out)]
@@ -88,7 +108,7 @@ def test_killed_again_and_again_it_gives_each_sample_once_and_the_same_bytes(dat
 
 def test_units_that_are_done_are_not_packed_again(dataset, whole, tmp_path):
     out = tmp_path / "shards"
-    process = start(dataset, out, 1, halt=3)
+    process = start(dataset, out, 1, "units", 3)
     records = lambda: sorted(tmp_path.glob(".shards.*.packing/units/*/*.json"))  # noqa: E731
     assert wait_for(process, lambda: len(records()) >= 3)
     os.killpg(process.pid, signal.SIGKILL)
@@ -101,16 +121,14 @@ def test_units_that_are_done_are_not_packed_again(dataset, whole, tmp_path):
 
 
 def test_processes_whose_parent_is_killed_end_by_themselves(dataset, tmp_path):
-    process = start(dataset, tmp_path / "shards", 2, halt=1)
+    process = start(dataset, tmp_path / "shards", 2, "units", 1)
     assert wait_for(process, lambda: list(tmp_path.glob(".shards.*.packing/units/*/*.json")))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 30
-    with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)  # raises once the group is empty
-            time.sleep(0.01)
-        pytest.fail("a process outlived its parent")
+    deadline = time.monotonic() + 60
+    while left := running(process.pid):
+        assert time.monotonic() < deadline, f"processes {left} outlived their parent"
+        time.sleep(0.01)
 
 
 def test_what_a_kill_after_the_last_rename_left_is_removed_by_the_next_call(dataset, whole, tmp_path):
@@ -135,7 +153,7 @@ def test_a_finished_folder_is_given_back_and_another_is_not_overwritten(dataset,
 
 
 def test_unfinished_work_with_other_settings_is_named(dataset, tmp_path):
-    process = start(dataset, tmp_path / "shards", 1, halt=1)
+    process = start(dataset, tmp_path / "shards", 1, "units", 1)
     assert wait_for(process, lambda: list(tmp_path.glob(".shards.*.packing/units/*/*.json")))
     with pytest.raises(UserError, match="is being packed by another process"):
         pack(dataset, tmp_path / "shards", window=WINDOW, **ARGUMENTS)
@@ -150,7 +168,7 @@ def test_an_episode_that_changed_in_between_is_packed_anew(tmp_path):
     import pyarrow.parquet as pq
 
     dataset = write_dataset(tmp_path / "set")
-    process = start(dataset, tmp_path / "shards", 1, halt=1)
+    process = start(dataset, tmp_path / "shards", 1, "units", 1)
     assert wait_for(process, lambda: list(tmp_path.glob(".shards.*.packing/units/*/*.json")))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
