@@ -33,7 +33,7 @@ def state(run_dir: Path, step: int) -> dict:
     return {f"{s}/{n}": reader.read(s, n) for s in ("model", "ema", "exp_avg", "rng") for n in reader.names(s)}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3, *(pytest.param(stage, marks=pytest.mark.nightly) for stage in (1, 2))])
 def test_a_bad_step_and_the_dry_run_change_nothing_but_their_own_step(train, tmp_path, stage):
     """Beside the same run without a dry run, whose learning rate is nothing in the bad step: the same but for EMA and
     moments, which the dropped update does not touch; so the losses of the next step are the ones to look at."""

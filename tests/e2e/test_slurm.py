@@ -126,6 +126,7 @@ def sorted_nodes(log: str, life: int) -> list[int]:
     return [int(n) for n in re.findall(rf"train: node (\d) of 2.* life {life},", log)]
 
 
+@pytest.mark.nightly
 def test_a_chain_runs_each_stage_after_the_one_before(cluster, site, shards, tmp_path):
     (tmp_path / "own" / "experiment").mkdir(parents=True)
     (tmp_path / "own" / "experiment" / "two.yaml").write_text(CHAIN)
@@ -140,6 +141,7 @@ def test_a_chain_runs_each_stage_after_the_one_before(cluster, site, shards, tmp
     assert saved["stage"]["init_from"] == str(tmp_path / "run" / "first")
 
 
+@pytest.mark.nightly
 def test_an_array_packs_its_sources_and_repeats_a_task_that_was_killed(cluster, site, shards, tmp_path):
     names = ["a", "b", "c", "d"]
     for name in names:
@@ -205,6 +207,7 @@ def test_exit_codes_decide_whether_a_job_goes_into_the_queue_again(cluster, tmp_
     ended(cluster, second, tmp_path / "second", state="COMPLETED" if state == "COMPLETED" else "CANCELLED")
 
 
+@pytest.mark.nightly
 def test_a_job_that_is_cancelled_saves_and_stays_cancelled(cluster, site, shards, tmp_path):
     run_dir = tmp_path / "run"
     slow = "faults.inject=[{kind: slow, step: 2, steps: 1000, seconds: 0.5, life: 1}]"
