@@ -77,8 +77,9 @@ def pair_rows(
     as_told, since_first = _match(told, frames), _match(frames[0] + clock.since, frames)
     period, allowed = 1 / fps, tolerance + clock.resolution
     if as_told.off <= allowed and as_told.rises:
-        found = _against_frame_index(where, as_told, frame_index, len(frames), believe)
-        return Pairing(frames[as_told.numbers], found + _rate(where, frames, fps))
+        other_rate = _rate(where, frames, fps)
+        found = other_rate or _against_frame_index(where, as_told, frame_index, len(frames), believe)
+        return Pairing(frames[as_told.numbers], found)
     whole = since_first.numbers[0] == 0 and since_first.numbers[-1] == len(frames) - 1
     if believe.frames is None and whole and since_first.off <= allowed and since_first.rises:
         said = {

@@ -239,7 +239,8 @@ def _write_folder(
     bad = [{"name": name, "reason": reason} for record in records for name, reason in record.bad]
     if not len(entries):
         last = f"; {bad[0]['name']}: {bad[0]['reason']}" if bad else ""
-        raise UserError(f"{job.location}: has no usable sample{last}")
+        found = next((Contradiction(**values) for record in records for values in record.contradictions), None)
+        raise UserError(f"{job.location}: has no usable sample{last or f'; {found}' if found else last}")
     dims = _one_size(job.location, records)
     spool = Spool(job.work / "units")
     order = list(range(len(entries)))
