@@ -33,16 +33,8 @@ from torch import Tensor
 
 from kairos_train.basics.plain import from_dict
 from kairos_train.checkpoint.writing import write_checkpoint
+from kairos_train.config import schema
 from kairos_train.config.compose import to_yaml
-from kairos_train.config.schema import (
-    ActionStreamConfig,
-    Config,
-    EncodersConfig,
-    ModelConfig,
-    StageConfig,
-    TextEncoderConfig,
-    VideoStreamConfig,
-)
 from kairos_train.inference import sampler
 from kairos_train.inference.normalization import from_statistics
 from kairos_train.inference.sampler import Conditions, SamplerConfig
@@ -91,19 +83,19 @@ def small_exports(folder: Path) -> list[Path]:
 
 def small_export(folder: Path, name: str, video: dict[str, Any]) -> Path:
     actions = name == "joint"
-    model = ModelConfig(
+    model = schema.ModelConfig(
         name=name,
         num_layers=4,
         num_heads=2,
         text_dim=2048,
         freq_dim=32,
-        video=VideoStreamConfig(dim=96, ffn_dim=128, **video),
-        action=ActionStreamConfig(dim=48, ffn_dim=64, action_dim=3, state_dim=2) if actions else None,
+        video=schema.VideoStreamConfig(dim=96, ffn_dim=128, **video),
+        action=schema.ActionStreamConfig(dim=48, ffn_dim=64, action_dim=3, state_dim=2) if actions else None,
     )
-    config = Config(
+    config = schema.Config(
         model=model,
-        encoders=EncodersConfig(name="wan_qwen35", text=TextEncoderConfig(text_dim=2048)),
-        stage=StageConfig(streams="joint" if actions else "video"),
+        encoders=schema.EncodersConfig(name="wan_qwen35", text=schema.TextEncoderConfig(text_dim=2048)),
+        stage=schema.StageConfig(streams="joint" if actions else "video"),
     )
     config.data.normalize_action = config.data.normalize_state = "zscore"
     weights = {
@@ -118,7 +110,7 @@ def small_export(folder: Path, name: str, video: dict[str, Any]) -> Path:
     return folder / name
 
 
-def statistics(model: ModelConfig) -> dict[str, Any]:
+def statistics(model: schema.ModelConfig) -> dict[str, Any]:
     def entry(dims: int) -> dict[str, Any]:
         fields = ("mean", "std", "min", "max", "q01", "q99")
         values = dict(zip(fields, (torch.rand(dims) + i for i in range(len(fields)))))
@@ -154,7 +146,7 @@ def check(folder: Path, code: types.SimpleNamespace, repository: Path) -> dict[s
     """Relative difference by case."""
     described = json.loads((folder / "config.json").read_text())
     settings = json.loads((folder / "sampler.json").read_text())
-    run = from_dict(Config, described["run"])
+    run = from_dict(schema.Config, described["run"])
     names = runpy.run_path(str(folder / "kairos_config.py"))
     with contextlib.chdir(folder), quiet():  # its paths are beside it
         theirs = public_network(names["pipeline"], code)
@@ -195,14 +187,14 @@ def public_network(pipeline: dict[str, Any], code: types.SimpleNamespace) -> tor
     return built.float().eval()
 
 
-def our_network(folder: Path, model: ModelConfig) -> WorldActionModel:
+def our_network(folder: Path, model: schema.ModelConfig) -> WorldActionModel:
     weights = load_file(folder / "model.safetensors")
     ours = WorldActionModel(model)
     ours.load_state_dict({name: weights[key].float() for key, name in from_public(weights).items()})
     return ours.eval().requires_grad_(False)
 
 
-def draw(model: ModelConfig, *, batch: int) -> Given:
+def draw(model: schema.ModelConfig, *, batch: int) -> Given:
     def rows(count: int) -> tuple[Tensor, Tensor]:
         mask = torch.ones(batch, count, dtype=torch.bool)
         mask[0, count - 2 :] = batch == 1

@@ -2,15 +2,12 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.killed_writer import kill_among_files
 
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import describe_file
@@ -277,22 +274,7 @@ write_checkpoint(Path(sys.argv[1]), 2, sections=sections, state={}, files={}, fi
 
 def test_a_writer_killed_half_way_leaves_no_visible_checkpoint(tmp_path):
     first = write(tmp_path, 1)
-    root = Path(__file__).resolve().parents[3]
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path)], cwd=root, stdout=subprocess.PIPE, env={**os.environ}
-    )
-    try:
-        assert writer.stdout.readline() == b"ready\n"
-        deadline = time.monotonic() + 30
-        while len(list(tmp_path.glob(".tmp-*/*.safetensors"))) < 5:  # well inside the writing of 400 files
-            assert time.monotonic() < deadline
-            assert writer.poll() is None
-            time.sleep(0.001)
-    finally:
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
-    assert writer.returncode == -signal.SIGKILL
+    kill_among_files(WRITER, tmp_path, after=5)  # of 400
     assert list(tmp_path.glob(".tmp-*"))
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".tmp-")] == [first.name]
     assert find_latest(tmp_path, deep=True) == (first, [])

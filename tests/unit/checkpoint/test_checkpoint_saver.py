@@ -1,15 +1,12 @@
 """Checkpoints written behind a loop by one process; many ranks are in tests/distributed/test_sharded_checkpoint.py."""
 
-import os
 import resource
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from support.killed_writer import kill_among_files
 
 from kairos_train.basics.errors import MachineFault, UserError
 from kairos_train.checkpoint.canonical import CheckpointReader, checkpoint_path, find_latest
@@ -171,23 +168,10 @@ saver.close()
 
 
 def test_a_process_killed_between_two_files_leaves_no_checkpoint_and_the_next_run_cleans_up(tmp_path):
-    root = Path(__file__).resolve().parents[3]
     saver = open_saver(tmp_path)
     saver.save(1, {"model": whole_pieces({"w": torch.ones(3)})}, **NOTHING)
     saver.close()
-    command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    writer = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, env={**os.environ})
-    try:
-        assert writer.stdout.readline() == b"ready\n"
-        deadline = time.monotonic() + 30
-        while len(list(tmp_path.glob(".tmp-*/*.safetensors"))) < 5:  # well inside the writing of 400 files
-            assert time.monotonic() < deadline
-            assert writer.poll() is None
-            time.sleep(0.001)
-    finally:
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
+    kill_among_files(WRITER, tmp_path, after=5)  # of 400
     (left,) = tmp_path.glob(".tmp-*")
     assert read_part(left, 0) is None
     assert find_latest(tmp_path, deep=True) == (checkpoint_path(tmp_path, 1), [])
