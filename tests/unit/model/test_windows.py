@@ -189,6 +189,8 @@ def test_token_window_pads_a_full_group_when_it_divides_evenly():
     assert rule.padded_frames(7) == 8
     assert rule.padded_frames(3) == 3, "no more than one whole group: the plain window"
     assert key_frames(rule, 5, 6, 0) == (1, 3, 5, 7)
+    undilated = WindowSpec(**{"kind": "SWA", **FULL_SIZE, "token_window": True})
+    assert key_frames(undilated, 5, 12, 0) == tuple(range(5 - undilated.window, 5 + undilated.window + 1))
 
 
 def test_a_long_video_is_few_groups_and_no_group_reads_more_than_its_window():
