@@ -29,6 +29,12 @@ def test_seeds_and_names_decide():
     assert not torch.equal(first[q], first[k])
 
 
+def test_a_fresh_adapter_adds_nothing_and_passes_gradients_on():
+    a, b = (initial_value(f"blocks.0.self_attn.q.lora_{x}", torch.Size((4, 6)), 0) for x in "ab")
+    assert not b.any()
+    assert a.abs().min() > 0
+
+
 def test_a_slice_starts_as_its_part_of_the_whole():
     class Half(torch.nn.Module):
         def __init__(self):
