@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo finetune-demo test test-quick test-nightly test-unit test-processes test-waiting mutants lint format clean
+.PHONY: help setup demo finetune-demo test test-quick test-quick-data test-quick-rest test-nightly test-unit test-processes test-waiting mutants lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,15 +36,23 @@ demo: setup ## simulate, pack, train, export and evaluate: make demo ENV=metawor
 finetune-demo: setup ## published weights → joint training → export → closed loop: within half an hour on two cores
 	$(BIN)/kairos-train finetune-demo
 
-# Three streams at a time: what computes in one process, what computes in several, and what mostly waits (for ranks to be
-# missed, for jobs to be scheduled) and takes little of a processor.
+# Three streams at a time, about equally long: what computes in one process; what computes in several; and what mostly
+# waits (for ranks to be missed, for jobs to be scheduled), with the data behind it, which is half of the first.
+DATA := tests/unit/dataloaders
+QUICK := -m "not (nightly or slow or waits)"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test: lint ## lint, then all tests but the nightly ones: what continuous integration runs, 15 minutes on two cores
 	$(MAKE) --no-print-directory --jobs 3 --keep-going test-unit test-processes test-waiting
 
 test-quick: lint ## lint, then the tests that neither compute long nor wait
-	$(PYTEST) -m "not (nightly or slow or waits)" tests
+	$(MAKE) --no-print-directory --jobs 2 --keep-going test-quick-data test-quick-rest
+
+test-quick-data: setup
+	$(PYTEST) $(QUICK) $(DATA) tests/distributed
+
+test-quick-rest: setup
+	$(PYTEST) $(QUICK) tests/unit tests/e2e --ignore=$(DATA)
 
 test-nightly: test mutants ## everything: full grids of layouts, parity of all of them, a hundred faults
 	$(PYTEST) -m nightly --timeout 3600 tests
@@ -52,13 +60,14 @@ test-nightly: test mutants ## everything: full grids of layouts, parity of all o
 	$(BIN)/python benchmarks/chaos.py --faults 100 --seed 0
 
 test-unit: setup
-	$(PYTEST) tests/unit
+	$(PYTEST) tests/unit --ignore=$(DATA)
 
 test-processes: setup
 	$(PYTEST) -m "not (nightly or waits)" tests/distributed tests/e2e
 
 test-waiting: setup
 	$(PYTEST) -m "waits and not nightly" tests/distributed tests/e2e
+	$(PYTEST) $(DATA)
 
 mutants: setup ## break the code one line at a time, each must fail its test: make mutants ONLY=guard JOBS=2
 	$(BIN)/python tests/mutants.py --only '$(ONLY)' --jobs $(JOBS)
