@@ -1252,6 +1252,122 @@ MUTANTS = (
             "test_pictures_cover_the_target_without_stretching",
         ),
     ),
+    # --- settings ---
+    *mutants(
+        "settings",
+        "kairos_train/config/keys.py",
+        "tests/unit/config/test_settings.py",
+        (
+            "what a setting says of a resumed run is not heard",
+            'found, kind = metadata.get("on_resume") or found,',
+            "found, kind = found,",
+            "test_what_a_resumed_run_may_change",
+        ),
+        (
+            "rules of settings in items of lists are not asked",
+            "            if is_dataclass(item):",
+            "            if False:",
+            "tests/unit/config/test_config_rules.py::test_broken_rule_names_key_value_and_remedy",
+        ),
+    ),
+    *mutants(
+        "settings",
+        "kairos_train/config/schema.py",
+        "tests/unit/config/test_settings.py",
+        (
+            "a number has no rule",
+            "keep_last: int = setting(3, POSITIVE)",
+            "keep_last: int = setting(3)",
+            "test_every_number_has_a_rule",
+        ),
+        (
+            "a setting is not explained",
+            "keep_last: int = setting(3, POSITIVE)  # checkpoints (ours)",
+            "keep_last: int = setting(3, POSITIVE)",
+            "test_every_setting_is_documented_where_it_stands",
+        ),
+        (
+            "the precision may change when a run is resumed",
+            'one_of("bf16", "fp32"), on_resume="fixed")',
+            'one_of("bf16", "fp32"))',
+            "test_what_a_resumed_run_may_change",
+        ),
+    ),
+    # --- before and between steps ---
+    *mutants(
+        "run",
+        "kairos_train/training/build_run.py",
+        "tests/unit/training/test_build_run.py",
+        (
+            "settings are not compared with a checkpoint that came late",
+            "changes = checked.changes if checked.checkpoint else run_state.changed_settings(asdict(config), reader)",
+            "changes = checked.changes",
+            "test_what_the_job_before_wrote_while_its_end_was_waited_for_counts",
+        ),
+        (
+            "a run goes on with steps of another size",
+            "run_state.check_step_size(config.data, config.train, topology, reader)",
+            "pass",
+            "test_steps_of_another_size_are_refused",
+        ),
+        (
+            "a checkpoint that came late is not looked for",
+            'if config.train.resume != "never":',
+            "if checked.checkpoint is not None:",
+            "tests/e2e/test_train.py::test_what_the_job_before_wrote_while_its_end_was_waited_for_is_continued",
+        ),
+    ),
+    *mutants(
+        "run",
+        "kairos_train/training/run_state.py",
+        "tests/unit/training/test_build_run.py",
+        (
+            "a new deadline is reported as a changed setting",
+            'for key in changes if on_resume(key) == "free"]',
+            "for key in changes]",
+            "test_what_changed_is_reported_unless_it_is_silent",
+        ),
+    ),
+    *mutants(
+        "run",
+        "kairos_train/training/run.py",
+        "tests/e2e/test_train.py",
+        (
+            "the best weights are not kept",
+            "self._asked.add(CHECKPOINT)",
+            "pass",
+            "test_the_checkpoint_with_the_lowest_validation_loss_stays",
+        ),
+        (
+            "a wait for data is not reported from when on it is set",
+            "if waited > self.data.log_wait:",
+            "if waited > 30.0:",
+            "test_a_step_that_waited_for_its_data_is_reported",
+        ),
+        (
+            "a run that is to stop does not save",
+            "self._asked = {CHECKPOINT} if stopping else set()",
+            "self._asked = set()",
+            "test_a_run_that_is_to_stop_writes_the_checkpoint_of_its_step_first",
+        ),
+    ),
+    *mutants(
+        "run",
+        "kairos_train/training/measure/telemetry.py",
+        "tests/unit/training/test_measurements.py",
+        (
+            "a pause counts as training",
+            "self._since += time.perf_counter() - max(begin, self._since)",
+            "pass",
+            "test_a_pause_is_not_the_time_of_steps_nor_taken_off_twice_by_a_report_within",
+        ),
+        (
+            "a report within a pause is taken off twice",
+            "max(begin, self._since)",
+            "begin",
+            "test_a_pause_is_not_the_time_of_steps_nor_taken_off_twice_by_a_report_within",
+        ),
+    ),
 )
 
 

@@ -91,6 +91,14 @@ def test_a_run_that_is_to_stop_writes_the_checkpoint_of_its_step_first(train, wh
     assert losses(run_dir) == losses(whole)[:1]
 
 
+def test_a_step_that_waited_for_its_data_is_reported(train, tmp_path):
+    settings = ["stage=joint", "train.steps=2", "data.validation_shards=null", "data.log_wait=0.2"]
+    result = train(tmp_path / "run", *settings, "faults.inject=[{kind: stall, step: 2, seconds: 0.3}]")
+    assert "step 2: waited 0 s for data" in result.stderr
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert 2 in [event["step"] for event in events if event["kind"] == "loader_stall"]
+
+
 def shown(run_dir: Path) -> dict[str, np.ndarray]:
     """The frames (T, H, W, 3) of every picture in TensorBoard."""
     board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
