@@ -58,11 +58,13 @@ class RowOrder:
 
     Attributes:
         order: the rows in their order, int64 (T,).
+        frame_index: in that order; None where there is none, or where it does not count the rows up.
         runs: (first, end) of the parts, in that order, inside which nothing is missing.
         contradictions: what was found.
     """
 
     order: np.ndarray
+    frame_index: np.ndarray | None
     runs: list[tuple[int, int]]
     contradictions: list[Contradiction]
 
@@ -87,7 +89,8 @@ def check_rows(
     order, found = _order(where, clock, frame_index, believe)
     clock = clock.take(order)
     counted = frame_index is not None and (np.diff(frame_index[order]) > 0).all()
-    numbers = frame_index[order] if counted else np.arange(len(order))
+    frame_index = frame_index[order] if counted else None
+    numbers = np.arange(len(order)) if frame_index is None else frame_index
     steps = np.diff(numbers)
     breaks = steps > 1
     if fault := _unusable(clock, 1 / fps):
@@ -101,7 +104,7 @@ def check_rows(
             breaks, found = breaks | gaps, found + jitter
     found += _gaps(where, clock, steps, breaks)
     ends = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(order)]
-    return RowOrder(order, list(itertools.pairwise(ends)), found)
+    return RowOrder(order, frame_index, list(itertools.pairwise(ends)), found)
 
 
 def measured_fps(clock: Clock, frame_index: np.ndarray | None) -> float | None:

@@ -142,7 +142,6 @@ class LeRobotDataset:
         clock = clock.take(given.order)
         if not np.array_equal(given.order, np.arange(len(given.order))):
             rows = rows.take(given.order)
-        ordered = None if frame_index is None else frame_index[given.order]
         columns = self._columns(rows, entry)
         stored = {name: (str(v.dtype), v.shape[1]) for name, v in columns.items()}
         found += table_checks.check_features(self.features, stored)
@@ -158,7 +157,7 @@ class LeRobotDataset:
             return pair_rows(
                 f"{where}, {camera}",
                 clock=clock,
-                frame_index=ordered,
+                frame_index=given.frame_index,
                 video=self._video(camera, place.path),
                 span=place.span,
                 fps=self.fps,

@@ -108,6 +108,13 @@ def test_a_mixture_of_two_orders_is_refused(folders):
         check(config_of([]), folders["A"], folders["C"], folders["B"])
 
 
+def test_validation_on_another_order_than_every_camera_in_name_order_is_refused(folders, tmp_path):
+    pack(folders["A"].parent / "set", tmp_path / "every", window=window_of([]), prompt_template="{task}")
+    assert check(config_of([], validation_shards=str(folders["A"])), tmp_path / "every") == []
+    with pytest.raises(UserError, match=rf"every was packed with the cameras {ORDERS}, .*B with "):
+        check(config_of([], validation_shards=str(folders["B"])), tmp_path / "every")
+
+
 @pytest.mark.parametrize("name", ["B", "C", "D"])
 def test_validation_on_other_cameras_is_refused(folders, name):
     for cameras in ([], SETS["A"]):

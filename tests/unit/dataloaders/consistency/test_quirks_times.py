@@ -235,8 +235,9 @@ def test_frame_index_against_timestamps_is_refused(tmp_path):
 
 
 def test_a_frame_index_twice_is_refused(tmp_path):
-    root = write_v21(tmp_path / "set", [rows(20, frame_index=pa.array(I // 2))])
+    root = write_v21(tmp_path / "set", [rows(20, frame_index=pa.array(I // 2))], shown=range(30))
     refused(root, "a frame_index is there twice")
+    assert shown(packed(root, order="rows"), 7) == [7, 8, 9, 10, 11]
 
 
 def test_rows_without_a_frame_index_must_lie_in_the_order_of_their_times(tmp_path):
@@ -301,6 +302,7 @@ def test_differences_are_taken_before_rounding(tmp_path):
     [
         ("observation.state", 5334000 + np.stack([0.1 * I, I * 10], axis=1)),
         ("action", 10.0**9 + np.stack([I, I * 1000], axis=1)),
+        ("action", 1000 + np.stack([5e-5 * I, I], axis=1)),  # a slow movement, of which little is left
     ],
 )
 def test_steps_that_float32_cannot_hold_are_refused(tmp_path, column, values):
