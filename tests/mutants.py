@@ -1368,6 +1368,65 @@ MUTANTS = (
             "test_a_pause_is_not_the_time_of_steps_nor_taken_off_twice_by_a_report_within",
         ),
     ),
+    # --- the watch ---
+    *mutants(
+        "watch",
+        "kairos_train/operations/watch/liveness.py",
+        "tests/unit/operations/test_watch_machine.py",
+        (
+            "a rank that waits for a patient one is called stuck",
+            "if any(beat.patient for rank, beat in beats.items() if rank not in silent):",
+            "if not beats:",
+            "test_nobody_is_accused_who_does_nothing_and_one_who_does_is_named_by_all",
+        ),
+        (
+            "a machine is silent since the start",
+            "self._heard[member.rank] = number, answered",
+            "self._heard[member.rank] = number, 0.0",
+            "test_nobody_is_accused_who_does_nothing_and_one_who_does_is_named_by_all",
+        ),
+        (
+            "a dead process is not looked for",
+            "if finding := self._dead_neighbour() or self._silent_host():",
+            "if finding := self._silent_host():",
+            "test_nobody_is_accused_who_does_nothing_and_one_who_does_is_named_by_all",
+        ),
+        (
+            "a machine that falls silent is not looked for",
+            "if finding := self._dead_neighbour() or self._silent_host():",
+            "if finding := self._dead_neighbour():",
+            "test_nobody_is_accused_who_does_nothing_and_one_who_does_is_named_by_all",
+        ),
+        (
+            "the store of a stopped rank 0 is waited for",
+            "if now - since < self._watch.silence:",
+            "if True:",
+            "test_nobody_is_accused_who_does_nothing_and_one_who_does_is_named_by_all",
+        ),
+        (
+            "an error is kept to oneself",
+            "self.last_words(f",
+            "str(f",
+            "test_nobody_is_accused_who_does_nothing_and_one_who_does_is_named_by_all",
+        ),
+    ),
+    *mutants(
+        "watch",
+        "kairos_train/operations/watch/watchdog.py",
+        "tests/unit/operations/test_watch_machine.py",
+        (
+            "the hours of a suspended job count",
+            "self.now += min(self._last - last, self._longest)",
+            "self.now += self._last - last",
+            "test_nobody_is_accused_who_does_nothing_and_one_who_does_is_named_by_all",
+        ),
+        (
+            "a pause has the usual limit",
+            "limit = None if times is None else times * self._stuck",
+            "limit = self._stuck",
+            "test_nobody_is_accused_who_does_nothing_and_one_who_does_is_named_by_all",
+        ),
+    ),
 )
 
 

@@ -1,4 +1,8 @@
-"""Ranks that die, hang, stop or fail are named by the others, which then end by themselves."""
+"""Ranks that die, hang, stop or fail are named by the others, which then end by themselves.
+
+With real processes and real seconds, in some plays; what any run may come to, on a clock of its own:
+tests/unit/operations/test_watch_machine.py.
+"""
 
 import multiprocessing as mp
 import pickle
@@ -19,6 +23,7 @@ HEARTBEAT = 0.2
 PATIENT = 300.0  # seconds that nothing here takes
 LIMIT = 120.0
 HOST = socket.gethostname()
+NIGHTLY_0, NIGHTLY_2 = (pytest.param(who, marks=pytest.mark.nightly) for who in (0, 2))
 
 
 @dataclass
@@ -65,7 +70,7 @@ def told(log):
     return [line for line in log.splitlines() if line.startswith(("raised: ", "rank "))]
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [NIGHTLY_0, 1])
 def test_a_killed_rank_is_named_by_all_others(play, who):
     ended = play("kill", who)
     assert ended.codes == [-9 if rank == who else 4 for rank in range(SIZE)], ended.logs
@@ -75,7 +80,7 @@ def test_a_killed_rank_is_named_by_all_others(play, who):
         assert "start the run again" in told(ended.logs[rank])[0]
 
 
-@pytest.mark.parametrize("who", [0, 2])
+@pytest.mark.parametrize("who", [0, NIGHTLY_2])
 def test_ranks_whose_main_thread_waits_for_ever_end_all_the_same(play, who):
     ended = play("apart: kill", who)
     assert ended.codes == [-9 if rank == who else 4 for rank in range(SIZE)], ended.logs
@@ -85,6 +90,7 @@ def test_ranks_whose_main_thread_waits_for_ever_end_all_the_same(play, who):
         assert "this process ends with exit code 4; start the run again" in line
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("who", [0, 1])
 def test_the_last_words_of_a_failing_rank_are_passed_on_and_it_keeps_its_traceback(play, who):
     ended = play("raise", who)
@@ -95,6 +101,7 @@ def test_the_last_words_of_a_failing_rank_are_passed_on_and_it_keeps_its_traceba
         assert f"rank {who} ({HOST}, pid {ended.pids[who]}) failed: ValueError: the tape ran out" in ended.logs[rank]
 
 
+@pytest.mark.nightly
 def test_bad_input_that_one_rank_finds_ends_all_as_bad_input(play):
     ended = play("bad input", 1)
     assert ended.codes == [2] * SIZE, ended.logs
@@ -122,6 +129,7 @@ def test_a_stopped_rank_0_takes_the_store_with_it_and_is_named(play):
         assert "its process is stopped" in line
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(play, who):
     ended = play("hang", who, stuck=5)
@@ -133,12 +141,13 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(play, who):
         assert ("in dawdle" in (ended.stacks / f"rank-{rank:05d}.txt").read_text()) == (rank == who)
 
 
+@pytest.mark.nightly
 def test_a_phase_that_may_take_longer_stops_neither_its_rank_nor_those_that_wait(play):
     ended = play("pause", 1, stuck=3)
     assert (ended.codes, ended.logs) == ([0] * SIZE, [""] * SIZE)
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [NIGHTLY_0, 1])
 def test_a_normal_end_is_taken_for_no_death_whoever_leaves_first(play, who):
     """Rank 0 holds the store: with `who` 1 it is gone while that rank is still at work."""
     ended = play("leave last", who, silence=3)
@@ -146,6 +155,7 @@ def test_a_normal_end_is_taken_for_no_death_whoever_leaves_first(play, who):
     assert not ended.stacks.exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("who", "hosts"), [(2, ("a", "a", "b")), (0, ("a", "b", "c"))])
 def test_a_silent_machine_is_named(play, who, hosts):
     ended = play("stop", who, silence=4, hosts=hosts, left_over=[who])
@@ -155,12 +165,14 @@ def test_a_silent_machine_is_named(play, who, hosts):
         assert f"rank {who} ({hosts[who]}, pid {ended.pids[who]}) has not been heard of for" in line
 
 
+@pytest.mark.nightly
 def test_a_process_that_died_on_another_machine_is_named_by_its_neighbours_there(play):
     ended = play("kill", 1, hosts=("a", "b", "b"))
     assert ended.codes == [4, -9, 4], ended.logs
     assert all(f"rank 1 (b, pid {ended.pids[1]}) died" in ended.logs[rank] for rank in (0, 2))
 
 
+@pytest.mark.nightly
 def test_one_process_alone_has_its_watchdog(play):
     ended = play("hang", 0, stuck=2, hosts=(None,))
     assert ended.codes == [4], ended.logs
