@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +31,7 @@ from dataloaders.lerobot.layout import (
 )
 from dataloaders.lerobot.stats import STATISTICS, number_statistics, picture_histogram, picture_statistics
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import new_folder
 
 CHUNK_FILES = 1000  # most files of a chunk folder
 DATA_FILE_MB = 100
@@ -80,11 +80,10 @@ class LeRobotWriter:
         self._numbers: dict[str, list[np.ndarray]] = {}
         self._histograms = {key: np.zeros((3, 256), np.int64) for key in cameras}
         self._extra_keys: tuple[str, ...] | None = None
-        self._partial = self.root.with_name(f".{self.root.name}.{os.getpid()}.tmp")
+        self._folder = new_folder(self.root)
 
     def __enter__(self) -> LeRobotWriter:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        self._partial = self._folder.__enter__()
         self._schema = self._data_schema()
         self._data = _DataFiles(self._partial, self._schema)
         self._videos = {key: _VideoFiles(self._partial, key, self.fps, self.codec) for key in self._cameras}
@@ -98,8 +97,10 @@ class LeRobotWriter:
                 files.close()
             if kind is None:
                 self._finish()
-        finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+        except BaseException:
+            self._folder.__exit__(*sys.exc_info())
+            raise
+        self._folder.__exit__(kind, error, trace)
 
     def add_episode(
         self,
@@ -195,7 +196,6 @@ class LeRobotWriter:
         (self._partial / INFO_PATH).write_text(json.dumps(self._info(), indent=4))
         if self.root.exists():
             raise UserError(f"{self.root} appeared while it was being written; remove it or name another folder")
-        os.rename(self._partial, self.root)
 
     def _info(self) -> dict[str, Any]:
         fps = int(self.fps) if float(self.fps).is_integer() else self.fps

@@ -51,7 +51,7 @@ class Prefetch(Generic[Item]):
             pin_memory=pin_memory,
             # its own generator: the default one would consume a number of the training's random stream at every start
             generator=torch.Generator(),
-            worker_init_fn=_keep_inherited if workers else None,
+            worker_init_fn=_start_worker if workers else None,
         )
         if workers:
             gc.collect()  # decoders that are garbage end here, where their threads are
@@ -114,10 +114,12 @@ class Prefetch(Generic[Item]):
         return list(getattr(self._items, "_workers", ()))
 
 
-def _keep_inherited(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Never collect what a forked process has inherited: decoders of the parent have threads that are not here, and
-    crash the process when they are freed."""
+    crash the process when they are freed. Ctrl-C, which a terminal sends to all processes, is for the training process:
+    it may still need batches for the step that it ends with."""
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

@@ -6,7 +6,7 @@
     3    a run stopped itself by policy (`RunStopped`): look before starting it again
     4    a machine, a process or a disk failed (`MachineFault`): start it again
     75   interrupted on request, checkpoint written (`Interrupted`): start it again
-    130  interrupted at the terminal
+    130  interrupted at the terminal; a run has then written its checkpoint (`InterruptedAtTerminal`)
 
 Anything else that is raised is a fault of this project and keeps its traceback.
 """
@@ -37,7 +37,18 @@ class Interrupted(RuntimeError):
     """
 
 
-EXIT_CODES: dict[type[Exception], int] = {UserError: 2, RunStopped: 3, MachineFault: 4, Interrupted: 75}
+class InterruptedAtTerminal(Interrupted):
+    """As `Interrupted`, by Ctrl-C: no job is to start it again by itself. Exit code 130."""
+
+
+EXIT_CODES: dict[type[Exception], int] = {
+    UserError: 2,
+    RunStopped: 3,
+    MachineFault: 4,
+    InterruptedAtTerminal: 130,
+    Interrupted: 75,
+}
+"""By the first that an error is an instance of."""
 
 
 def one_line(error: BaseException) -> str:

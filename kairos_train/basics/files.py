@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -56,6 +58,8 @@ def replacing(path: str | Path, *, durable: bool = False, ending: str = ".tmp") 
 def new_folder(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path`: renamed to it when the block ends well, removed when not.
 
+    What a process of this machine that was killed has left of the same folder is removed first.
+
     Args:
         path: not there yet; folders above it are made.
         durable: wait for its new name; what is in it is the block's.
@@ -65,7 +69,8 @@ def new_folder(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _remove_leftovers(path)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{_prefix(path)}{os.getpid()}.", dir=path.parent))
     try:
         temporary.chmod(0o755)  # mkdtemp makes it private to its owner
         yield temporary
@@ -74,6 +79,19 @@ def new_folder(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
             sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already when it has its name
+
+
+def _prefix(path: Path) -> str:
+    """Of this machine's temporary folders of `path`; the process and a random word follow."""
+    return f".{path.name[: _LONGEST_STEM // 2]}.{platform.node().split('.')[0]}."
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Temporary folders of `path` whose process, of this machine, is no more."""
+    for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
+        process = leftover.name.removeprefix(_prefix(path)).split(".")[0]
+        if process.isdigit() and not Path("/proc", process).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_whole(path: str | Path, content: str | bytes, *, durable: bool = False) -> None:

@@ -1,12 +1,13 @@
-"""Requests to a running process: stop with a checkpoint (SIGUSR1, SIGTERM, a deadline), profile (SIGUSR2).
+"""Requests to a running process: stop with a checkpoint (SIGUSR1, SIGTERM, Ctrl-C, a deadline), profile (SIGUSR2).
 
 Handlers only note what came; the training loop asks between two steps, and all ranks agree on the answer there. A
 second SIGTERM changes nothing: a caller that cannot wait sends SIGKILL, which costs the steps since the last
-checkpoint.
+checkpoint. A second Ctrl-C does the same: whoever is at the terminal has no other way.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -15,7 +16,8 @@ from datetime import datetime
 from types import FrameType, TracebackType
 from typing import Any
 
-STOPPING = {signal.SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM"}
+CTRL_C = "Ctrl-C"
+STOPPING = {signal.SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGINT: CTRL_C}
 
 
 class Requests:
@@ -69,5 +71,9 @@ class Requests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR2:
             self._profile()
-        else:
-            self._signal = self._signal or STOPPING[signal.Signals(number)]
+            return
+        self._signal = self._signal or STOPPING[signal.Signals(number)]
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            # Past the locks of standard error, which the interrupted thread may hold.
+            os.write(2, b"Ctrl-C: the checkpoint of this step is written first; once more ends the run at once\n")

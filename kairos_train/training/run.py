@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 from dataloaders.config import DataConfig
-from kairos_train.basics.errors import Interrupted, MachineFault, RunStopped
+from kairos_train.basics.errors import Interrupted, InterruptedAtTerminal, MachineFault, RunStopped
 from kairos_train.basics.log import logger
 from kairos_train.config.schema import OptimizerConfig, TrainConfig
 from kairos_train.objective.flow_matching import ConditionedBatch
 from kairos_train.operations.events import EventLog
 from kairos_train.operations.prometheus import TextFile
-from kairos_train.operations.stopping import Requests
+from kairos_train.operations.stopping import CTRL_C, Requests
 from kairos_train.operations.watch.liveness import Liveness
 from kairos_train.training.budget import Budget, Progress
 from kairos_train.training.checkpointing import Checkpointing
@@ -283,7 +283,7 @@ class Run:
         self.events.write("stop_requested", step=self.step, why=why)
         if problem := self.checkpointing.settle():
             raise MachineFault(f"asked to stop ({why}), but {problem}")
-        raise Interrupted(
+        raise (InterruptedAtTerminal if why == CTRL_C else Interrupted)(
             f"{self.run_dir}: asked to stop ({why}); the checkpoint of step {self.step} is written, "
             "the same command continues from it"
         )

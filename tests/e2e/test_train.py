@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
-from support.command_ranks import behind_another, linear_is_torchs
+from support.command_ranks import behind_another, interrupted, linear_is_torchs
 from support.commands import RELEASED, SAMPLED, kill_at, losses, run, train_command, train_overrides
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -89,6 +89,19 @@ def test_a_run_that_is_to_stop_writes_the_checkpoint_of_its_step_first(train, wh
     assert "the checkpoint of step 1 is written" in result.stderr
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
     assert losses(run_dir) == losses(whole)[:1]
+
+
+def test_ctrl_c_ends_a_run_with_the_checkpoint_of_its_step_from_which_it_goes_on(world, shards, whole, train, tmp_path):
+    run_dir = tmp_path / "run"
+    settings = ["stage=joint", "train.steps=14", "train.checkpoint_every=5", SAMPLED, "data.workers=0"]
+    words = ["train", *train_overrides(shards, run_dir, *settings)]
+    (result,) = world(1).run(interrupted, words, run_dir / "losses.jsonl", step=2, timeout=300)
+    assert result.returncode == 130, result.stderr
+    steps = len(losses(run_dir))
+    assert 2 <= steps < 14
+    assert f"asked to stop (Ctrl-C); the checkpoint of step {steps} is written" in result.stderr
+    train(run_dir, *settings)
+    assert losses(run_dir) == losses(whole)
 
 
 def test_a_step_that_waited_for_its_data_is_reported(train, tmp_path):

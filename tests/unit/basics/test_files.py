@@ -3,6 +3,9 @@
 import fcntl
 import hashlib
 import os
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -67,6 +70,21 @@ def test_a_folder_has_its_name_when_all_is_in_it(tmp_path):
         (work / "b").write_text("b")
     assert os.listdir(tmp_path / "made") == ["out"]
     assert os.listdir(tmp_path / "made" / "out") == ["a"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    code = f"import os; from kairos_train.basics.files import new_folder\nwith new_folder({str(tmp_path / 'out')!r}): "
+    subprocess.run([sys.executable, "-c", code + "os.kill(os.getpid(), 9)"], check=False)
+    (killed,) = tmp_path.iterdir()
+    with new_folder(tmp_path / "out") as mine:
+        assert list(tmp_path.iterdir()) == [mine] != [killed]
+        with new_folder(tmp_path / "other"):
+            pass
+        with new_folder(tmp_path / "out") as another:
+            assert mine.exists()
+        shutil.rmtree(tmp_path / "out")
+        assert not another.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
 def test_durable_files_are_on_the_disk_before_they_have_their_name_and_their_folder_after(tmp_path, disk):

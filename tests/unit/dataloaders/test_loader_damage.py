@@ -290,6 +290,16 @@ def test_a_killed_worker_is_a_clear_error(folder):
     assert "\n" not in str(error.value)
 
 
+def test_ctrl_c_is_for_the_training_process_whose_workers_go_on(folder):
+    loader = toy_loader(folder, workers=1, batch_size=1)
+    next(loader)
+    for pid in _worker_pids(loader):
+        os.kill(pid, signal.SIGINT)
+    for _ in range(8):  # more than was read ahead
+        next(loader)
+    loader.close()
+
+
 def test_a_hung_worker_is_a_clear_error(folder):
     loader = toy_loader(folder, workers=1, timeout=60)
     next(loader)

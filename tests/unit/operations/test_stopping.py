@@ -7,7 +7,7 @@ from datetime import datetime
 
 import pytest
 
-from kairos_train.operations.stopping import Requests
+from kairos_train.operations.stopping import CTRL_C, Requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["SIGUSR1", "SIGTERM"])
@@ -19,8 +19,17 @@ def test_a_signal_is_noted_and_the_first_one_is_named(number):
         assert requests.why == signal.Signals(number).name
 
 
+def test_ctrl_c_is_noted_and_said_and_the_second_ends_the_process_at_once(capfd):
+    with Requests() as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.why == CTRL_C
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "once more ends the run at once" in capfd.readouterr().err
+
+
 def test_the_handlers_of_before_come_back():
-    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     with Requests():
         assert all(signal.getsignal(number) not in before for number in numbers)
