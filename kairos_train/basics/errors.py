@@ -9,28 +9,37 @@
     130  interrupted at the terminal; a run has then written its checkpoint (`InterruptedAtTerminal`)
 
 Anything else that is raised is a fault of this project and keeps its traceback.
+
+Their messages are shown, logged and written to files: they never hold the secrets of a URL (`basics.secrets`).
 """
 
+from kairos_train.basics.secrets import redacted
 
-class UserError(ValueError):
+
+class _Shown(Exception):
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redacted(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+class UserError(_Shown, ValueError):
     """Bad input: names the field, its value, the rule and the remedy, in one line.
 
     The command line prints it without a traceback and exits with code 2.
     """
 
 
-class RunStopped(RuntimeError):
+class RunStopped(_Shown, RuntimeError):
     """A run that stopped itself by policy (bad steps beyond the budget). Printed as one line, exit code 3."""
 
 
-class MachineFault(RuntimeError):
+class MachineFault(_Shown, RuntimeError):
     """Something that the run does not master failed: a process, a machine, a disk. One line, exit code 4.
 
     Starting the command again continues from the newest valid checkpoint.
     """
 
 
-class Interrupted(RuntimeError):
+class Interrupted(_Shown, RuntimeError):
     """A run that ended because it was asked to, with a checkpoint of its last step. One line, exit code 75.
 
     75 is `EX_TEMPFAIL` of sysexits.h. Starting the command again continues.
@@ -52,5 +61,5 @@ EXIT_CODES: dict[type[Exception], int] = {
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, without line breaks; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an exception says, without line breaks and secrets; its type where it says nothing."""
+    return redacted(" ".join(str(error).split())) or type(error).__name__

@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.errors import UserError, one_line
-from kairos_train.basics.foreign_files import is_lfs_pointer, pointer_fault, unmarked
+from kairos_train.basics.foreign_files import (
+    JSON_BYTES,
+    is_lfs_pointer,
+    parse_json,
+    pointer_fault,
+    read_bytes,
+    unmarked,
+)
 
 _LONGEST_STEM = 200  # characters of a temporary name that come from the file's: systems allow 255 bytes
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
@@ -113,10 +120,11 @@ def read_json(path: str | Path, *, remedy: str) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
-        UserError: no such file, not JSON, or not an object, with `remedy`; or a Git LFS pointer.
+        UserError: no such file, not JSON within the limits of `parse_json`, or not an object, with `remedy`; or a Git
+            LFS pointer.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path, most_bytes=JSON_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {remedy}") from None
     except OSError as error:
@@ -125,7 +133,7 @@ def read_json(path: str | Path, *, remedy: str) -> dict[str, Any]:
         raise UserError(pointer_fault(path))
     data = unmarked(data, path)
     try:
-        value = json.loads(data.decode())
+        value = parse_json(data.decode())
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({one_line(error)}); {remedy}") from error
     if not isinstance(value, dict):

@@ -1,11 +1,28 @@
-"""Files as others leave them: text in its encoding, and Git LFS pointers in the place of content."""
+"""Files as others leave them: the one place where bytes of strangers become text, JSON, numbers and names.
+
+Text in its encoding, Git LFS pointers in the place of content, and values that are what they are taken for: whatever
+the bytes, there is a value within bounds or a `ValueError` (`UserError` is one) that says what is wrong, in one line.
+Media, tables and tars have readers of their own, with limits from `dataloaders.config.LimitsConfig`.
+"""
 
 from __future__ import annotations
 
 import codecs
+import json
+import math
+import reprlib
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from kairos_train.basics.errors import UserError
+
+JSON_BYTES = 16_000_000
+"""Most of one JSON value: its objects take up to thirty times as much."""
+JSON_DEPTH = 32
+"""How deep objects and lists of JSON may lie in each other."""
+_LARGEST = 2**63 - 1
+_DIGITS = 64  # of a whole number; longer ones become float64, as in other readers of JSON
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MARKS = {  # byte order marks; those of UTF-32 begin like those of UTF-16
@@ -50,17 +67,31 @@ def pointer_fault(name: Path | str) -> str:
     return f"{name}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, most_bytes: int = JSON_BYTES) -> str:
     """The text of a file: UTF-8, or what its byte order mark says.
 
     Raises:
-        UserError: it cannot be read, is a Git LFS pointer or in another encoding.
+        UserError: it cannot be read, is too large, a Git LFS pointer or in another encoding.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path, most_bytes=most_bytes)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); restore it") from error
     return decode_text(data, path)
+
+
+def read_bytes(path: Path | str, *, most_bytes: int) -> bytes:
+    """The content of a file, of which no more is read than it may have.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it is larger.
+    """
+    with open(path, "rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise UserError(f"{path}: has more than {most_bytes:,} bytes; restore it")
+    return data
 
 
 def decode_text(data: bytes, name: Path | str) -> str:
@@ -94,3 +125,104 @@ def unmarked(data: bytes, name: Path | str) -> bytes:
     except UnicodeDecodeError as error:
         said = f"begins as {encoding.upper()} and is not ({error.reason})"
         raise UserError(f"{name}: {said}; convert it to UTF-8") from error
+
+
+# --- values ---
+
+
+def parse_json(data: bytes | memoryview | str, *, most_bytes: int = JSON_BYTES, depth: int = JSON_DEPTH) -> Any:
+    """The value that a JSON text holds. NaN and infinities pass, for the check of what is read from them.
+
+    Args:
+        data: UTF-8 where it is bytes.
+        most_bytes: of the text.
+        depth: of objects and lists in each other.
+
+    Raises:
+        ValueError: no JSON, or beyond a limit; one line.
+    """
+    data = bytes(data) if isinstance(data, memoryview) else data
+    if len(data) > most_bytes:
+        raise ValueError(f"has {len(data):,} bytes of JSON, more than {most_bytes:,}")
+    try:
+        value = json.loads(data, parse_int=_parse_int)
+    except RecursionError:
+        raise ValueError(f"is nested deeper than {depth}") from None
+    opened = ("[", "{") if isinstance(data, str) else (b"[", b"{")
+    if sum(map(data.count, opened)) > depth and _deeper(value, depth):
+        raise ValueError(f"is nested deeper than {depth}")
+    return value
+
+
+def finite(value: Any, name: str) -> float:
+    """A number, or a text that says one, as float64.
+
+    Raises:
+        ValueError: it is none, or not finite there; `name` is what errors call it.
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {shown(value)}; it must be a number")
+    return number
+
+
+def whole(value: Any, name: str) -> int:
+    """A count as an int from 0 to 2^63 - 1: a whole number of any type.
+
+    Raises:
+        ValueError: as `finite` does.
+    """
+    known = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if known and finite(value, name) >= 0 and value <= _LARGEST and int(value) == value:
+        return int(value)
+    raise ValueError(f"{name} is {shown(value)}; it must be a whole number of 0 or more")
+
+
+def plain_text(value: Any, name: str) -> str:
+    """A text that every encoding of Unicode can hold, its blanks and line breaks each one blank.
+
+    Raises:
+        ValueError: it is no text, or holds half a character; `name` is what errors call it.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {shown(value)}; it must be a text")
+    text = " ".join(value.split())
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half a character ({shown(text[error.start])})") from None
+    return text
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it: its repr, cut short, in one line."""
+    return _SHORT.repr(value)
+
+
+def one_plain_line(text: str, most: int) -> str:
+    """`text` as a line of a list or log: printable, without line breaks, shortened in its middle beyond `most`
+    characters."""
+    if len(text) > most:
+        text = f"{text[: most - most // 4]} … {text[-(most // 4) :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _DIGITS else float(digits)
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects lie deeper in each other than `depth`, without recursion."""
+    level = [value]
+    for _ in range(depth):
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, list | dict)]
+        level = [item for part in parts for item in part]
+    return any(isinstance(part, list | dict) for part in level)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 3

@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 
+from kairos_train.basics.secrets import redacted
+
 logger = logging.getLogger("kairos_train")
 
 
@@ -26,10 +28,10 @@ def log_to_stderr(*, dated: bool = False) -> None:
 
 
 class _ToStderr(logging.Handler):
-    """To what `sys.stderr` is at the time."""
+    """To what `sys.stderr` is at the time, without the secrets of URLs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            print(redacted(self.format(record)), file=sys.stderr, flush=True)
         except OSError:
             self.handleError(record)
