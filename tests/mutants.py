@@ -988,6 +988,17 @@ MUTANTS = (
     ),
     *mutants(
         "model",
+        "kairos_train/model/kernels/fla_hopper.py",
+        "tests/unit/model/test_fla_hopper.py",
+        (
+            "fla's next kernel is given a view of padded chunks",
+            ".transpose(2, 3).flatten(1, 2)[:, :tokens].contiguous()",
+            ".transpose(2, 3).flatten(1, 2)[:, :tokens]",
+            "test_what_goes_back_to_flas_kernels_is_dense",
+        ),
+    ),
+    *mutants(
+        "model",
         "kairos_train/model/lora.py",
         "tests/unit/model/test_lora.py",
         (

@@ -41,6 +41,7 @@ class Case:
         tokens: of each rank.
         decay: "zero" (g = 0), "slow" (−0.03 … 0) or "fast" (−1).
         padding: neutral tokens, with random q, k and v, after those of each rank.
+        backend: of the shards' recurrence; the whole sequence runs in plain torch.
     """
 
     tokens: tuple[int, ...]
@@ -50,6 +51,7 @@ class Case:
     padding: int = 0
     initial_state: bool = True
     dtype: torch.dtype = torch.float64
+    backend: str = "torch"
 
 
 def draw(case: Case) -> tuple[list[Tensor], list[Tensor]]:
@@ -97,7 +99,7 @@ def sharded(case: Case, traffic: Traffic | None = None) -> dict[str, Tensor]:
         leaves.append(torch.cat([x[:, here], 0 * extra if neutral else extra], 1).requires_grad_())
     state.requires_grad_()
     outputs, after = state_passing.start(
-        gated_delta_rule,
+        partial(gated_delta_rule, backend=case.backend),
         *leaves,
         initial_state=state if case.initial_state else None,
         group=dist.group.WORLD,

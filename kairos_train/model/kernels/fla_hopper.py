@@ -100,6 +100,7 @@ def chunk_gradients(
 
     Returns:
         dq, dk, dw (B, T, H, K) in the dtypes of q, k, w; dg (B, T, H) in g's dtype, not yet summed over what follows.
+        All contiguous.
     """
     batch, tokens, heads, _ = q.shape
     missing = -tokens % chunk
@@ -111,7 +112,8 @@ def chunk_gradients(
         return x.unflatten(1, (-1, chunk)).transpose(2, 3).flatten(0, 2)
 
     def tokenwise(x: Tensor) -> Tensor:  # (B·n·H, C, ·) → (B, T, H, ·)
-        return x.unflatten(0, (batch, -1, heads)).transpose(2, 3).flatten(1, 2)[:, :tokens]
+        # Dense: fla's next kernel takes pointers and assumes strides, also where this would be a view of padded chunks.
+        return x.unflatten(0, (batch, -1, heads)).transpose(2, 3).flatten(1, 2)[:, :tokens].contiguous()
 
     # Where tokens are missing the decay keeps its last value: zeros lie far above it, and their powers would overflow.
     decay = chunks(torch.cat([g, g[:, -1:].expand(-1, missing, -1)], dim=1).unsqueeze(-1))  # (B·n·H, C, 1)

@@ -56,6 +56,16 @@ def test_gradients_within_chunks_equal_autograd(tokens, decay):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [C, 2 * C + 3, 1])
+def test_what_goes_back_to_flas_kernels_is_dense(tokens, dtype):
+    """They take pointers and assume strides: one chunk, or a ragged last one, must not come as a view."""
+    x = {name: t.to(dtype) for name, t in chunk_inputs(tokens).items()}
+    x["g"] = x["g"].to(torch.promote_types(dtype, torch.float32))
+    for name, gradient in zip(("dq", "dk", "dw", "dg"), chunk_gradients(**x, scale=0.7, chunk=C), strict=True):
+        assert gradient.is_contiguous(), name
+
+
 def test_sixteen_bit_inputs_give_gradients_in_their_dtype_and_decays_in_float32():
     exact = chunk_inputs(2 * C + 3)
     x = {name: t.float() if name == "g" else t.bfloat16() for name, t in exact.items()}
