@@ -1316,6 +1316,12 @@ MUTANTS = (
             "test_what_the_job_before_wrote_while_its_end_was_waited_for_counts",
         ),
         (
+            "kernels that cannot run here are found out when they run",
+            "chosen_kernels(config.kernels, device, precision=config.train.precision)",
+            "pass",
+            "test_kernels_that_cannot_run_here_are_refused_before_a_device_is_taken",
+        ),
+        (
             "a run goes on with steps of another size",
             "run_state.check_step_size(config.data, config.train, topology, reader)",
             "pass",

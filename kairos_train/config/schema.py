@@ -79,7 +79,7 @@ class ModelConfig:
 class KernelsConfig:
     """Which implementation computes what; `auto` picks by device, and the choice is logged and saved."""
 
-    # dense: masks of all pairs, the oracle, small sizes only
+    # flex: trains on CUDA only; dense: masks of all pairs, the oracle, small sizes only
     attention: str = setting("auto", one_of("auto", "gathered", "flex", "dense"))
     gated_delta: str = setting("auto", one_of("auto", "torch", "fla"))  # fla: on CUDA only
 

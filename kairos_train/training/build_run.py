@@ -41,7 +41,7 @@ from kairos_train.training import run_state
 from kairos_train.training.budget import Budget, Progress
 from kairos_train.training.checkpointing import Checkpointing
 from kairos_train.training.describe import chosen_kernels, peak_flops
-from kairos_train.training.engine.deepspeed_engine import build_engine, start_processes
+from kairos_train.training.engine.deepspeed_engine import build_engine, device_kind, start_processes
 from kairos_train.training.engine.ema import Ema
 from kairos_train.training.engine.initial_weights import build_model, initial_average
 from kairos_train.training.engine.random_state import derive_random_state
@@ -123,6 +123,9 @@ def check(config: Config, *, on_this_machine: bool = True) -> Checked:
     indices = [read_index(source.shards) for source in sources_of(config.data)]
     notes = _check_data(config, indices)
     check_layers(config, on_this_machine=on_this_machine)
+    if on_this_machine:
+        device = torch.device(device_kind(config.train.device))
+        chosen_kernels(config.kernels, device, precision=config.train.precision)
     reader, damaged = run_state.find_resumable(config.run_dir, resume=config.train.resume)
     changes = run_state.changed_settings(asdict(config), reader) if reader else []
     return Checked(indices, reader, damaged, changes, [*filter(None, [rates_of(indices)]), *notes])

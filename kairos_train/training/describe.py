@@ -24,7 +24,7 @@ def chosen_kernels(kernels: KernelsConfig, device: torch.device, *, precision: s
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return {
-        "attention": attention.select_backend(kernels.attention),
+        "attention": attention.select_backend(kernels.attention, device),
         "gated_delta": delta_rule.select_backend(kernels.gated_delta, device, dtype),
     }
 

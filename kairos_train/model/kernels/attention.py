@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kairos_train.basics.errors import UserError
 from kairos_train.model.hooks import ParallelHooks
 from kairos_train.model.kernels import rotary
 from kairos_train.model.kernels.windows import WindowGroup, WindowSpec, attends, band_mask, window_plan
@@ -161,11 +162,21 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, *, windows: Windows, backe
     return {"gathered": _gathered, "flex": _flex, "dense": _dense}[backend](q, k, v, windows)
 
 
-def select_backend(requested: str) -> str:
+def select_backend(requested: str, device: torch.device | None = None) -> str:
     """Resolve `kernels.attention`: gathered windows unless another backend is named.
 
     Gathered windows need no mask, so that on CUDA the flash kernels of scaled_dot_product_attention take them.
+
+    Args:
+        device: to train on; None: for forward passes alone.
+
+    Raises:
+        UserError: the backend has no backward pass there.
     """
+    if requested == "flex" and device is not None and device.type != "cuda":
+        raise UserError(
+            f"kernels.attention=flex trains on a CUDA device only, not on {device.type}; use auto, gathered or dense"
+        )
     return "gathered" if requested == "auto" else requested
 
 

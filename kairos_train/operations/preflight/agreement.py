@@ -28,7 +28,12 @@ from kairos_train.config.schema import Config
 from kairos_train.operations.preflight.disk import free_bytes
 from parallel.consensus import from_all
 
-PACKAGES = ("deepspeed", "megatron-core", "flash-linear-attention", "transformer-engine")
+PACKAGES = (
+    *("deepspeed", "megatron-core", "triton", "flash-linear-attention", "fla-core", "tilelang", "flash-attn"),
+    *("transformer-engine", "transformer-engine-torch"),
+)
+"""What computes, or compiles what computes: ranks with two versions of one of these round in two ways, or wrongly."""
+
 SOURCES = ("kairos_train", "parallel", "dataloaders")
 DRIVER = Path("/proc/driver/nvidia/version")
 ABSENT = "absent"

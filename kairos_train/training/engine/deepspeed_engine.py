@@ -48,6 +48,19 @@ class StepResult:
     stepped: bool  # False: the gradient was not finite; the engine dropped it and changed no weight or moment
 
 
+def device_kind(device: str) -> str:
+    """What `train.device` comes to on this machine, "cpu" or "cuda", without taking it.
+
+    Raises:
+        UserError: no such name, or there is no CUDA device though it is asked for.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"train.device={device!r}: must be 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda: this machine shows no CUDA device; use 'cpu' or 'auto'")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def start_processes(device: str, parallel: ParallelConfig | None = None) -> Topology:
     """Join the run's process group and take a position in its parallel layout. Collective.
 
@@ -64,11 +77,7 @@ def start_processes(device: str, parallel: ParallelConfig | None = None) -> Topo
         UserError: there is no CUDA device though `device` names it, this process imported DeepSpeed for another device
             before, or the number of processes does not divide by the degrees.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"train.device={device!r}: must be 'auto', 'cpu' or 'cuda'")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda: this machine shows no CUDA device; use 'cpu' or 'auto'")
-    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    kind = device_kind(device)
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("DS_ACCELERATOR", kind)
     # DeepSpeed calls collectives by their old names, several times a step.

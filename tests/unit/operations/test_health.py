@@ -89,6 +89,17 @@ def test_the_code_itself_is_among_the_versions():
     assert len(found["code"]) == 12
 
 
+def test_whatever_brings_kernels_is_among_the_versions(tmp_path, monkeypatch):
+    names = ("triton", "fla_core", "flash_linear_attention", "tilelang", "flash_attn", "transformer_engine")
+    for number, name in enumerate(names):
+        (tmp_path / f"{name}-9.{number}.dist-info").mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.{number}\n"
+        (tmp_path / f"{name}-9.{number}.dist-info/METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = versions()
+    assert {name: found.get(name.replace("_", "-")) for name in names} == {n: f"9.{i}" for i, n in enumerate(names)}
+
+
 def test_clocks_and_devices_that_differ_are_failures_of_their_hosts():
     ranks = [
         RankHealth(0, "a", device="cuda", offset=0.0),

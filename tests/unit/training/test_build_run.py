@@ -94,6 +94,23 @@ def test_steps_of_another_size_are_refused(config):
             confirm(changed(config, other), check(changed(config, other)), ALONE)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("kernel", "line"),
+    [
+        (
+            {"kernels.attention": "flex"},
+            r"^kernels\.attention=flex trains on a CUDA device only, not on cpu; use auto, .*",
+        ),
+        ({"kernels.gated_delta": "fla"}, r"^kernels\.gated_delta=fla needs a CUDA device, not cpu; use auto or torch$"),
+    ],
+)
+def test_kernels_that_cannot_run_here_are_refused_before_a_device_is_taken(config, kernel, line):
+    with pytest.raises(UserError, match=line):
+        check(changed(config, kernel))
+    check(changed(config, kernel), on_this_machine=False)
+
+
 def test_data_that_do_not_fit_are_refused_before_the_checkpoint_is_looked_at(config):
     with pytest.raises(UserError, match=r"^data\.window\.frames=9: .* was packed with 5"):
         check(changed(config, {"data.window": replace(config.data.window, frames=9), "train.resume": "must"}))
