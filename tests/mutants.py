@@ -1335,6 +1335,35 @@ MUTANTS = (
         ),
     ),
     *mutants(
+        "verify parallel",
+        "kairos_train/training/parity/compare.py",
+        "tests/unit/training/test_parity.py",
+        (
+            "low precision is held to what float32 is held to",
+            "max(limit, least) for name, limit in limits.items()",
+            "least for name, limit in limits.items()",
+            "test_low_precision_is_held_to_what_it_does_to_one_process",
+        ),
+        (
+            "low precision is held to whatever is measured between the two",
+            "_measured(what, distances(exact, expected))",
+            "_measured(what, distances(exact, got))",
+            "test_low_precision_is_held_to_what_it_does_to_one_process",
+        ),
+        (
+            "a bias that its softmax cancels is judged by itself",
+            'return name.endswith("attn.k.bias")',
+            "return False",
+            "test_a_bias_that_its_softmax_cancels_is_judged_by_its_layers_gradient",
+        ),
+        (
+            "data of images alone are compared as videos",
+            "images = alone or number % 4 == 3",
+            "images = number % 4 == 3",
+            "test_data_of_images_alone_need_neither_window_nor_cameras",
+        ),
+    ),
+    *mutants(
         "run",
         "kairos_train/training/run_state.py",
         "tests/unit/training/test_build_run.py",

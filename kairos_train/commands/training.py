@@ -69,8 +69,9 @@ def run_verify_golden(args: argparse.Namespace) -> int:
 
 def run_verify_parallel(args: argparse.Namespace) -> int:
     args.overrides = ["experiment=demo", "train.precision=fp32", "optimizer.warmup_steps=1", *args.overrides]
-    config = config_of(args, sections=("model", "stage", "optimizer", "parallel", "precision", "train", "data.window"))
-    from kairos_train.training.parity.verify import report, verify_parallel
+    from kairos_train.training.parity.verify import SECTIONS, report, verify_parallel
+
+    config = config_of(args, sections=SECTIONS)
 
     deviations = verify_parallel(config, steps=args.steps, ranks=args.nproc)
     if deviations is None:

@@ -101,7 +101,7 @@ def _gives_frames(config: Config) -> bool:
 def history_leaves_a_frame_to_generate(config: Config) -> None:
     history, frames = config.stage.history_frames, config.data.window.frames
     latents = latent_frames(frames)
-    if not _gives_frames(config):
+    if not _gives_frames(config) or frames == 1:  # images have conditions of their own
         return
     if history < 1:
         raise UserError(

@@ -16,7 +16,7 @@ from kairos_train.model.kernels.attention import KeyValue
 from kairos_train.model.layout import empty_model
 from kairos_train.training.engine import deepspeed_engine
 from kairos_train.training.engine.deepspeed_internals import hooked_tensors
-from kairos_train.training.parity.compare import Trace, reference_config, run_steps
+from kairos_train.training.parity.compare import Trace, exact_config, reference_config, run_steps
 from parallel.topology import Degrees, Topology
 
 BUCKET = 15_000
@@ -53,8 +53,9 @@ def train_layout(overrides: str, out: str, steps: int) -> None:
         trace.save(Path(out))
 
 
-def train_reference(overrides: str, ranks: int, out: str, steps: int) -> None:
-    trace = run_steps(reference_config(make_config(overrides), ranks), steps, topology(1, 1))
+def train_reference(overrides: str, ranks: int, out: str, steps: int, exact: bool = False) -> None:
+    alone = exact_config if exact else reference_config
+    trace = run_steps(alone(make_config(overrides), ranks), steps, topology(1, 1))
     assert isinstance(trace, Trace)
     trace.save(Path(out))
 

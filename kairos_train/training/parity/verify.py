@@ -9,18 +9,40 @@ a process of its own in either case. Traces travel as files.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import replacing
 from kairos_train.config.compose import load_saved, save_config
 from kairos_train.config.schema import Config
-from kairos_train.training.engine.deepspeed_engine import stop_processes
-from kairos_train.training.parity.compare import Deviation, Trace, compare, reference_config, run_steps
+from kairos_train.model.layout import check_layers
+from kairos_train.training.describe import chosen_kernels
+from kairos_train.training.engine.deepspeed_engine import device_kind, stop_processes
+from kairos_train.training.parity.compare import (
+    Deviation,
+    Trace,
+    compare,
+    exact_config,
+    low_precision,
+    reference_config,
+    run_steps,
+)
 from parallel.topology import Degrees
+
+SECTIONS = (
+    *("model", "kernels", "stage", "optimizer", "parallel", "precision", "train", "data.clips"),
+    *(f"data.window.{key}" for key in ("frames", "height", "width", "action_video_freq_ratio")),
+)
+"""What of a configuration is used, and must have a value."""
+
+ERROR = re.compile(r"^(?:\[\w+\]: ?)?(?:\w+\.)*(\w*(?:Error|Fault|Exception): .+)$", re.M)
+"""The last line of a traceback, behind the rank that torchrun puts before it; not the line that raises."""
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher leaves in the environment of its processes and the reference must not see."""
@@ -36,10 +58,13 @@ def verify_parallel(config: Config, *, steps: int, ranks: int | None) -> list[De
         The deviations; None on the ranks of a launcher that do not report.
 
     Raises:
-        UserError: the processes do not divide, or one of them failed.
+        UserError: the processes do not divide, this machine cannot do what the configuration asks for, or one of the
+            processes failed.
     """
+    check_layers(config)
+    chosen_kernels(config.kernels, torch.device(device_kind(config.train.device)), precision=config.train.precision)
     with tempfile.TemporaryDirectory(prefix="verify-parallel-") as folder:
-        expected, got = Path(folder) / "one_process.safetensors", Path(folder) / "layout.safetensors"
+        expected, exact, got = (Path(folder) / f"{name}.safetensors" for name in ("one_process", "float32", "layout"))
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             ranks = int(os.environ["WORLD_SIZE"])
             Degrees.of(config.parallel, ranks)
@@ -53,7 +78,11 @@ def verify_parallel(config: Config, *, steps: int, ranks: int | None) -> list[De
             Degrees.of(config.parallel, ranks)
             _run(config, steps, got, ranks=ranks)
         _run(reference_config(config, ranks), steps, expected, ranks=1)
-        return compare(Trace.load(expected), Trace.load(got), config)
+        if low_precision(config):
+            _run(exact_config(config, ranks), steps, exact, ranks=1)
+        return compare(
+            Trace.load(expected), Trace.load(got), config, exact=Trace.load(exact) if low_precision(config) else None
+        )
 
 
 def report(deviations: list[Deviation], ranks: str) -> str:
@@ -77,16 +106,15 @@ def _run(config: Config, steps: int, out: Path, *, ranks: int) -> None:
     clean.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
     done = subprocess.run(command, env=clean, capture_output=True, text=True)
     if done.returncode:
-        story = (
-            [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines() or ["no word"]
-        )
-        raise UserError(f"verify parallel: {ranks} process(es) ended with {done.returncode}: {story[0].strip()}")
+        story = re.search(ERROR, done.stderr)
+        said = story[1] if story else (done.stderr.splitlines() or ["no word"])[-1].strip()
+        raise UserError(f"verify parallel: {ranks} process(es) ended with {done.returncode}: {said}")
 
 
 def main() -> None:
     """One process of a layout or the reference."""
     config, steps, out = sys.argv[1:]
-    trace = run_steps(load_saved(config), int(steps))
+    trace = run_steps(load_saved(config, sections=SECTIONS), int(steps))
     if trace is not None:
         with replacing(out) as temporary:
             trace.save(temporary)

@@ -285,6 +285,11 @@ def test_legal_frame_counts_pass(frames):
     assert load_config(overrides).data.window.frames == frames
 
 
+def test_windows_of_images_need_no_frame_beyond_the_history():
+    config = load_config([DEMO, "stage=physical_images", "data.window.frames=1"])
+    assert config.stage.history_frames == config.data.window.frames == 1
+
+
 def test_token_windows_train_the_video_alone():
     config = load_config(["model=kairos_4b_robot_480p", "stage=behaviour", "data.shards=x"])
     assert (config.model.video.window_semantics, config.model.action) == ("token", None)
