@@ -41,8 +41,9 @@ finish() {
       *) code=$(<"$node") ;; # what would happen again counts before what others made of it
     esac
   done
-  timeout 60 srun {{srun_plain}} bash -c 'rm -rf "$0/kairos-train-$SLURM_JOB_ID-$1-$SLURM_NODEID"' \
-    {{scratch}} "${SLURM_RESTART_COUNT:-0}" || true
+  timeout 60 srun {{srun_plain}} bash -c \
+    'find "$0/" -maxdepth 1 -type d -user "$EUID" -name "kairos-train-$SLURM_JOB_ID-$1-$SLURM_NODEID.??????" \
+      -exec rm -rf {} +' {{scratch}} "${SLURM_RESTART_COUNT:-0}" || true
   if ((code == 4 || code == 75 || code > 128)); then
     if ((${SLURM_RESTART_COUNT:-0} < {{max_restarts}})); then
       echo "exit code $code: job $SLURM_JOB_ID goes into the queue again, restart $((${SLURM_RESTART_COUNT:-0} + 1))"

@@ -115,7 +115,7 @@ def test_a_job_on_two_nodes_is_requeued_on_a_signal_and_finished_by_its_second_l
     assert set(re.findall(r"n\d: train: node \d of 2.* life \d", log)) >= {
         f"n{n + 1}: train: node {n} of 2, 1 of 2 processes, life {life}" for n in range(2) for life in range(2)
     }
-    assert re.findall(r", code (/\S+)$", log, re.M) == [
+    assert re.findall(r", code (/\S+)\.\w{6}$", log, re.M) == [
         f"{tmp_path}/scratch/kairos-train-{job}-{life}-{n}" for life in range(2) for n in sorted_nodes(log, life)
     ]
     assert list((tmp_path / "scratch").iterdir()) == []

@@ -345,20 +345,3 @@ def test_the_code_of_a_job_is_whole_and_without_compiled_files(tmp_path):
     assert {"kairos_train/cli.py", "configs/config.yaml", "parallel/topology.py"} <= set(names)
     assert not [name for name in names if "__pycache__" in name]
     assert [path.name for path in tmp_path.iterdir()] == ["code.tar.gz"]
-
-
-def test_a_node_unpacks_the_code_once_and_becomes_the_command(tmp_path):
-    (tmp_path / "job").mkdir()
-    shutil.copy(ROOT / "slurm/on_node.sh", tmp_path / "job")
-    (tmp_path / "mark.py").write_text("first")
-    with tarfile.open(tmp_path / "job/code.tar.gz", "w:gz") as tar:
-        tar.add(tmp_path / "mark.py", arcname="mark.py")
-    environment = os.environ | {"SLURM_JOB_ID": "9", "SLURM_NODEID": "2", "PYTHONPATH": ""}
-    show = 'cat "$PYTHONPATH/mark.py"; echo " $PYTHONPATH $PYTHONSAFEPATH $$"'
-    command = ["bash", tmp_path / "job/on_node.sh", tmp_path / "scratch", "bash", "-c", show]
-    code = tmp_path / "scratch/kairos-train-9-0-2"
-    for text in ("first", "second"):
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout.read().split() == [text, str(code), "1", str(process.pid)]
-        (code / "mark.py").write_text("second")  # a second step of the job finds it there
-    assert list((tmp_path / "scratch").iterdir()) == [code]
