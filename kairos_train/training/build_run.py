@@ -258,7 +258,7 @@ def _build_state(config: Config, topology: Topology, checked: Checked, *, rollba
         guard=Guard(config.guard, tolerant=train.on_nonfinite == "skip", rollbacks=rollbacks),
     )
     if reader:
-        run_state.restore(state, reader)
+        run_state.resume(state, reader)
     return state
 
 

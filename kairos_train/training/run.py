@@ -217,17 +217,16 @@ class Run:
     def _roll_back(self, *, where: str) -> None:
         """Continue from the last good checkpoint, with the data that come next now: none is seen a second time.
 
-        Steps count from that checkpoint on again. Collective.
+        Steps count from that checkpoint on again; the loader stays where it is. Collective.
         """
-        self.checkpointing.settle()
         here, bad = self.step, self.guard.describe()
-        reader = last_good(self.guard, self.checkpointing.folder, self.topology, where=where)
-        restore(self.state, reader)
-        for _ in range((here - reader.step) * self.train.accumulation):
-            next(self.loader)
-        self.guard.rollbacks += 1
-        self.reports.close()
-        self.reports = self.open_reports(reader.step)
+        with self.watch.paused("rollback", times=None):  # whole checkpoints are read, as at a start
+            self.checkpointing.settle()
+            reader = last_good(self.guard, self.checkpointing.folder, self.topology, where=where)
+            restore(self.state, reader)
+            self.guard.rollbacks += 1
+            self.reports.close()
+            self.reports = self.open_reports(reader.step)
         logger.info(f"{bad}: back to step {reader.step}, and on with the data behind step {here}")
         self.events.write("rollback", step=here, to=reader.step, rollbacks=self.guard.rollbacks)
         self._went_back, self._reported = True, self.step

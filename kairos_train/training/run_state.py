@@ -195,16 +195,25 @@ def changed_layout(topology: Topology, reader: CheckpointReader) -> list[str]:
     return [f"{axis} ranks {old[axis]} -> {degree}" for axis, degree in new.items() if degree != old[axis]]
 
 
-def restore(state: RunState, reader: CheckpointReader) -> None:
-    """Continue where `reader`'s checkpoint stood, whatever layout wrote it. Collective.
+def resume(state: RunState, reader: CheckpointReader) -> None:
+    """Continue where `reader`'s checkpoint stood, with the data that came next then. Collective.
 
     Raises:
-        UserError: other encoders, other shards, another model.
+        UserError: as `restore`, or other shards.
+    """
+    state.loader.load_state_dict(reader.state["loader"])
+    restore(state, reader)
+
+
+def restore(state: RunState, reader: CheckpointReader) -> None:
+    """Go back to `reader`'s checkpoint, whatever layout wrote it; the loader stays where it is. Collective.
+
+    Raises:
+        UserError: other encoders, another model.
     """
     identities_match(reader.state["encoders"], state.feed.identity)
     topology = state.engine.topology
     assert reader.state["layout"]["step_size"] == state.step_size  # see check_step_size
-    state.loader.load_state_dict(reader.state["loader"])
     load_full_state(state.engine, reader)
     state.ema.load(reader)
     state.progress, state.best = progress_of(reader), best_of(reader)

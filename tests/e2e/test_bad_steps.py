@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 
 import pytest
-from support.commands import RELEASED, losses
+from support.command_ranks import with_batches
+from support.commands import RELEASED, losses, train_overrides
 
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.operations.events import read_events
@@ -67,10 +68,14 @@ def test_a_loss_spike_is_dropped_and_training_goes_on(train, tmp_path):
     assert math.isfinite(lines(run_dir)[22]["loss"])
 
 
-def test_too_many_bad_steps_go_back_to_the_last_good_checkpoint_and_over_the_data(train, tmp_path):
+def test_too_many_bad_steps_go_back_to_the_last_good_checkpoint_and_over_the_data(world, shards, train, tmp_path):
     settings = [*SETTINGS, "train.steps=10", "train.checkpoint_every=2", "train.keep_last=9"]
     budget = ["guard.skips=2", "guard.window=9", "faults.inject=[{kind: nan, step: 6, steps: 3}]"]
-    result = train(tmp_path / "run", *settings, *budget)
+    words = ["train", *train_overrides(shards, tmp_path / "run", "data.workers=0", *settings, *budget)]
+    result, seen = world(1).run(with_batches, words)[0]
+    assert result.returncode == 0, result.stderr
+    assert seen.count("batch") == 8 + 6, "one for each step that was made, none to come past those that were gone back"
+    assert "rollback" in seen, "what takes as long as a start is not taken for a hang"
     train(tmp_path / "sound", *settings, "train.steps=14")
     assert "bad steps 6, 7, 8" in result.stderr
     assert "back to step 4, and on with the data behind step 8" in result.stderr

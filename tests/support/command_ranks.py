@@ -60,6 +60,28 @@ def interrupted(words: list[object], losses: Path, *, step: int) -> CompletedPro
     return _command(list(map(str, words)), Path.cwd())
 
 
+def with_batches(words: list[object]) -> tuple[CompletedProcess, list[str]]:
+    """`kairos-train WORDS`, and where the loop said it was whenever it took a batch from the loader or paused."""
+    from dataloaders.loading.loader import ShardLoader
+    from kairos_train.operations.watch.watchdog import Watchdog
+
+    seen, take, pause = [], ShardLoader.__next__, Watchdog.paused
+
+    def taking(loader: ShardLoader) -> object:
+        seen.append("batch")
+        return take(loader)
+
+    def pausing(dog: Watchdog, phase: str, **limits: object) -> contextlib.AbstractContextManager[None]:
+        seen.append(phase)
+        return pause(dog, phase, **limits)
+
+    ShardLoader.__next__, Watchdog.paused = taking, pausing
+    try:
+        return _command(list(map(str, words)), Path.cwd()), seen
+    finally:
+        ShardLoader.__next__, Watchdog.paused = take, pause
+
+
 def linear_is_torchs() -> bool:
     """Whether `torch.nn.functional.linear` is torch's own function."""
     import torch
