@@ -25,6 +25,7 @@ from typing import Any
 from kairos_train.basics.errors import UserError, one_line
 from kairos_train.basics.foreign_files import (
     JSON_BYTES,
+    check_regular,
     is_lfs_pointer,
     parse_json,
     pointer_fault,
@@ -124,6 +125,7 @@ def read_json(path: str | Path, *, remedy: str) -> dict[str, Any]:
             LFS pointer.
     """
     try:
+        check_regular(path)
         data = read_bytes(path, most_bytes=JSON_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {remedy}") from None

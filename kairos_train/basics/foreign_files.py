@@ -8,9 +8,12 @@ Media, tables and tars have readers of their own, with limits from `dataloaders.
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import math
+import os
 import reprlib
+import stat
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,8 @@ def refuse_lfs_pointer(path: Path | str) -> None:
 
 def holds_lfs_pointer(path: Path | str) -> bool:
     """Whether a local file can be read and is a Git LFS pointer."""
+    if not os.path.isfile(path):  # opening a pipe would wait for a writer
+        return False
     try:
         with open(path, "rb") as file:
             return is_lfs_pointer(file.read(len(_POINTER)))
@@ -94,6 +99,16 @@ def read_bytes(path: Path | str, *, most_bytes: int) -> bytes:
     return data
 
 
+def check_regular(path: Path | str) -> None:
+    """Return if there is a regular file: opening a pipe would wait for a writer that never comes.
+
+    Raises:
+        OSError: there is none, or it cannot be looked at.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+
+
 def decode_text(data: bytes, name: Path | str) -> str:
     """As `read_text`, of bytes; `name` is what errors call them."""
     if is_lfs_pointer(data):
@@ -130,13 +145,16 @@ def unmarked(data: bytes, name: Path | str) -> bytes:
 # --- values ---
 
 
-def parse_json(data: bytes | memoryview | str, *, most_bytes: int = JSON_BYTES, depth: int = JSON_DEPTH) -> Any:
+def parse_json(
+    data: bytes | memoryview | str, *, most_bytes: int = JSON_BYTES, depth: int = JSON_DEPTH, unique: bool = False
+) -> Any:
     """The value that a JSON text holds. NaN and infinities pass, for the check of what is read from them.
 
     Args:
         data: UTF-8 where it is bytes.
         most_bytes: of the text.
         depth: of objects and lists in each other.
+        unique: refuse an object that has a key twice; without, its last value counts.
 
     Raises:
         ValueError: no JSON, or beyond a limit; one line.
@@ -145,7 +163,7 @@ def parse_json(data: bytes | memoryview | str, *, most_bytes: int = JSON_BYTES, 
     if len(data) > most_bytes:
         raise ValueError(f"has {len(data):,} bytes of JSON, more than {most_bytes:,}")
     try:
-        value = json.loads(data, parse_int=_parse_int)
+        value = json.loads(data, parse_int=_parse_int, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError(f"is nested deeper than {depth}") from None
     opened = ("[", "{") if isinstance(data, str) else (b"[", b"{")
@@ -208,6 +226,14 @@ def one_plain_line(text: str, most: int) -> str:
     if len(text) > most:
         text = f"{text[: most - most // 4]} … {text[-(most // 4) :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"has the key {shown(next(name for name in names if names.count(name) > 1))} twice")
+    return value
 
 
 def _parse_int(digits: str) -> int | float:

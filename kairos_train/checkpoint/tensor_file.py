@@ -3,7 +3,8 @@
 The format (github.com/huggingface/safetensors): eight bytes of header length, little-endian; the header, JSON from
 tensor name to dtype, shape and place, padded with spaces; the tensors' bytes, row-major, one after the other. Done
 here and not by the library: to write, it wants all tensors in memory at once and leaves the hash to a second reading;
-to read, it maps the file, and what was looked at counts as resident memory until the file is closed.
+to read, it maps the file, and what was looked at counts as resident memory until the file is closed. What a sound file
+is, the library alone says.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kairos_train.basics.errors import UserError
-from kairos_train.basics.foreign_files import refuse_lfs_pointer
+from kairos_train.basics.errors import MachineFault, UserError, one_line
+from kairos_train.basics.foreign_files import check_regular, parse_json, refuse_lfs_pointer
 
 CODES = {
     torch.float64: "F64",
@@ -42,7 +44,6 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 ALIGNMENT = 8  # of the first tensor; the largest element type comes first, so that all are aligned
 CHUNK = 2**24  # bytes written at once: each call takes the interpreter's lock from the training loop for a moment
 AHEAD = 2**26  # bytes that are kept in memory for hashing when they are written
-LONGEST_HEADER = 100_000_000  # bytes, the library's own limit
 
 
 class Stored(NamedTuple):
@@ -71,31 +72,35 @@ class TensorFile:
         metadata: the text in the header.
 
     Raises:
-        UserError: there is no such file, or it is cut off, damaged or of another format.
+        UserError: there is no such file, or it is cut off, damaged or of another format: all that the library refuses,
+            and a name that stands in the header twice.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         refuse_lfs_pointer(self.path)
         try:
-            header, self._start, size = self._read_header()
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            check_regular(self.path)
+            with safe_open(self.path, "pt"):  # checks types and sizes, and that the tensors fill the file without gaps
+                pass
+            header, self._start = self._read_header()
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
             self.dtypes = {name: DTYPES[info["dtype"]] for name, info in header.items()}
-            self.shapes = {name: tuple(info["shape"]) for name, info in header.items()}
-            self._places = {name: tuple(info["data_offsets"]) for name, info in header.items()}
-            problem = self._find_problem(size - self._start)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: is no readable safetensors file ({type(error).__name__}: {error})") from None
-        if problem:
-            raise UserError(f"{path}: {problem}; get the file again")
+            raise UserError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from None
+        except KeyError as error:
+            raise UserError(f"{path}: a tensor is of type {error}, must be one of {', '.join(DTYPES)}") from None
+        except (SafetensorError, ValueError) as error:
+            raise UserError(f"{path}: is no safetensors file ({one_line(error)}); get the file again") from None
+        self.shapes = {name: tuple(info["shape"]) for name, info in header.items()}
+        self._places = {name: tuple(info["data_offsets"]) for name, info in header.items()}
 
     def read(self, name: str, slices: Sequence[slice] = ()) -> Tensor:
         """A tensor, or the box `slices` of it (steps of 1, missing dimensions whole), on the CPU.
 
         Raises:
             UserError: the file ends before it does.
+            MachineFault: the disk fails.
         """
         shape = self.shapes[name]
         if not shape:
@@ -112,33 +117,25 @@ class TensorFile:
             return out
         left = memoryview(out.reshape(-1).view(torch.uint8).numpy())
         at = self._start + self._places[name][0] + start * prod(shape[1:]) * out.element_size()
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(at)
-            while left:
-                count = file.readinto(left)
-                if not count:
-                    raise UserError(f"{self.path}: ends within tensor {name!r}; get the file again")
-                left = left[count:]
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(at)
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise UserError(f"{self.path}: ends within tensor {name!r}; get the file again")
+                    left = left[count:]
+        except OSError as error:
+            raise MachineFault(
+                f"{self.path}: cannot be read ({error.strerror}); see to the disk, start it again"
+            ) from None
         return out
 
-    def _read_header(self) -> tuple[dict[str, Any], int, int]:
-        """The header, where the tensors begin, and the size of the file."""
+    def _read_header(self) -> tuple[dict[str, Any], int]:
+        """The header, and where the tensors begin."""
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            if not 2 <= length <= min(LONGEST_HEADER, size - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            return json.loads(file.read(length)), 8 + length, size
-
-    def _find_problem(self, size: int) -> str | None:
-        """What is wrong with the places of tensors in `size` bytes."""
-        for name, (begin, end) in self._places.items():
-            nbytes = prod(self.shapes[name]) * self.dtypes[name].itemsize
-            if begin < 0 or end - begin != nbytes or min(self.shapes[name], default=0) < 0:
-                return f"tensor {name!r} has {end - begin} bytes where its shape takes {nbytes}"
-            if end > size:
-                return f"is cut off: tensor {name!r} ends at byte {end} of {size}"
-        return None
+            return parse_json(file.read(length), most_bytes=length, unique=True), 8 + length
 
 
 def split_by_size(tensors: Mapping[str, Stored], file_bytes: int) -> Iterator[dict[str, Stored]]:

@@ -8,13 +8,14 @@ public code that is named; then `model=NAME`; then `model.KEY=VALUE`. What came 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.files import read_json
+from kairos_train.basics.foreign_files import parse_json
 from kairos_train.config.schema import MISSING, Config
 from kairos_train.weights.public_pipeline import CONFIG_FILE as PUBLIC_CONFIG
 from kairos_train.weights.public_words import network_settings, read_public_config, shortest_cycle
@@ -74,7 +75,7 @@ def company_of(source: WeightsSource, public_config: Path | None = None) -> Comp
             company.settings.append((where, _settings(_json(source.metadata[name], where), where)))
     file = source.path.parent / CONFIG
     if file.is_file():
-        content = _json(file.read_text(encoding="utf-8"), str(file))
+        content = read_json(file, remedy="correct or remove it")
         run = content.get("run")
         company.run = run if isinstance(run, dict) else {}
         company.record = {key: value for key, value in content.items() if key != "run"} if company.run else {}
@@ -135,7 +136,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path], sections: Ite
 
 def _json(text: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -5,7 +5,6 @@ An index is JSON, `{"weight_map": {key: file beside the index}}`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kairos_train.basics.errors import UserError
-from kairos_train.basics.foreign_files import refuse_lfs_pointer
+from kairos_train.basics.files import read_json
 from kairos_train.checkpoint.tensor_file import TensorFile
 
 INDEX_SUFFIX = ".index.json"
@@ -62,14 +61,9 @@ class WeightsSource:
 
 def _open_indexed(index: Path) -> dict[str, TensorFile]:
     """{key: the file that holds it}."""
-    refuse_lfs_pointer(index)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = dict(weight_map.items())
-    except OSError as error:
-        raise UserError(f"{index}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: is no index of safetensors; it lacks a weight_map from key to file") from None
+    names = read_json(index, remedy="get the files again").get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{index}: is no index of safetensors; it lacks a weight_map from key to file")
     if odd := next((name for name in names.values() if not isinstance(name, str) or Path(name).name != name), None):
         raise UserError(f"{index}: weight_map names {odd!r}; the files must lie beside the index, without folders")
     files = {name: TensorFile(index.parent / name) for name in sorted(set(names.values()))}

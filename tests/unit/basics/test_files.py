@@ -122,6 +122,7 @@ def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path):
         ("{", r"x\.json: is not JSON \(.*\); write it again"),
         ("\ud800", r"x\.json: is not JSON \(.*\); write it again"),
         ("[]", r"x\.json: holds a list, must be an object; write it again"),
+        ("[" * 200_000, r"x\.json: is not JSON \(is nested deeper than 32\); write it again"),
     ],
 )
 def test_an_unreadable_json_file_is_named_with_the_remedy(tmp_path, content, match):

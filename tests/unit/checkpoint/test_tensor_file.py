@@ -1,12 +1,17 @@
 """The project's own reader and writer of safetensors beside the library's."""
 
 import hashlib
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import MachineFault, UserError
 from kairos_train.checkpoint.tensor_file import AHEAD, CHUNK, DTYPES, Stored, TensorFile, split_by_size, write_tensors
 
 
@@ -75,23 +80,92 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
         file.read("x")
 
 
+def write_raw(path: Path, header: str | bytes, nbytes: int) -> Path:
+    header = header.encode() if isinstance(header, str) else header
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(nbytes))
+    return path
+
+
+def x(shape: str, begin: int, end: int, dtype: str = '"F32"') -> str:
+    return f'{{"dtype":{dtype},"shape":{shape},"data_offsets":[{begin},{end}]}}'
+
+
 @pytest.mark.parametrize(
-    ("header", "match"),
+    ("header", "nbytes"),
     [
-        ('{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', "has 4 bytes where its shape takes 8"),
-        ('{"x":{"dtype":"F32","shape":[-2],"data_offsets":[0,-8]}}', "has -8 bytes"),
-        ('{"x":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}', "ends at byte 12 of 8"),
-        ('{"x":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}', "F99"),
-        ('{"x":{"shape":[2]}}', "dtype"),
-        ("[]", "is no readable safetensors file"),
-        ("{", "is no readable safetensors file"),
+        (f'{{"x":{x("[2]", 0, 8)},"y":{x("[2]", 4, 12)}}}', 12),  # overlap
+        (f'{{"x":{x("[2]", 0, 8)},"y":{x("[2]", 0, 8)}}}', 8),  # the same bytes twice
+        (f'{{"x":{x("[2]", 0, 8)},"y":{x("[1]", 12, 16)}}}', 16),  # a hole
+        (f'{{"x":{x("[2]", 4, 12)}}}', 12),  # a hole at the beginning
+        (f'{{"x":{x("[2]", 0, 8)},"y":{x("[0]", 4, 4)}}}', 8),  # nothing, inside of another
+        (f'{{"x":{x("[2]", 0, 8)}}}', 12),  # bytes of no tensor at the end
+        ("{}", 4),
+        (f'{{"x":{x("[2]", 0, 8)},"x":{x("[1]", 8, 12)}}}', 12),  # one name, two tensors
+        (f'{{"x":{x("[2]", 0, 8)},"x":{x("[2]", 0, 8)}}}', 8),
+        (f'{{"__metadata__":{{"a":"1","a":"2"}},"x":{x("[2]", 0, 8)}}}', 8),
+        (f'{{"x":{x("[2]", 0, 4)}}}', 8),
+        (f'{{"x":{x("[-2]", 0, -8)}}}', 8),
+        (f'{{"x":{x("[2]", 0, 8)}}}', 4),  # cut off
+        (f'{{"x":{x("[true,2]", 0, 8)}}}', 8),
+        (f'{{"x":{x("[2.0]", 0, 8)}}}', 8),
+        (f'{{"x":{x("[9223372036854775808,4]", 0, 8)}}}', 8),
+        (f'{{"x":{x("[1" + 400 * "0" + "]", 0, 8)}}}', 8),
+        (f'{{"__metadata__":{{"a":1}},"x":{x("[2]", 0, 8)}}}', 8),
+        (f'{{"x":{x("[2]", 0, 8)}}}'.encode("utf-16-le"), 8),
+        ('{"x":{"shape":[2]}}', 8),
+        ("[]", 0),
+        ("{", 0),
+        ("[" * 200_000, 0),
+        ('{"__metadata__":' + '{"a":' * 100_000, 0),
     ],
 )
-def test_a_header_that_lies_is_refused(tmp_path, header, match):
-    path = tmp_path / "file.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
-    with pytest.raises(UserError, match=match):
+def test_a_header_that_lies_is_refused(tmp_path, header, nbytes):
+    path = write_raw(tmp_path / "file.safetensors", header, nbytes)
+    with pytest.raises(UserError, match=r"file\.safetensors: is no safetensors file \(.*\); get the file again$"):
         TensorFile(path)
+
+
+def test_tensors_of_types_that_are_not_known_here_are_named(tmp_path):
+    path = write_raw(tmp_path / "file.safetensors", f'{{"x":{x("[4]", 0, 8, chr(34) + "U16" + chr(34))}}}', 8)
+    with pytest.raises(UserError, match="a tensor is of type 'U16', must be one of F64"):
+        TensorFile(path)
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(at=st.integers(0, 400), byte=st.integers(0, 255))
+def test_of_a_file_with_a_wrong_byte_no_more_is_taken_than_by_the_library(tmp_path_factory, at, byte):
+    path = tmp_path_factory.getbasetemp() / "one_byte.safetensors"
+    save_file({"x": torch.arange(6.0).reshape(2, 3), "y": torch.arange(5, dtype=torch.uint8)}, path, {"a": "b"})
+    content = bytearray(path.read_bytes())
+    content[at % len(content)] = byte
+    path.write_bytes(content)
+    try:
+        theirs = load_file(path)
+    except (SafetensorError, OSError):
+        with pytest.raises(UserError):
+            TensorFile(path)
+        return
+    file = TensorFile(path)
+    assert file.shapes.keys() == theirs.keys()
+    assert all(same(file.read(key), tensor) for key, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name), lambda path: None])
+def test_what_is_no_file_is_refused_at_once(tmp_path, make):
+    path = tmp_path / "file.safetensors"
+    make(path)
+    with pytest.raises(UserError, match=r"file\.safetensors: cannot be read \("):
+        TensorFile(path)
+
+
+def test_a_disk_that_fails_while_a_tensor_is_read_is_a_fault_of_the_machine(tmp_path):
+    path = tmp_path / "file.safetensors"
+    save_file({"x": torch.ones(100)}, path)
+    file = TensorFile(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(MachineFault, match=r"file\.safetensors: cannot be read \(Is a directory\).*start it again"):
+        file.read("x")
 
 
 def test_groups_stay_below_the_size_and_keep_the_order():

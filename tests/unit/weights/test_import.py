@@ -197,9 +197,10 @@ def test_a_configuration_of_another_program_beside_the_file_says_nothing(tmp_pat
     with pytest.raises(UserError, match="nothing in the weights tells"):
         import_weights(file, tmp_path / "checkpoint")
     import_weights(file, tmp_path / "checkpoint", SETTINGS)
-    (tmp_path / "in" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: is no JSON object"):
-        import_weights(file, tmp_path / "other", SETTINGS)
+    for content, why in (("{", "Expecting property name"), ('{"a":' * 100_000, "is nested deeper")):
+        (tmp_path / "in" / "config.json").write_text(content)
+        with pytest.raises(UserError, match=rf"config\.json: is not JSON \({why}.*\); correct or remove it$"):
+            import_weights(file, tmp_path / "other", SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -283,14 +284,9 @@ def test_an_action_stream_alone_is_refused(tmp_path):
 def test_damaged_files_are_refused(tmp_path):
     file = save(tmp_path / "in", tiny_weights(), metadata=HEADER)
     content = file.read_bytes()
-    for damaged, match in (
-        (content[:-1000], "is cut off: tensor"),
-        (content[:200], "is no readable safetensors file"),
-        (b"", "is no readable safetensors file"),
-        ((10**12).to_bytes(8, "little") + content[8:], "is no readable safetensors file"),
-    ):
+    for damaged in (content[:-1000], content[:200], b"", (10**12).to_bytes(8, "little") + content[8:]):
         file.write_bytes(damaged)
-        with pytest.raises(UserError, match=match):
+        with pytest.raises(UserError, match="is no safetensors file"):
             import_weights(file, tmp_path / "checkpoint")
     pickled = tmp_path / "in" / "weights.pt"
     torch.save({}, pickled)
