@@ -1263,6 +1263,91 @@ MUTANTS = (
             "test_pictures_cover_the_target_without_stretching",
         ),
     ),
+    # --- checkpoints ---
+    *mutants(
+        "checkpoint",
+        "kairos_train/training/run_state.py",
+        "tests/unit/training/test_build_run.py",
+        (
+            "a run of which all checkpoints are damaged begins again",
+            "    if problems:",
+            "    if False:",
+            "test_a_run_of_which_all_checkpoints_are_damaged_does_not_begin_again",
+        ),
+    ),
+    *mutants(
+        "checkpoint",
+        "kairos_train/training/run.py",
+        "tests/e2e/test_bad_steps.py",
+        (
+            "the watch does not wait for a run that goes back",
+            'with self.watch.paused("rollback", times=None):',
+            "with nullcontext():",
+            "test_too_many_bad_steps_go_back_to_the_last_good_checkpoint_and_over_the_data",
+        ),
+    ),
+    *mutants(
+        "checkpoint",
+        "kairos_train/training/build_run.py",
+        "tests/e2e/test_train.py",
+        (
+            "the bytes of initial weights are not checked",
+            "check_intact(resolve_checkpoint(Path(config.stage.init_from)), topology)",
+            "pass",
+            "test_stages_hand_their_weights_on_and_a_checkpoint_exports",
+        ),
+    ),
+    *mutants(
+        "checkpoint",
+        "kairos_train/checkpoint/canonical.py",
+        "tests/unit/checkpoint/test_damaged_checkpoints.py",
+        (
+            "a checkpoint's file may lie elsewhere",
+            "is_plain_name(name)",
+            "True",
+            "test_what_cannot_be_read_is_skipped_and_left_as_it_is",
+        ),
+        (
+            "a checkpoint's tensor may be larger than its file",
+            'sizes[piece["file"]] // itemsize)',
+            "10**20)",
+            "test_tensors_that_are_not_those_of_the_files_are_never_made",
+        ),
+        (
+            "texts of a checkpoint are compared by size alone",
+            "read = not name.endswith(TENSORS) or (deep",
+            "read = (deep",
+            "test_what_cannot_be_read_is_skipped_and_left_as_it_is",
+        ),
+        (
+            "a folder that cannot be listed is empty",
+            "for path in Path(parent).iterdir()",
+            'for path in Path(parent).glob("*")',
+            "test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one",
+        ),
+    ),
+    *mutants(
+        "checkpoint",
+        "kairos_train/checkpoint/resolve.py",
+        "tests/unit/checkpoint/test_damaged_checkpoints.py",
+        (
+            "an older checkpoint is taken in silence",
+            "if problem := find_problem(there[-1]):",
+            "if (problem := find_problem(there[-1])) and find_latest(parent)[0] is None:",
+            "test_an_older_checkpoint_is_taken_by_those_alone_who_name_it",
+        ),
+    ),
+    *mutants(
+        "checkpoint",
+        "kairos_train/checkpoint/tensor_file.py",
+        "tests/unit/checkpoint/test_tensor_file.py",
+        (
+            "a safetensors file is not held to the format",
+            'with safe_open(self.path, "pt"):',
+            "if self.path:",
+            "test_a_header_that_lies_is_refused",
+        ),
+    ),
     # --- settings ---
     *mutants(
         "settings",

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kairos_train.checkpoint.canonical import find_latest
+from kairos_train.checkpoint.canonical import find_problem, list_checkpoints
 from kairos_train.operations.events import read_events
 
 RANKS = 4
@@ -295,10 +295,11 @@ def _disk_full(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool
 
 def _corrupt(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
     outcome.exit_codes = life.end()
-    path, _ = find_latest(life.run_dir / "checkpoints", deep=True)
-    if path is None:
-        outcome.detail = "SIGKILL of all ranks (no checkpoint yet)"
+    intact = [path for path in list_checkpoints(life.run_dir / "checkpoints") if find_problem(path, deep=True) is None]
+    if len(intact) < 2:  # a run of which all are damaged does not go on
+        outcome.detail = "SIGKILL of all ranks (no second checkpoint yet)"
         return False
+    path = intact[-1]
     how = rng.choice(["truncated", "bit flipped", "file lost"])
     file = rng.choice(sorted(path.iterdir()))
     content = bytearray(file.read_bytes())

@@ -117,6 +117,11 @@ def write_json(path: str | Path, value: Any, *, sort_keys: bool = True, durable:
     write_whole(path, json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n", durable=durable)
 
 
+def is_plain_name(name: Any) -> bool:
+    """Whether this is the name of a file in whatever folder it is read in, and of nothing elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+
+
 def read_json(path: str | Path, *, remedy: str) -> dict[str, Any]:
     """The object that a JSON file holds.
 

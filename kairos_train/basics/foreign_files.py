@@ -8,6 +8,7 @@ Media, tables and tars have readers of their own, with limits from `dataloaders.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
 import json
 import math
@@ -50,8 +51,10 @@ def refuse_lfs_pointer(path: Path | str) -> None:
     Raises:
         UserError: it is one.
     """
-    path = Path(path)
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    path, inside = Path(path), []
+    with contextlib.suppress(OSError):
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in inside:
         if holds_lfs_pointer(file):
             raise UserError(pointer_fault(file))
 

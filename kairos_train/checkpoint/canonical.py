@@ -9,29 +9,35 @@ A checkpoint is the folder `step-00000040/` with
 A tensor is stored as one or more pieces, boxes with an offset into the full tensor, so that a reader never needs to
 know how many processes wrote it. The folder appears under its name only when everything in it is on disk. No pickles.
 Written by `kairos_train.checkpoint.writing`.
+
+Damage is whatever keeps a checkpoint from being read: wrong bytes, and also a file system that gives none of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kairos_train.basics.errors import UserError
-from kairos_train.basics.files import sha256_of
-from kairos_train.basics.foreign_files import refuse_lfs_pointer
+from kairos_train.basics.errors import MachineFault, UserError
+from kairos_train.basics.files import is_plain_name, sha256_of
+from kairos_train.basics.foreign_files import check_regular, parse_json, read_bytes, read_text, refuse_lfs_pointer
 from kairos_train.checkpoint import boxes
 from kairos_train.checkpoint.boxes import Box
-from kairos_train.checkpoint.tensor_file import TensorFile
+from kairos_train.checkpoint.tensor_file import CODES, TensorFile
 
 FORMAT = "kairos-checkpoint-1"
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 2**30  # at most; of the largest models on thousands of ranks a tenth
 TEMPORARY = ".tmp-"
+TENSORS = ".safetensors"
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 
 def checkpoint_path(parent: Path, step: int) -> Path:
@@ -40,9 +46,10 @@ def checkpoint_path(parent: Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int | None:
-    """The step a folder name stands for, None when it is no checkpoint name."""
+    """The step a folder name stands for, None when it is no name that `checkpoint_path` gives."""
     digits = path.name.removeprefix("step-")
-    return int(digits) if digits != path.name and digits.isdecimal() else None
+    step = int(digits) if digits.isascii() and digits.isdecimal() else 0
+    return step if path.name == checkpoint_path(path.parent, step).name else None
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -75,6 +82,7 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.manifest = _load_manifest(self.path)
+        self._sections: dict[str, dict[str, Any]] = {}  # those that have been looked at
         self._open: dict[str, TensorFile] = {}
 
     @property
@@ -101,13 +109,13 @@ class CheckpointReader:
 
     def dtype(self, section: str, name: str) -> torch.dtype:
         """Of a tensor, as it is stored."""
-        return getattr(torch, self._tensor(section, name)["dtype"])
+        return DTYPES[self._tensor(section, name)["dtype"]]
 
     def text(self, name: str) -> str:
         """Content of a text file kept beside the tensors, e.g. "config.yaml"."""
         if name not in self.manifest["files"]:
             raise UserError(f"checkpoint {self.path}: holds no file {name!r}")
-        return (self.path / name).read_text(encoding="utf-8")
+        return read_text(self.path / name, most_bytes=self.manifest["files"][name]["bytes"])
 
     def read(self, section: str, name: str, slices: Sequence[slice] | None = None) -> Tensor:
         """Assemble a tensor, or the box `slices` of it (steps of 1, missing dimensions whole), on the CPU.
@@ -119,7 +127,7 @@ class CheckpointReader:
         """
         info = self._tensor(section, name)
         box = boxes.resolve(info["shape"], slices or ())
-        out = torch.empty(boxes.shape_of(box), dtype=getattr(torch, info["dtype"]))
+        out = torch.empty(boxes.shape_of(box), dtype=DTYPES[info["dtype"]])
         filled = 0
         for piece in info["pieces"]:
             common = boxes.intersection(box, box_of(piece))
@@ -134,13 +142,21 @@ class CheckpointReader:
         """All tensors of one section, whole."""
         return {name: self.read(section, name) for name in self.names(section)}
 
-    def verify(self) -> None:
-        """Compare every file with its recorded size and SHA-256, and every tensor's pieces with its shape.
+    def verify(self, *sections: str) -> None:
+        """Compare texts and the files of some sections (none given: of all) with their recorded size and SHA-256, and
+        of all sections every tensor's pieces with its shape.
 
         Raises:
             UserError: names the first bad file or tensor.
         """
-        if problem := find_problem(self.path, deep=True):
+        needed = {
+            piece["file"] for name in sections for info in self._section(name).values() for piece in info["pieces"]
+        }
+        for name, recorded in sorted(self.manifest["files"].items()):
+            counts = not sections or name in needed or not name.endswith(TENSORS)
+            if counts and (problem := _find_damage(self.path / name, recorded, read=True)):
+                raise UserError(f"checkpoint {self.path}: {name} {problem}; use another checkpoint")
+        if problem := find_untiled(self.manifest):
             raise UserError(f"checkpoint {self.path}: {problem}; use another checkpoint")
 
     def _read_part(self, piece: Mapping[str, Any], box: Box) -> Tensor:
@@ -150,11 +166,15 @@ class CheckpointReader:
         return self._open[name].read(piece["key"], boxes.slices_of(box, piece["offset"]))
 
     def _section(self, section: str) -> dict[str, Any]:
-        if section not in self.manifest["sections"]:
-            raise UserError(
-                f"checkpoint {self.path}: has no section {section!r}; it has {', '.join(self.sections()) or 'none'}"
-            )
-        return self.manifest["sections"][section]
+        if section not in self._sections:
+            if section not in self.manifest["sections"]:
+                raise UserError(
+                    f"checkpoint {self.path}: has no section {section!r}; it has {', '.join(self.sections()) or 'none'}"
+                )
+            if problem := _find_misdescribed(self.manifest, section):
+                raise UserError(f"checkpoint {self.path}: {problem}; use another checkpoint")
+            self._sections[section] = self.manifest["sections"][section]
+        return self._sections[section]
 
     def _tensor(self, section: str, name: str) -> dict[str, Any]:
         tensors = self._section(section)
@@ -166,10 +186,14 @@ class CheckpointReader:
 def find_latest(parent: Path, *, deep: bool = False) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint below `parent`.
 
-    Valid means: an undamaged manifest and every file present with its recorded size; with `deep` also with its SHA-256.
+    Valid means: an undamaged manifest, every file present with its recorded size, texts with their SHA-256; with `deep`
+    all files with their SHA-256.
 
     Returns:
         The folder (None when there is none), and one warning for each newer folder that was skipped.
+
+    Raises:
+        MachineFault: as `list_checkpoints`.
     """
     warnings = []
     for path in reversed(list_checkpoints(parent)):
@@ -181,20 +205,26 @@ def find_latest(parent: Path, *, deep: bool = False) -> tuple[Path | None, list[
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
-    """Folders named like checkpoints, valid or not, oldest step first."""
-    parent = Path(parent)
-    if not parent.is_dir():
+    """Folders named like checkpoints, valid or not, oldest step first; none where nothing is.
+
+    Raises:
+        MachineFault: there is something, and it cannot be looked into.
+    """
+    try:
+        return sorted((path for path in Path(parent).iterdir() if step_of(path) is not None), key=step_of)
+    except FileNotFoundError:
         return []
-    return sorted((path for path in parent.iterdir() if step_of(path) is not None), key=step_of)
+    except OSError as error:
+        raise MachineFault(f"{parent}: cannot be listed ({error.strerror}); see to the disk, start it again") from error
 
 
 def find_problem(path: Path, *, deep: bool = False, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint folder, None when nothing is.
+    """What is wrong with a checkpoint folder, None when nothing is. Whatever the file system says is an answer.
 
     Args:
         path: the folder.
-        deep: compare SHA-256 and pieces as well, which reads every byte.
-        share: (i, n): of the SHA-256, compare every n-th file's from the i-th on; others compare the rest.
+        deep: compare the SHA-256 of tensors and their pieces as well, which reads every byte.
+        share: (i, n): of the SHA-256 of tensors, compare every n-th file's from the i-th on; others compare the rest.
     """
     try:
         manifest = _load_manifest(path)
@@ -203,37 +233,105 @@ def find_problem(path: Path, *, deep: bool = False, share: tuple[int, int] = (0,
     if step_of(path) not in (None, manifest["step"]):
         return f"{MANIFEST} is of step {manifest['step']}"
     for number, (name, recorded) in enumerate(sorted(manifest["files"].items())):
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != recorded["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {recorded['bytes']}"
-        if deep and number % share[1] == share[0] and sha256_of(file) != recorded["sha256"]:
-            return f"{name} is damaged (its SHA-256 is not the recorded one)"
+        read = not name.endswith(TENSORS) or (deep and number % share[1] == share[0])
+        if problem := _find_damage(Path(path) / name, recorded, read=read):
+            return f"{name} {problem}"
     return find_untiled(manifest) if deep else None
 
 
+def _find_damage(file: Path, recorded: Mapping[str, Any], *, read: bool) -> str | None:
+    """What is wrong with a file; its size alone tells unless it is read."""
+    try:
+        check_regular(file)
+        if (size := file.stat().st_size) != recorded["bytes"]:
+            return f"has {size} bytes, not {recorded['bytes']}"
+        if read and sha256_of(file) != recorded["sha256"]:
+            return "is damaged (its SHA-256 is not the recorded one)"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
 def find_untiled(manifest: Mapping[str, Any]) -> str | None:
-    """A tensor whose pieces overlap, leave a hole or lie outside it."""
+    """A tensor that is not described, or whose pieces overlap, leave a hole or lie outside it."""
     for section, tensors in manifest["sections"].items():
+        if problem := _find_misdescribed(manifest, section):
+            return problem
         for name, info in tensors.items():
             if not boxes.tiles(info["shape"], map(box_of, info["pieces"])):
                 return f"the pieces of {section}/{name} do not tile it"
     return None
 
 
+def _find_misdescribed(manifest: Mapping[str, Any], section: str) -> str | None:
+    """A tensor of a section whose description is not that of one in the files of the checkpoint.
+
+    None is larger than the files are, so that nothing is allocated for bytes that nobody has.
+    """
+    sizes = {name: recorded["bytes"] for name, recorded in manifest["files"].items()}
+    total = sum(sizes.values())
+    for name, info in manifest["sections"][section].items():
+        try:
+            itemsize, dims = DTYPES[info["dtype"]].itemsize, len(info["shape"])
+            sound = _is_box(info["shape"], dims, total // itemsize) and all(
+                isinstance(piece["key"], str)
+                and _is_box(piece["shape"], dims, sizes[piece["file"]] // itemsize)
+                and _is_box(piece["offset"], dims)
+                for piece in info["pieces"]
+            )
+        except (KeyError, TypeError):
+            sound = False
+        if not sound:
+            return f"{MANIFEST} does not describe {section}/{name} as a tensor of its files"
+    return None
+
+
+def _is_box(numbers: Any, dims: int, most: float = math.inf) -> bool:
+    """Whether this is a size or an offset in `dims` dimensions, and no volume above `most`."""
+    sound = isinstance(numbers, list) and len(numbers) == dims and all(type(n) is int and n >= 0 for n in numbers)
+    return sound and (most == math.inf or math.prod(numbers) <= most)
+
+
 def _load_manifest(path: Path) -> dict[str, Any]:
     file = Path(path) / MANIFEST
     refuse_lfs_pointer(file)
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        found = manifest.get("format"), manifest.get("sha256")
+        check_regular(file)
+        data = read_bytes(file, most_bytes=MANIFEST_BYTES)
+        manifest = parse_json(data, most_bytes=MANIFEST_BYTES, unique=True)
+        form, recorded, digest = manifest.get("format"), manifest.get("sha256"), manifest_digest(manifest)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"checkpoint {path}: has no {MANIFEST}; give a checkpoint folder") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: {MANIFEST} cannot be read ({error.strerror}); see to the disk") from None
     except (ValueError, AttributeError):
         raise UserError(f"checkpoint {path}: {MANIFEST} is not readable; it is damaged") from None
-    if found[0] != FORMAT:
-        raise UserError(f"checkpoint {path}: format {found[0]!r} is not {FORMAT!r}")
-    if found[1] != manifest_digest(manifest):
+    if form != FORMAT:
+        raise UserError(f"checkpoint {path}: format {form!r} is not {FORMAT!r}")
+    if recorded != digest:
         raise UserError(f"checkpoint {path}: {MANIFEST} is damaged (its SHA-256 is not the recorded one)")
+    if key := next((key for key, holds in CONTENT.items() if not holds(manifest.get(key))), None):
+        raise UserError(f"checkpoint {path}: {MANIFEST} has no {key!r} as checkpoints have it; use another checkpoint")
     return manifest
+
+
+def _are_files(value: Any) -> bool:
+    """Whether a manifest's files are in its folder, and described."""
+    return isinstance(value, dict) and all(
+        is_plain_name(name)
+        and isinstance(recorded, dict)
+        and type(recorded.get("bytes")) is int
+        and isinstance(recorded.get("sha256"), str)
+        for name, recorded in value.items()
+    )
+
+
+CONTENT: dict[str, Callable[[Any], bool]] = {
+    "step": lambda value: type(value) is int and value >= 0,
+    "state": lambda value: isinstance(value, dict),
+    "files": _are_files,
+    "sections": lambda value: isinstance(value, dict) and all(isinstance(v, dict) for v in value.values()),
+}
+"""What a manifest holds besides its format and digest. What its sections hold is looked at when one is read."""

@@ -1,11 +1,12 @@
-"""The newest checkpoint whose every byte is as it was written, found by all ranks together."""
+"""Checkpoints whose every byte is as it was written, found by all ranks together."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from kairos_train.basics.errors import UserError
 from kairos_train.checkpoint.canonical import checkpoint_path, find_problem, list_checkpoints, step_of
-from parallel.consensus import from_all
+from parallel.consensus import first_does, from_all, from_first
 from parallel.topology import Topology
 
 
@@ -20,19 +21,37 @@ def find_intact(parent: Path, topology: Topology, *, before: int | None = None) 
     Returns:
         The folder (None when there is none) and one warning for each newer one that was skipped, the same on all
         ranks.
+
+    Raises:
+        MachineFault: the folder cannot be listed; on all ranks.
     """
+    # As rank 0 sees the folder: views of a shared file system may differ for a moment.
+    listed = first_does(
+        lambda: [step_of(path) for path in list_checkpoints(parent)], rank=topology.rank, size=topology.size
+    )
     warnings: list[str] = []
-    while True:
-        # As rank 0 sees the folder: views of a shared file system may differ for a moment.
-        steps = [step_of(path) for path in list_checkpoints(parent)]
-        steps = from_all(steps, topology.size)[0]
-        steps = [step for step in steps if before is None or step < before]
-        if not steps:
-            return None, warnings
-        path = checkpoint_path(parent, steps[-1])
-        problem = find_problem(path, deep=True, share=(topology.rank, topology.size))
-        problems = [found for found in from_all(problem, topology.size) if found is not None]
-        if not problems:
+    for step in reversed(from_first(listed, topology.size)):
+        if before is not None and step >= before:
+            continue
+        path = checkpoint_path(parent, step)
+        problem = _found_by_any(path, topology)
+        if problem is None:
             return path, warnings
-        warnings.append(f"checkpoint {path} is skipped: {problems[0]}")
-        before = steps[-1]
+        warnings.append(f"checkpoint {path} is skipped: {problem}")
+    return None, warnings
+
+
+def check_intact(path: Path, topology: Topology) -> None:
+    """Return if a checkpoint is intact; each rank reads its share of the files. Collective.
+
+    Raises:
+        UserError: it is not; on all ranks.
+    """
+    if problem := _found_by_any(path, topology):
+        raise UserError(f"checkpoint {path}: {problem}; use another checkpoint")
+
+
+def _found_by_any(path: Path, topology: Topology) -> str | None:
+    """What is wrong with a checkpoint, as the first rank says that finds something."""
+    problem = find_problem(path, deep=True, share=(topology.rank, topology.size))
+    return next((found for found in from_all(problem, topology.size) if found is not None), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from kairos_train.basics.errors import UserError
@@ -11,25 +12,28 @@ from kairos_train.checkpoint.canonical import (
     checkpoint_path,
     find_latest,
     find_problem,
+    list_checkpoints,
+    step_of,
 )
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint folder from itself, its parent, or a run folder (newest valid one).
+    """A checkpoint folder from itself, its parent, or a run folder: the newest there, never an older one instead.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the newest is damaged; an older one that is not is named with the remedy.
+        MachineFault: the folder cannot be listed.
     """
     path = Path(path)
-    if (path / MANIFEST).is_file():
+    if step_of(path) is not None or os.path.lexists(path / MANIFEST):
         return path
     for parent in (path / "checkpoints", path):
-        if parent.is_dir():
-            latest, problems = find_latest(parent)
-            if latest is not None:
-                return latest
-            if problems:
-                raise UserError(f"{path}: no valid checkpoint; {problems[0]}")
+        if os.path.isdir(parent) and (there := list_checkpoints(parent)):
+            if problem := find_problem(there[-1]):
+                older, _ = find_latest(parent)
+                remedy = "" if older is None else f", or name the older {older} to take that"
+                raise UserError(f"{path}: its newest, {there[-1].name}, is damaged: {problem}; restore it{remedy}")
+            return there[-1]
     raise UserError(f"{path}: no checkpoint there; give a run folder or one of its checkpoints/step-… folders")
 
 

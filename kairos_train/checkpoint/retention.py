@@ -1,14 +1,14 @@
 """Which checkpoints of a run stay."""
 
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from kairos_train.basics.errors import UserError
-from kairos_train.checkpoint.canonical import TEMPORARY, find_problem, list_checkpoints, step_of
+from kairos_train.checkpoint.canonical import find_problem, list_checkpoints, step_of
+from kairos_train.checkpoint.writing import discard
 
 
-def prune(parent: Path, keep_last: int, keep_every: int, *, keep: Collection[int] = ()) -> list[Path]:
+def prune(parent: Path, keep_last: int, keep_every: int, *, keep: Collection[int] = ()) -> tuple[list[Path], list[str]]:
     """Remove old checkpoints. Called by one process, after a checkpoint was written.
 
     Damaged folders are neither counted nor removed: they must not push out a valid one, and they are evidence.
@@ -20,25 +20,26 @@ def prune(parent: Path, keep_last: int, keep_every: int, *, keep: Collection[int
         keep: steps that are kept too.
 
     Returns:
-        The removed folders, oldest first.
+        The removed folders, oldest first, and one warning for each that is damaged or cannot be removed.
 
     Raises:
         UserError: `keep_last` below 1 or `keep_every` below 0.
+        MachineFault: the folder cannot be listed.
     """
     if keep_last < 1:
         raise UserError(f"train.keep_last={keep_last}: must be at least 1, or a run could not be resumed")
     if keep_every < 0:
         raise UserError(f"train.keep_every={keep_every}: must be 0 (none) or a number of steps")
-    valid = [path for path in list_checkpoints(parent) if find_problem(path) is None]
-    kept = set(keep)
-    removed = [
-        path
-        for path in valid[:-keep_last]
-        if step_of(path) not in kept and not (keep_every and step_of(path) % keep_every == 0)
-    ]
-    for path in removed:
-        # Renamed first, so that a kill half-way leaves no half checkpoint under a checkpoint's name.
-        doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-    return removed
+    problems = {path: find_problem(path) for path in list_checkpoints(parent)}
+    valid = [path for path, problem in problems.items() if problem is None]
+    left = [f"checkpoint {path} is left as it is: {problem}" for path, problem in problems.items() if problem]
+    kept, removed = set(keep), []
+    for path in valid[:-keep_last]:
+        if step_of(path) in kept or (keep_every and step_of(path) % keep_every == 0):
+            continue
+        try:
+            discard(path, "removed")
+            removed.append(path)
+        except OSError as error:
+            left.append(f"checkpoint {path} is left as it is: cannot be removed ({error.strerror})")
+    return removed, left

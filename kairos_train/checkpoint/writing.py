@@ -10,7 +10,9 @@ Nothing is gathered: a part costs its rank what it holds. A checkpoint of one pr
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -111,7 +113,29 @@ def write_checkpoint(
 def remove_leftovers(parent: Path) -> None:
     """Remove what killed writers left. Only while nobody writes there."""
     for stale in Path(parent).glob(f"{TEMPORARY}*"):
-        shutil.rmtree(stale, ignore_errors=True)
+        _remove(stale)
+
+
+def discard(path: Path, label: str) -> None:
+    """Remove a checkpoint, whatever lies there under its name.
+
+    It is renamed first, so that a kill half-way leaves no half checkpoint. What the disk does not let go of then is
+    among the leftovers.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    doomed = path.with_name(f"{TEMPORARY}{label}-{path.name}")
+    path.rename(doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_part(
@@ -168,9 +192,9 @@ def publish(
         UserError: the parts do not make whole tensors, or as in `write_checkpoint`.
     """
     sections = _merge(parts)
-    if problem := find_untiled({"sections": sections}):
-        raise UserError(f"checkpoint {target}: {problem}; not written")
     described = {file: info for part in parts for file, info in part["files"].items()}
+    if problem := find_untiled({"sections": sections, "files": described}):
+        raise UserError(f"checkpoint {target}: {problem}; not written")
     for file, info in described.items():
         if (folder / file).stat().st_size != info["bytes"]:
             raise OSError(f"{folder / file}: has not the {info['bytes']} bytes that were written to it")
@@ -229,7 +253,7 @@ def _merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _rename(folder: Path, target: Path, manifest: Mapping[str, Any]) -> None:
-    if target.exists():
+    if os.path.lexists(target):
         if not find_problem(target, deep=True):
             there = CheckpointReader(target).manifest
             if all(there[key] == json.loads(to_json(manifest[key])) for key in ("sections", "state", "files")):
@@ -239,12 +263,8 @@ def _rename(folder: Path, target: Path, manifest: Mapping[str, Any]) -> None:
                 f"checkpoint {target}: exists with other content, and checkpoints are never overwritten;"
                 " resume from it, or remove it"
             )
-        damaged = target.with_name(f"{TEMPORARY}damaged-{target.name}")
-        target.rename(damaged)
-        folder.rename(target)
-        shutil.rmtree(damaged)
-    else:
-        folder.rename(target)
+        discard(target, "damaged")
+    folder.rename(target)
     sync(target.parent)
 
 

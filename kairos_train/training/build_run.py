@@ -20,10 +20,10 @@ from dataloaders.consistency.report import announced
 from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader, check_shards, sources_of
 from dataloaders.shards import ShardIndex, read_index
-from kairos_train.basics.errors import UserError
 from kairos_train.basics.log import logger
 from kairos_train.checkpoint.canonical import CheckpointReader
-from kairos_train.checkpoint.intact import find_intact
+from kairos_train.checkpoint.intact import check_intact, find_intact
+from kairos_train.checkpoint.resolve import resolve_checkpoint
 from kairos_train.config.compose import save_config, to_yaml
 from kairos_train.config.schema import Config, StageConfig, TrainConfig
 from kairos_train.model.layout import check_layers, full_shapes, model_table
@@ -81,6 +81,8 @@ def open_run(config: Config, place: StagePosition | None = None) -> Run:
         with ground.watch.paused("start", times=None):
             if config.train.resume != "never":
                 checked = confirm(config, checked, topology)
+            if checked.checkpoint is None and config.stage.init_from is not None:
+                check_intact(resolve_checkpoint(Path(config.stage.init_from)), topology)
             state = _build_state(config, topology, checked, rollbacks=ground.rollbacks)
             start = {"begun": round(begun, 3), **abandoned(Path(config.run_dir), state.progress.steps)}
             run = _assemble(config, state, ground, checked.indices, place, outer)
@@ -156,14 +158,13 @@ def confirm(config: Config, checked: Checked, topology: Topology) -> Checked:
     has written further checkpoints since then, or its first.
 
     Raises:
-        UserError: there is none, and `train.resume` is `must`; or it does not fit this run.
+        UserError: there is none, and some that are damaged or `train.resume=must`; or it does not fit this run.
+        MachineFault: the folder of checkpoints cannot be listed.
     """
     folder = run_state.checkpoints(config.run_dir)
     path, damaged = find_intact(folder, topology)
     if path is None:
-        if config.train.resume == "must":
-            why = damaged[0] if damaged else "what was there is gone"
-            raise UserError(f"train.resume=must: no intact checkpoint in {folder}: {why}")
+        run_state.refuse_to_begin(folder, damaged, resume=config.train.resume)
         return replace(checked, checkpoint=None, damaged=damaged, changes=[])
     reader = CheckpointReader(path)
     changes = checked.changes if checked.checkpoint else run_state.changed_settings(asdict(config), reader)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from kairos_train.basics.errors import RunStopped
-from kairos_train.checkpoint.canonical import TEMPORARY, CheckpointReader, list_checkpoints, step_of
+from kairos_train.basics.errors import MachineFault, RunStopped
+from kairos_train.checkpoint.canonical import CheckpointReader, list_checkpoints, step_of
 from kairos_train.checkpoint.intact import find_intact
+from kairos_train.checkpoint.writing import discard
 from kairos_train.operations.guard import Guard
-from parallel.consensus import from_all
+from parallel.consensus import first_does
 from parallel.topology import Topology
 
 
@@ -23,6 +23,7 @@ def last_good(guard: Guard, checkpoints: Path, topology: Topology, *, where: str
 
     Raises:
         RunStopped: `guard` does not allow it (again), or there is no such checkpoint.
+        MachineFault: the later ones cannot be removed.
     """
     inspect = f"{guard.describe()}, the last: {where}; inspect them"
     if not guard.tolerant:
@@ -39,10 +40,16 @@ def last_good(guard: Guard, checkpoints: Path, topology: Topology, *, where: str
 
 def _drop_later(checkpoints: Path, step: int, topology: Topology) -> None:
     """Remove the checkpoints after a step; on all ranks they are gone when this returns."""
-    if topology.rank == 0:
+
+    def drop() -> None:
         for path in list_checkpoints(checkpoints):
             if step_of(path) > step:
-                doomed = path.with_name(f"{TEMPORARY}rolled-back-{path.name}")
-                path.rename(doomed)
-                shutil.rmtree(doomed)
-    from_all(None, topology.size)
+                try:
+                    discard(path, "rolled-back")
+                except OSError as error:
+                    raise MachineFault(
+                        f"checkpoint {path}: cannot be removed ({error.strerror}), and the run would continue from it;"
+                        " see to the disk, start the run again"
+                    ) from error
+
+    first_does(drop, rank=topology.rank, size=topology.size)

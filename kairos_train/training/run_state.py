@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 
 from dataloaders.config import DataConfig
 from dataloaders.loading.loader import ShardLoader
-from kairos_train.basics.errors import UserError
-from kairos_train.checkpoint.canonical import CheckpointReader, find_latest
+from kairos_train.basics.errors import MachineFault, UserError
+from kairos_train.basics.log import logger
+from kairos_train.checkpoint.canonical import CheckpointReader, find_latest, list_checkpoints
 from kairos_train.checkpoint.retention import prune
 from kairos_train.checkpoint.saver import Saver
 from kairos_train.checkpoint.writing import whole_pieces
@@ -47,19 +48,42 @@ def find_resumable(run_dir: str, *, resume: str) -> tuple[CheckpointReader | Non
         resume: `train.resume`.
 
     Raises:
-        UserError: `must` without a checkpoint, or a run folder that holds a different run.
+        UserError: `must` without a checkpoint, checkpoints of which none is valid, or any under `never`.
+        MachineFault: the folder cannot be listed.
     """
     folder = checkpoints(run_dir)
     if resume == "never":
-        if list(folder.glob("step-*")):
+        if list_checkpoints(folder):
             raise UserError(
                 f"train.resume=never: run_dir={run_dir} holds checkpoints; choose another run_dir or resume=auto"
             )
         return None, []
     path, problems = find_latest(folder)
-    if path is None and resume == "must":
-        raise UserError(f"train.resume=must: no valid checkpoint in {folder}; use resume=auto")
+    if path is None:
+        refuse_to_begin(folder, problems, resume=resume)
     return (None if path is None else CheckpointReader(path)), problems
+
+
+def refuse_to_begin(folder: Path, problems: Sequence[str], *, resume: str) -> None:
+    """Return if a run without a checkpoint to continue from may begin at step 0.
+
+    Where there are some, and all are damaged, it would write over what may still be saved.
+
+    Args:
+        problems: one warning for each damaged one.
+        resume: `train.resume`.
+
+    Raises:
+        UserError: it may not.
+    """
+    if problems:
+        more = f", and {len(problems) - 1} more like it" if len(problems) > 1 else ""
+        raise UserError(
+            f"train.resume={resume}: no valid checkpoint in {folder}: {problems[0]}{more}; nothing there was touched:"
+            " restore one of them, or move that folder away to begin at step 0"
+        )
+    if resume == "must":
+        raise UserError(f"train.resume=must: no checkpoint in {folder}; use resume=auto")
 
 
 def checkpoints(run_dir: str) -> Path:
@@ -122,9 +146,14 @@ def open_saver(
         published: called by rank 0's thread after each checkpoint.
     """
 
+    told: set[str] = set()
+
     def finish() -> None:
         published()
-        _tidy(folder, train.keep_last, train.keep_every)
+        for problem in _tidy(folder, train.keep_last, train.keep_every):
+            if problem not in told:
+                logger.info(problem)
+            told.add(problem)
 
     return Saver(folder, rank=topology.rank, size=topology.size, background=train.async_checkpoint, published=finish)
 
@@ -232,11 +261,18 @@ def best_of(reader: CheckpointReader) -> Best | None:
     return None if saved is None else Best(**saved)
 
 
-def _tidy(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Remove old checkpoints, but not the best one."""
-    newest, _ = find_latest(folder)
-    best = None if newest is None else best_of(CheckpointReader(newest))
-    prune(folder, keep_last, keep_every, keep=() if best is None else (best.step,))
+def _tidy(folder: Path, keep_last: int, keep_every: int) -> list[str]:
+    """Remove old checkpoints, but not the best one. What cannot be read or removed stays, and is what is returned.
+
+    No trouble with old checkpoints ends a run.
+    """
+    try:
+        newest, _ = find_latest(folder)
+        best = None if newest is None else best_of(CheckpointReader(newest))
+        _, left = prune(folder, keep_last, keep_every, keep=() if best is None else (best.step,))
+    except (UserError, MachineFault) as error:
+        return [f"old checkpoints are kept: {error}"]
+    return left
 
 
 def progress_of(reader: CheckpointReader) -> Progress:

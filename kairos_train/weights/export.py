@@ -113,7 +113,7 @@ def export(
             f"weights={weights!r}: checkpoint {checkpoint} has no section {section!r}, it has"
             f" {', '.join(reader.sections())}; export weights={other!r}, or another checkpoint"
         )
-    _check_files(reader, section)
+    reader.verify(section)  # the optimizer's files are left alone
     config = _read_config(reader)
     merged = MergedWeights(reader)
     _check_fit(merged, section, config.model)
@@ -197,7 +197,7 @@ class _Export:
             "statistics_sha256": None if self.statistics is None else _sha256(self.statistics),
             "quantization": None if method is None else {"method": method, "layers": sum(map(is_large, names))},
             "versions": {
-                "trained": reader.manifest["versions"],
+                "trained": reader.manifest.get("versions", {}),
                 "exported": {part.__name__: part.__version__ for part in (kairos_train, torch, safetensors)},
             },
             "run": dataclasses.asdict(self.config),
@@ -297,19 +297,6 @@ def _read_config(reader: CheckpointReader) -> Config:
     # Imported weights have no shards, and need not be ones that a stage would train.
     config = load_saved(reader.path / "config.yaml", sections=("model", "encoders"))
     return dataclasses.replace(config, model=stage_model(config))
-
-
-def _check_files(reader: CheckpointReader, section: str) -> None:
-    """Compare the files that are about to be read with their recorded hashes; the optimiser's are left alone."""
-    tensors = reader.manifest["sections"][section].values()
-    names = {piece["file"] for info in tensors for piece in info["pieces"]}
-    names |= {name for name in reader.manifest["files"] if not name.endswith(".safetensors")}
-    for name in sorted(names):
-        file, recorded = reader.path / name, reader.manifest["files"].get(name)
-        if not file.is_file() or recorded is None:
-            raise UserError(f"checkpoint {reader.path}: {name} is missing; use another checkpoint")
-        if describe_file(file) != recorded:
-            raise UserError(f"checkpoint {reader.path}: {name} is damaged (not the recorded SHA-256); use another one")
 
 
 def _check_fit(reader: MergedWeights, section: str, config: ModelConfig) -> None:

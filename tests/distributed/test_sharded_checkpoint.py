@@ -15,6 +15,7 @@ from support.sharded_checkpoint_ranks import (
     SAVED,
     Layout,
     Net,
+    newest_intact,
     resume,
     save_on_a_full_disk,
     save_without_rank_one,
@@ -23,6 +24,7 @@ from support.sharded_checkpoint_ranks import (
 )
 
 from kairos_train.checkpoint.canonical import CheckpointReader, checkpoint_path, find_latest
+from kairos_train.checkpoint.writing import write_checkpoint
 from parallel.topology import Topology
 
 pytestmark = pytest.mark.slow
@@ -183,3 +185,18 @@ def test_a_rank_that_never_writes_ends_the_wait_of_the_first(world, tmp_path):
     told = world(2).run(save_without_rank_one, tmp_path)
     assert "nothing came of rank 1 in 0.3 s" in told[0]
     assert find_latest(tmp_path) == (None, [])
+
+
+def test_what_one_rank_cannot_read_all_ranks_skip(world, tmp_path):
+    for step in (1, 2):
+        write_checkpoint(tmp_path / "all", step, sections={"model": {"w": torch.ones(3)}}, state={}, files={})
+    old, new = (checkpoint_path(tmp_path / "all", step) for step in (1, 2))
+    for file in ("manifest.json", "model-00000-00001.safetensors"):
+        problem = f"checkpoint {new} is skipped: "
+        for found, (warning,) in world(2).run(newest_intact, tmp_path / "all", new / file):
+            assert found == old
+            assert warning.startswith(problem)
+            assert f"{file} cannot be read (Input/output error)" in warning
+    (tmp_path / "file").touch()
+    told = world(2).run(newest_intact, tmp_path / "file", tmp_path)
+    assert told == 2 * [f"{tmp_path / 'file'}: cannot be listed (Not a directory); see to the disk, start it again"]

@@ -58,15 +58,19 @@ def test_a_run_in_stage_3_leaves_torchs_linear_as_it_was(train, world, tmp_path)
     assert world(1).run(linear_is_torchs) == [True]
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(train, whole, tmp_path):
+def test_a_newest_checkpoint_that_cannot_be_read_is_skipped_and_an_old_one_left(train, whole, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
-    newest = run_dir / "checkpoints" / "step-00000014" / "model-00000-00001.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-100])
-    result = train(run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5")
-    assert "is skipped" in result.stderr
+    newest, old = (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json" for step in (14, 5))
+    newest.unlink()
+    newest.mkdir()
+    old.write_text("[" * 200_000)
+    result = train(run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5", "train.keep_last=1")
+    assert "step-00000014 is skipped: " in result.stderr
     assert "resumed at step 10" in result.stderr
+    assert "step-00000005 is left as it is: " in result.stderr
     assert losses(run_dir) == losses(whole)
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000005", "step-00000014"]
 
 
 def test_what_the_job_before_wrote_while_its_end_was_waited_for_is_continued(world, shards, whole, tmp_path):
@@ -175,6 +179,10 @@ def test_stages_hand_their_weights_on_and_a_checkpoint_exports(train, whole, tmp
     out = tmp_path / "export"
     assert main(["export", str(joint / "checkpoints" / "step-00000001"), "--out", str(out)]) == 0
     assert (out / "model.safetensors.index.json").is_file()
+    weights = video / "checkpoints" / "step-00000002" / "ema-00000-00001.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x77")
+    result = train(tmp_path / "other", "stage=joint", "train.steps=1", f"stage.init_from={video}", code=2)
+    assert f"checkpoint {weights.parent}: {weights.name} is damaged" in result.stderr
 
 
 def test_the_checkpoint_with_the_lowest_validation_loss_stays(train, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from kairos_train.basics.errors import MachineFault
 from kairos_train.checkpoint.canonical import CheckpointReader, checkpoint_path
+from kairos_train.checkpoint.intact import find_intact
 from kairos_train.checkpoint.saver import Saver
 from kairos_train.checkpoint.writing import whole_pieces
 from kairos_train.config.schema import Config
@@ -192,6 +195,25 @@ def written_by_one() -> dict[str, int]:
     pieces = state_pieces(engine, engine.master_shards.masters)
     engine.close()
     return {section: sum(p.tensor.nbytes for p in held) for section, held in pieces.items()}
+
+
+def newest_intact(parent: Path, unreadable: Path) -> tuple[Path | None, list[str]] | str:
+    """What a run continues from, where the last rank's disk does not read one file; or the fault that is raised."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    stat = os.stat
+
+    def failing(path, **how):
+        if str(path) == str(unreadable) and rank == size - 1:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return stat(path, **how)
+
+    os.stat = failing
+    try:
+        return find_intact(parent, start_processes("cpu", ParallelConfig()))
+    except MachineFault as fault:
+        return str(fault)
+    finally:
+        os.stat = stat
 
 
 def save_on_a_full_disk(folder: Path) -> list[str | None]:

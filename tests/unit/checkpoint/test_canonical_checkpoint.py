@@ -208,7 +208,7 @@ def test_find_latest_passes_over_truncated_missing_and_foreign_checkpoints(tmp_p
         assert reason in warning
 
 
-def test_find_latest_reads_every_byte_only_when_asked(tmp_path):
+def test_find_latest_reads_every_byte_of_weights_only_when_asked(tmp_path):
     old, new = write(tmp_path, 10), write(tmp_path, 20)
     flip_bit(new / "model-00000-00001.safetensors", -1)
     assert find_latest(tmp_path) == (new, [])
@@ -237,10 +237,10 @@ def test_steps_are_ordered_as_numbers_and_names_must_tell_the_manifests(tmp_path
     assert "manifest.json is of step 100000000" in warning
 
 
-@pytest.mark.parametrize("name", ["model-00000-00001.safetensors", "rng-00000-00001.safetensors", "config.yaml"])
+@pytest.mark.parametrize("name", ["model-00000-00001.safetensors", "rng-00000-00001.safetensors"])
 def test_ranks_that_share_the_bytes_find_the_damage_between_them(tmp_path, name):
     path = write(tmp_path)
-    flip_bit(path / name, 2 if name == "config.yaml" else -20)
+    flip_bit(path / name, -20)
     found = [canonical.find_problem(path, deep=True, share=(rank, 3)) for rank in range(3)]
     number = sorted(json.loads((path / "manifest.json").read_text())["files"]).index(name)
     assert [problem is not None for problem in found] == [rank == number for rank in range(3)]
@@ -301,12 +301,13 @@ def test_missing_section_and_tensor_are_named(tmp_path):
 def test_prune_keeps_the_last_and_every_nth_and_never_counts_damaged_ones(tmp_path):
     paths = {step: write(tmp_path, step) for step in (10, 20, 30, 40, 50, 60)}
     (paths[60] / "config.yaml").unlink()
-    removed = prune(tmp_path, keep_last=2, keep_every=20)
+    removed, (left,) = prune(tmp_path, keep_last=2, keep_every=20)
     assert removed == [paths[10], paths[30]]
+    assert left == f"checkpoint {paths[60]} is left as it is: config.yaml is missing"
     assert sorted(p.name for p in tmp_path.iterdir()) == [paths[step].name for step in (20, 40, 50, 60)]
     assert find_latest(tmp_path)[0] == paths[50]
-    assert prune(tmp_path, keep_last=1, keep_every=0, keep=[20]) == [paths[40]]
-    assert prune(tmp_path, keep_last=1, keep_every=0) == [paths[20]]
+    assert prune(tmp_path, keep_last=1, keep_every=0, keep=[20])[0] == [paths[40]]
+    assert prune(tmp_path, keep_last=1, keep_every=0)[0] == [paths[20]]
 
 
 def test_prune_refuses_to_keep_nothing(tmp_path):

@@ -64,12 +64,30 @@ def test_a_checkpoint_with_a_wrong_byte_is_passed_over_once_all_ranks_can_look(c
     confirmed = confirm(config, check(config), ALONE)
     assert confirmed.checkpoint.path == good
     assert len(confirmed.damaged) == 1
-    weights = next(good.glob("model-*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x77")
-    assert confirm(config, check(config), ALONE).checkpoint is None
-    must = changed(config, {"train.resume": "must"})
-    with pytest.raises(UserError, match=r"^train\.resume=must: no intact checkpoint in .*step-00000020"):
-        confirm(must, check(must), ALONE)
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_a_run_of_which_all_checkpoints_are_damaged_does_not_begin_again(config, resume):
+    config, paths = changed(config, {"train.resume": resume}), [save(config, step) for step in (10, 20)]
+    for path in paths:
+        weights = next(path.glob("model-*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x77")
+    words = (
+        rf"^train\.resume={resume}: no valid checkpoint in .*: checkpoint .*step-00000020 is skipped: .*, and 1 more "
+        "like it; nothing there was touched: restore one of them, or move that folder away to begin at step 0$"
+    )
+    checked = check(config)  # which looks at sizes alone
+    with pytest.raises(UserError, match=words):
+        confirm(config, checked, ALONE)
+    for path in paths:
+        (path / "manifest.json").unlink()
+        (path / "manifest.json").mkdir()
+    with pytest.raises(UserError, match=words):
+        check(config)
+    assert all(next(path.glob("model-*.safetensors")).is_file() for path in paths)
+    checkpoints(config.run_dir).rename(Path(config.run_dir) / "damaged")
+    if resume == "auto":
+        assert check(config).checkpoint is None
 
 
 def test_what_the_job_before_wrote_while_its_end_was_waited_for_counts(config):
@@ -116,7 +134,7 @@ def test_data_that_do_not_fit_are_refused_before_the_checkpoint_is_looked_at(con
         check(changed(config, {"data.window": replace(config.data.window, frames=9), "train.resume": "must"}))
     held_out = changed(config, {"data.validation_shards": config.data.shards})
     assert check(held_out).checkpoint is None
-    with pytest.raises(UserError, match=r"^train\.resume=must: no valid checkpoint in"):
+    with pytest.raises(UserError, match=r"^train\.resume=must: no checkpoint in .*; use resume=auto"):
         check(changed(config, {"train.resume": "must"}))
     save(config, 10)
     with pytest.raises(UserError, match=r"^train\.resume=never: run_dir=.* holds checkpoints"):
