@@ -1348,6 +1348,28 @@ MUTANTS = (
             "test_a_header_that_lies_is_refused",
         ),
     ),
+    *mutants(
+        "checkpoint",
+        "kairos_train/training/measure/telemetry.py",
+        "tests/unit/training/test_measurements.py",
+        (
+            "losses are those of the file and not of the checkpoint",
+            "if losses is None:",
+            "if True:",
+            "test_losses_are_those_of_the_checkpoint_whatever_the_disk_made_of_the_file",
+        ),
+    ),
+    *mutants(
+        "checkpoint",
+        "kairos_train/training/run_state.py",
+        "tests/e2e/test_train.py",
+        (
+            "a checkpoint has no losses",
+            "LOSSES: losses,",
+            "",
+            "test_a_run_goes_on_after_a_disk_that_spoilt_its_newest_checkpoint_an_old_one_and_its_logs",
+        ),
+    ),
     # --- settings ---
     *mutants(
         "settings",

@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.format import number
+from kairos_train.basics.json_lines import read_json_lines
 from kairos_train.basics.log import logger
 
 EVENTS = "events.jsonl"
@@ -78,22 +79,21 @@ class EventLog:
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """All events of a run, oldest first; lines that were cut off are left out. None of a run that has not started."""
-    path = Path(run_dir) / EVENTS
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and {"time", "life", "kind"} <= event.keys():
-            events.append(event)
-    return events
+    """All events of a run, oldest first; lines that cannot be read are left out. None of a run that has not started."""
+    return [line.value for line in read_json_lines(Path(run_dir) / EVENTS, _is_event)]
 
 
-def next_life(run_dir: Path) -> int:
-    """The number of a life of a run that starts now."""
-    return 1 + max((event["life"] for event in read_events(run_dir)), default=0)
+def _is_event(value: dict[str, Any]) -> bool:
+    return (
+        isinstance(value.get("time"), int | float)
+        and type(value.get("life")) is int
+        and isinstance(value.get("kind"), str)
+    )
+
+
+def next_life(events: Iterable[Mapping[str, Any]]) -> int:
+    """The number of a life of a run that starts now, after these events."""
+    return 1 + max((event["life"] for event in events), default=0)
 
 
 def describe(event: Mapping[str, Any]) -> str:

@@ -84,8 +84,10 @@ def open_run(config: Config, place: StagePosition | None = None) -> Run:
             if checked.checkpoint is None and config.stage.init_from is not None:
                 check_intact(resolve_checkpoint(Path(config.stage.init_from)), topology)
             state = _build_state(config, topology, checked, rollbacks=ground.rollbacks)
-            start = {"begun": round(begun, 3), **abandoned(Path(config.run_dir), state.progress.steps)}
-            run = _assemble(config, state, ground, checked.indices, place, outer)
+            start = {"begun": round(begun, 3)}
+            if topology.rank == 0:
+                start |= abandoned(Path(config.run_dir), state.progress.steps)
+            run = _assemble(config, state, ground, checked, place, outer)
             if topology.rank == 0:
                 save_config(config, Path(config.run_dir) / "config.yaml")
             _tell(run, ground, config.stage, place, checked=checked, start=start)
@@ -205,7 +207,8 @@ def _take_ground(config: Config, topology: Topology, outer: ExitStack) -> _Groun
     if lock is not None:
         outer.enter_context(lock)
     versions = agree(config, checkpoint_bytes=_checkpoint_bytes(config), size=topology.size)
-    past, life = from_first((read_events(run_dir), next_life(run_dir)), topology.size)
+    past = from_first(read_events(run_dir) if first else None, topology.size)
+    life = next_life(past)
     prometheus = None
     if first and config.monitor.prometheus_file is not None:
         prometheus = TextFile(
@@ -288,19 +291,21 @@ def _assemble(
     config: Config,
     state: RunState,
     ground: _Ground,
-    indices: Sequence[ShardIndex],
+    checked: Checked,
     place: StagePosition | None,
     outer: ExitStack,
 ) -> Run:
     """The run around its state. Collective."""
     train, topology = config.train, state.engine.topology
-    run_dir, budget = Path(config.run_dir), Budget.of(train, sum(index.samples for index in indices))
+    run_dir, budget = Path(config.run_dir), Budget.of(train, sum(index.samples for index in checked.indices))
     peak = peak_flops(train, topology.device)
 
-    def open_reports(step: int) -> Reports:
+    def open_reports(reader: CheckpointReader | None) -> Reports:
+        step = 0 if reader is None else reader.step
         telemetry = Telemetry(
             run_dir,
             first_step=step,
+            losses=run_state.losses_of(reader) if topology.rank == 0 else "",
             length=str(budget),
             place=place,
             peak_flops=peak,
@@ -322,7 +327,7 @@ def _assemble(
         budget=budget,
         checkpointing=Checkpointing(run_state.checkpoints(config.run_dir), train, topology, ground.events),
         open_reports=open_reports,
-        reports=open_reports(state.progress.steps),
+        reports=open_reports(checked.checkpoint),
         events=ground.events,
         requests=requests,
         faults=Faults(config.faults.inject, rank=topology.rank, data_rank=topology.data_rank, life=ground.life),

@@ -44,8 +44,11 @@ class Checkpointing:
         """The step of the checkpoint that was begun last."""
         return None if self._begun is None else self._begun[0]
 
-    def save(self, state: RunState) -> str | None:
+    def save(self, state: RunState, *, losses: str) -> str | None:
         """Begin the checkpoint of a step, after the one before. Collective.
+
+        Args:
+            losses: as for `run_state.save`.
 
         Returns:
             Why the one before could not be written; None when it was.
@@ -58,7 +61,7 @@ class Checkpointing:
         self._begun, self._in_flight = (state.progress.steps, begin), True
         self._stall_known.clear()
         try:
-            run_state.save(self._saver, state)
+            run_state.save(self._saver, state, losses=losses)
         finally:
             self._stall = time.perf_counter() - begin
             self._stall_known.set()

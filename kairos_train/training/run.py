@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from dataloaders.config import DataConfig
 from kairos_train.basics.errors import Interrupted, InterruptedAtTerminal, MachineFault, RunStopped
 from kairos_train.basics.log import logger
+from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.config.schema import OptimizerConfig, TrainConfig
 from kairos_train.objective.flow_matching import ConditionedBatch
 from kairos_train.operations.events import EventLog
@@ -63,7 +64,7 @@ class Run:
         data, optimizer, train: the settings that it asks for while it goes.
         state: what a checkpoint holds: engine, averages, loader, progress, memory of bad steps.
         budget: how long the stage is.
-        open_reports: opens telemetry and sample log behind a step.
+        open_reports: opens telemetry and sample log behind a checkpoint; None: at the beginning.
         events: what happens, over all lives.
         requests: what this process is asked for from outside.
         watch: over the other ranks, and of this one's progress.
@@ -79,7 +80,7 @@ class Run:
     state: RunState
     budget: Budget
     checkpointing: Checkpointing
-    open_reports: Callable[[int], Reports]
+    open_reports: Callable[[CheckpointReader | None], Reports]
     reports: Reports
     events: EventLog
     requests: Requests
@@ -226,7 +227,7 @@ class Run:
             restore(self.state, reader)
             self.guard.rollbacks += 1
             self.reports.close()
-            self.reports = self.open_reports(reader.step)
+            self.reports = self.open_reports(reader)
         logger.info(f"{bad}: back to step {reader.step}, and on with the data behind step {here}")
         self.events.write("rollback", step=here, to=reader.step, rollbacks=self.guard.rollbacks)
         self._went_back, self._reported = True, self.step
@@ -313,7 +314,7 @@ class Run:
             self.telemetry.samples(self.step, samples)
 
     def _save(self) -> None:
-        if problem := self.checkpointing.save(self.state):
+        if problem := self.checkpointing.save(self.state, losses=self.telemetry.losses):
             logger.info(problem)
 
     # --- begin and end ---

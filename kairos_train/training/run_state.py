@@ -30,6 +30,7 @@ from kairos_train.training.engine.ema import Ema
 from kairos_train.training.engine.engine_state import load_full_state, state_pieces
 from kairos_train.training.engine.random_state import derive_random_state, random_state, set_random_state
 from kairos_train.training.inputs.feed import Feed
+from kairos_train.training.measure.telemetry import LOSSES
 from parallel.topology import Topology
 
 
@@ -158,8 +159,12 @@ def open_saver(
     return Saver(folder, rank=topology.rank, size=topology.size, background=train.async_checkpoint, published=finish)
 
 
-def save(saver: Saver, state: RunState) -> None:
-    """Begin the checkpoint of the step that `state.progress` has come to. Collective."""
+def save(saver: Saver, state: RunState, *, losses: str) -> None:
+    """Begin the checkpoint of the step that `state.progress` has come to. Collective.
+
+    Args:
+        losses: the lines of all steps up to it; rank 0's are kept.
+    """
     engine, loader = state.engine, state.loader
     loader.sync()
     topology = engine.topology
@@ -184,6 +189,7 @@ def save(saver: Saver, state: RunState) -> None:
         },
         files={
             "config.yaml": state.settings,
+            LOSSES: losses,
             "dataset_stats.json": json.dumps(state.feed.statistics, indent=1),
             **({ROBOTS_FILE: to_json(state.feed.robots)} if len(state.feed.robots) > 1 else {}),
         },
@@ -253,6 +259,13 @@ def restore(state: RunState, reader: CheckpointReader) -> None:
         derive_random_state(state.seed, reader.step, topology.rank)
     else:
         _restore_random_state(reader, topology.rank)
+
+
+def losses_of(reader: CheckpointReader | None) -> str | None:
+    """The lines of all steps up to a checkpoint; None where an earlier version wrote it, "" without one."""
+    if reader is None:
+        return ""
+    return reader.text(LOSSES) if LOSSES in reader.manifest["files"] else None
 
 
 def best_of(reader: CheckpointReader) -> Best | None:

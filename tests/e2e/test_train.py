@@ -58,17 +58,23 @@ def test_a_run_in_stage_3_leaves_torchs_linear_as_it_was(train, world, tmp_path)
     assert world(1).run(linear_is_torchs) == [True]
 
 
-def test_a_newest_checkpoint_that_cannot_be_read_is_skipped_and_an_old_one_left(train, whole, tmp_path):
+def test_a_run_goes_on_after_a_disk_that_spoilt_its_newest_checkpoint_an_old_one_and_its_logs(train, whole, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     newest, old = (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json" for step in (14, 5))
     newest.unlink()
     newest.mkdir()
     old.write_text("[" * 200_000)
+    kept = (run_dir / "losses.jsonl").read_bytes()
+    (run_dir / "losses.jsonl").write_bytes(b"".join(kept.splitlines(keepends=True)[:10])[:-30])  # as a power cut may
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (run_dir / name).write_bytes(b"\xff\n" + (run_dir / name).read_bytes())
     result = train(run_dir, "stage=joint", "train.steps=14", "train.checkpoint_every=5", "train.keep_last=1")
     assert "step-00000014 is skipped: " in result.stderr
     assert "resumed at step 10" in result.stderr
     assert "step-00000005 is left as it is: " in result.stderr
+    for name in ("metrics.jsonl", "events.jsonl"):
+        assert f"{run_dir / name}: left out 1 line that cannot be read" in result.stderr
     assert losses(run_dir) == losses(whole)
     assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000005", "step-00000014"]
 

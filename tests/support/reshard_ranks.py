@@ -28,7 +28,7 @@ def train_run(overrides: list[str], again: str | None = None) -> None:
 
 def save_elsewhere(run: Run, config: Config, run_dir: str) -> None:
     saver = run_state.open_saver(run_state.checkpoints(run_dir), config.train, run.topology)
-    run_state.save(saver, replace(run.state, settings=to_yaml(replace(config, run_dir=run_dir))))
+    run_state.save(saver, replace(run.state, settings=to_yaml(replace(config, run_dir=run_dir))), losses="")
     saver.close()
     if run.topology.rank == 0:
         assert (Path(run_dir) / "checkpoints" / f"step-{run.step:08d}").is_dir()

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from kairos_train.checkpoint.writing import write_checkpoint
-from kairos_train.operations.events import EventLog, next_life
+from kairos_train.operations.events import EventLog, next_life, read_events
 from kairos_train.operations.reports.records import abandoned
 from kairos_train.training.measure.telemetry import drop_later_lines
 
@@ -51,7 +51,7 @@ class RunFolder:
             lost["last_sign"] = self.time_of_last_step
         for name in ("losses.jsonl", "metrics.jsonl"):
             drop_later_lines(self.folder / name, self.saved)
-        self.life = next_life(self.folder)
+        self.life = next_life(read_events(self.folder))
         self.step = self.reported = self.saved
         place = {"host": "elsewhere", "pid": 1, "job": None, "world": 4, **place}
         self.event("start", step=self.step, budget=f"{self.steps} steps", stage="joint", versions={}, **lost, **place)

@@ -1,13 +1,12 @@
 """What a run's files say, read into one object: events, reports, validations, the last loss, configuration, lives.
 
-Files of runs that are going on may end in half a line, and those of killed runs too: such a line is left out.
+Files of runs that are going on may end in half a line, and those of killed runs too: such a line is left out
+(`kairos_train.basics.json_lines`).
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import yaml
 
 from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.foreign_files import read_text
+from kairos_train.basics.json_lines import has_step, parse_json_line, read_json_lines
 from kairos_train.operations.events import EVENTS, read_events
 
 LOSSES, METRICS, CONFIG, CHECKPOINTS = "losses.jsonl", "metrics.jsonl", "config.yaml", "checkpoints"
@@ -127,7 +128,7 @@ def read_record(run_dir: Path) -> RunRecord:
         problem = "holds no run" if run_dir.is_dir() else "is no folder"
         raise UserError(f"{run_dir}: {problem}; give the run_dir of a training run, or a curriculum's folder of stages")
     events = read_events(run_dir)
-    lines = list(read_lines(run_dir / METRICS))
+    lines = read_lines(run_dir / METRICS)
     reports = _counted(lines, events)
     return RunRecord(
         run_dir=run_dir,
@@ -189,22 +190,9 @@ def abandoned(run_dir: Path, step: int) -> dict[str, Any]:
     }
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON-lines file that are whole and have a step; none without the file."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if (value := _parsed(line)) is not None:
-                yield value
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+    return [line.value for line in read_json_lines(path, has_step)]
 
 
 def _counted(lines: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[MetricsReport]:
@@ -258,8 +246,8 @@ def _last_line(path: Path) -> dict[str, Any]:
         return {}
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-        lines = file.read().decode("utf-8", "replace").splitlines()
-    return next((value for line in reversed(lines) if (value := _parsed(line)) is not None), {})
+        lines = file.read().split(b"\n")
+    return next((line.value for text in reversed(lines) if (line := parse_json_line(text, has_step)) is not None), {})
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -267,7 +255,7 @@ def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        values = yaml.load(read_text(path), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is no YAML ({one_line(error)}); restore it from a checkpoint") from error
     return values if isinstance(values, dict) else {}

@@ -23,6 +23,7 @@ import torch
 
 from kairos_train.basics.errors import MachineFault
 from kairos_train.basics.files import write_whole
+from kairos_train.basics.json_lines import has_step, read_json_lines
 from kairos_train.basics.log import logger
 from kairos_train.operations.samples import SAMPLES, drop_later_samples, write_samples
 from kairos_train.training.samples import Samples, images_of
@@ -53,6 +54,8 @@ class Telemetry:
     Args:
         run_dir: of the run; files continue at `first_step`, later lines of an earlier life are dropped.
         first_step: steps already done.
+        losses: what losses.jsonl had then, which a checkpoint keeps, whatever became of the file since; None where an
+            earlier version wrote the checkpoint: as the file has them.
         length: of the whole stage, in words.
         place: of the stage in a curriculum.
         peak_flops: of one device per second, None when unknown: no MFU then.
@@ -67,6 +70,7 @@ class Telemetry:
         run_dir: Path,
         *,
         first_step: int,
+        losses: str | None = "",
         length: str,
         peak_flops: float | None,
         world: int,
@@ -77,14 +81,16 @@ class Telemetry:
         self.peak_flops, self.world = peak_flops, world
         self._first_report: tuple[float, float] | None = None  # time and share
         self._run_dir, self._failed = run_dir, False
+        self._written = bytearray()  # all of losses.jsonl
         self._reset()
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        for name in (LOSSES, METRICS):
-            with self._writing(name):
-                drop_later_lines(run_dir / name, first_step)
+        with self._writing(LOSSES):
+            self._rebuild_losses(run_dir / LOSSES, first_step, losses)
+        with self._writing(METRICS):
+            drop_later_lines(run_dir / METRICS, first_step)
         with self._writing(SAMPLES):
             drop_later_samples(run_dir, first_step)
         with self._writing(LOSSES):
@@ -96,6 +102,19 @@ class Telemetry:
             if place is not None:
                 marked = [f"**{name}**" if i == place.number else name for i, name in enumerate(place.names, 1)]
                 self._board.add_text("curriculum/stages", " → ".join(marked), first_step)
+
+    def _rebuild_losses(self, path: Path, first_step: int, losses: str | None) -> None:
+        if losses is None:
+            drop_later_lines(path, first_step)
+            self._written += path.read_bytes() if path.is_file() else b""
+        elif losses or path.is_file():
+            write_whole(path, losses)
+            self._written += losses.encode()
+
+    @property
+    def losses(self) -> str:
+        """All lines of losses.jsonl, for a checkpoint; "" where this process does not report."""
+        return self._written.decode()
 
     def step(self, step: int, report: StepReport, *, lr: float, data_wait: float) -> None:
         """Record a finished step.
@@ -109,8 +128,10 @@ class Telemetry:
         if report.action_loss is not None:
             line["action_loss"] = report.action_loss
         line |= {"grad_norm": report.grad_norm, "lr": lr, "samples": report.samples, "stepped": report.stepped}
+        text = json.dumps(line) + "\n"
+        self._written += text.encode()
         with self._writing(LOSSES):
-            self._losses.write(json.dumps(line) + "\n")
+            self._losses.write(text)
             self._losses.flush()
         self._last = line
         self._count += 1
@@ -275,18 +296,11 @@ def write_fault(path: Path, error: OSError) -> MachineFault:
 def drop_later_lines(path: Path, last_step: int) -> None:
     """Keep the lines of a JSON-lines file up to `last_step`: what a killed life wrote past its checkpoint is redone.
 
-    A line cut off by the kill goes too. The file is replaced whole.
+    Lines that cannot be read go too, and are reported. The file is replaced whole.
     """
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            break
-    write_whole(path, "".join(kept))
+    if path.is_file():
+        lines = read_json_lines(path, has_step)
+        write_whole(path, b"".join(line.text for line in lines if line.value["step"] <= last_step))
 
 
 def _summary(tag: str, content: bytes) -> Any:

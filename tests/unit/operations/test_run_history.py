@@ -304,12 +304,12 @@ def test_a_run_far_beyond_its_newest_checkpoint_is_in_trouble(run):
 # --- folders ---
 
 
-def test_lines_that_a_kill_cut_off_are_left_out(run):
+def test_lines_that_a_kill_cut_off_or_a_disk_spoilt_are_left_out(run):
     run.start()
     run.go(25)
     for name in ("metrics.jsonl", "losses.jsonl", "events.jsonl"):
-        with (run.folder / name).open("a") as file:
-            file.write('{"step": 99, "ti')
+        with (run.folder / name).open("ab") as file:
+            file.write(b'\xff\n{"time": "now", "life": [], "kind": "start", "step": "x"}\n{"step": 99, "ti')
     history = read(run)
     assert (history.progress.step, len(history.record.reports), len(history.lives)) == (25, 2, 1)
 

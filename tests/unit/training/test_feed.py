@@ -124,9 +124,9 @@ def test_contexts_dropped_to_the_empty_prompt_are_its_encoding(shards, encoded):
         feed_of(config, [index])
 
 
-def test_lines_past_the_checkpoint_and_a_cut_one_are_dropped(tmp_path):
-    path = tmp_path / "losses.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+def test_lines_past_the_checkpoint_and_odd_ones_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st\n\xff\n{"step": 2}\n{"step": 3}\n{"st')
     drop_later_lines(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     drop_later_lines(tmp_path / "absent.jsonl", 2)

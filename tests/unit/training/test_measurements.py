@@ -271,6 +271,31 @@ def test_lines_of_metrics_have_their_time_and_what_was_measured(tmp_path):
     assert all("time" not in line for line in losses), "losses of two runs compare as text"
 
 
+def test_losses_are_those_of_the_checkpoint_whatever_the_disk_made_of_the_file(tmp_path):
+    telemetry, path = open_telemetry(tmp_path / "run"), tmp_path / "run" / LOSSES
+    for step in (1, 2, 3, 4):
+        tell(telemetry, step)
+    saved = telemetry.losses
+    tell(telemetry, 5)
+    telemetry.close()
+    whole = path.read_text()
+    assert whole.startswith(saved)
+    assert len(saved.splitlines()) == 4
+    for content in (whole.encode(), saved[:-9].encode(), b"\xff\n" + whole.encode()[9:], b"", None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        telemetry = open_telemetry(tmp_path / "run", first_step=4, losses=saved)
+        tell(telemetry, 5)
+        telemetry.close()
+        assert path.read_text() == telemetry.losses == whole
+    telemetry = open_telemetry(tmp_path / "run", first_step=4, losses=None)  # a checkpoint of an earlier version
+    assert telemetry.losses == path.read_text() == saved
+    telemetry.close()
+    open_telemetry(tmp_path / "run").close()
+    assert path.read_text() == "", "a run that begins has none"
+
+
 def test_a_pause_is_not_the_time_of_steps_nor_taken_off_twice_by_a_report_within(tmp_path):
     telemetry = open_telemetry(tmp_path / "run")
     begin = telemetry._since
