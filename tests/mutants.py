@@ -630,6 +630,24 @@ MUTANTS = (
             "test_every_norm_of_a_model_has_the_configured_epsilon",
         ),
         (
+            "convolutions sum their taps in bfloat16",
+            "return F.silu(_convolve(x, upcast(taps))).to(x.dtype)",
+            "return F.silu(_convolve(x, taps)).to(x.dtype)",
+            "test_convolutions_sum_their_taps_in_float32_both_ways_and_round_once",
+        ),
+        (
+            "gradients of a convolution are summed in bfloat16",
+            "torch.ops.aten.silu_backward(upcast(gradient), _convolve(x, wide_taps))",
+            "torch.ops.aten.silu_backward(gradient, _convolve(x, taps))",
+            "test_convolutions_sum_their_taps_in_float32_both_ways_and_round_once",
+        ),
+        (
+            "a tap's gradient is of its neighbour's tokens",
+            "d_taps = [(gradient * x[:, i : i + tokens]).sum((0, 1)) for i in shifts]",
+            "d_taps = [(gradient * x[:, -i - tokens :][:, :tokens]).sum((0, 1)) for i in shifts]",
+            "test_convolutions_sum_their_taps_in_float32_both_ways_and_round_once",
+        ),
+        (
             "a_proj may be computed in FP8",
             "self.a_proj = hooks.column_linear(dim, heads, bias=False, high_precision=True)",
             "self.a_proj = hooks.column_linear(dim, heads, bias=False)",

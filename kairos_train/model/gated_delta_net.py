@@ -6,10 +6,12 @@ Shapes: B batch, F frames, L tokens per frame, S = F·L video tokens, D width, H
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kairos_train.model.hooks import ParallelHooks
 from kairos_train.model.kernels.delta_rule import gated_delta_rule, select_backend
@@ -25,14 +27,44 @@ class CausalConvolution(nn.Module):
 
     def forward(self, x: Tensor, previous: Tensor | None) -> Tensor:
         """x (B, S, channels), previous (B, size−1, channels) or None at the start; returns (B, S, channels)."""
-        size, tokens = self.weight.shape[-1], x.shape[1]
-        x = F.pad(x, (0, 0, size - 1, 0)) if previous is None else torch.cat([previous, x], dim=1)
-        taps = self.weight[:, 0]
-        # Shifted products keep the channels last; a conv1d would transpose twice.
-        y = x[:, :tokens] * taps[:, 0]
-        for i in range(1, size):
-            y = y + x[:, i : i + tokens] * taps[:, i]
-        return F.silu(y)
+        before = self.weight.shape[-1] - 1
+        x = F.pad(x, (0, 0, before, 0)) if previous is None else torch.cat([previous, x], dim=1)
+        return _ConvolveSilu.apply(x, self.weight[:, 0])
+
+
+class _ConvolveSilu(torch.autograd.Function):
+    """SiLU of Σ_i x[:, i : i + S]·taps[:, i]: x (B, size − 1 + S, C), taps (C, size) → (B, S, C) in x's dtype.
+
+    The sums are taken in float32 or wider in both directions, and rounded once; what SiLU was given is computed again
+    in backward, so that x alone is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(x, taps)
+        return F.silu(_convolve(x, upcast(taps))).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (x, taps), tokens = ctx.saved_tensors, gradient.shape[1]
+        wide_taps = upcast(taps)
+        gradient = torch.ops.aten.silu_backward(upcast(gradient), _convolve(x, wide_taps))
+        shifts = range(taps.shape[1])
+        dx = gradient.new_zeros(x.shape)
+        for i in reversed(shifts):
+            dx[:, i : i + tokens] += gradient * wide_taps[:, i]
+        d_taps = [(gradient * x[:, i : i + tokens]).sum((0, 1)) for i in shifts]
+        return dx.to(x.dtype), torch.stack(d_taps, dim=1).to(taps.dtype)
+
+
+def _convolve(x: Tensor, taps: Tensor) -> Tensor:
+    """In the dtype of the taps. Shifted products keep the channels last; a conv1d would transpose twice."""
+    tokens = x.shape[1] - taps.shape[1] + 1
+    y = x[:, :tokens] * taps[:, 0]
+    for i in range(1, taps.shape[1]):
+        y = y + x[:, i : i + tokens] * taps[:, i]
+    return y
 
 
 class RMSNorm(nn.Module):

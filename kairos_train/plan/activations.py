@@ -145,7 +145,7 @@ def _gated(layout: Layout, rank: int, tokens: int) -> float:
     keys, values = layout.heads * video.gdn_key_dim, layout.heads * video.gdn_value_dim
     per_token = (
         c * video.dim  # input of the six projections
-        + 2 * c * (2 * keys + values)  # inputs of the convolutions and of their SiLU
+        + c * (2 * keys + values)  # inputs of the convolutions
         + 2 * wide(layout, 1) * keys  # q and k before they are made unit vectors
         + 6 * FULL_PRECISION * layout.heads  # β, the decay's parts, reciprocal norms
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kairos_train.model import WorldActionModel
 from kairos_train.model.block import Block
-from kairos_train.model.gated_delta_net import GatedDeltaNet, RMSNorm
+from kairos_train.model.gated_delta_net import CausalConvolution, GatedDeltaNet, RMSNorm
 from kairos_train.model.hooks import SingleDevice
 from kairos_train.model.kernels import rotary
 from kairos_train.model.kernels.attention import Attention, FullWidthRMSNorm
@@ -310,6 +310,18 @@ def test_decays_write_strengths_and_unit_vectors_are_made_in_float32():
     ):
         heads = convolution(linear(x), None).unflatten(-1, (HEADS, 6)).float()
         same(ours, (heads * torch.rsqrt(heads.pow(2).sum(-1, keepdim=True) + 1e-6) * scale).bfloat16())
+
+
+def test_convolutions_sum_their_taps_in_float32_both_ways_and_round_once():
+    layer, x, gradient = low(CausalConvolution(D, 4)), draw(2, 9, D), draw(2, 6, D, seed=1)
+    leaves = x.requires_grad_(), layer.weight
+    wide_x, wide_taps = (t.detach().float().requires_grad_() for t in leaves)
+    expected = F.silu(sum(wide_x[:, i : i + 6] * wide_taps[:, 0, i] for i in range(4)))
+    ours = layer(x[:, 3:], x[:, :3])
+    same(ours, expected.bfloat16())
+    exact = torch.autograd.grad(expected, (wide_x, wide_taps), gradient.float())
+    for a, b in zip(torch.autograd.grad(ours, leaves, gradient), exact, strict=True):
+        same(a, b.bfloat16())
 
 
 def test_the_output_gate_and_norm_are_float32_and_rounded_once():
