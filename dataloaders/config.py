@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kairos_train.basics.setting import FRACTION, NOT_NEGATIVE, POSITIVE, one_of, setting
+from kairos_train.basics.setting import FRACTION, NOT_NEGATIVE, POSITIVE, SECONDS, one_of, setting, up_to
 
 NORMALIZATION = one_of("minmax", "quantile", "zscore", "none")
+MAX_SIDE, MAX_FRAMES = 8192, 2**16 + 1  # pixels and video frames of a sample, which is held in memory whole
 MIN_RANGE = 1e-4  # a dimension of states or actions whose range is below never moves
 
 
@@ -18,12 +19,12 @@ class WindowConfig:
     first raw frames of two windows. Keys of several columns joined by `+` mean these columns one behind the other.
     """
 
-    frames: int = setting(9, POSITIVE)  # video frames, 4k + 1
+    frames: int = setting(9, up_to(MAX_FRAMES))  # video frames, 4k + 1
     action_video_freq_ratio: int = setting(4, POSITIVE)  # raw frames per video frame; every raw frame has an action
     stride: int = setting(1, POSITIVE)  # raw frames between the beginnings of two windows (ours)
     # pixels: of one camera's picture side by side, of the whole picture in the other layout
-    height: int = setting(224, POSITIVE)
-    width: int = setting(224, POSITIVE)  # pixels, as `height`
+    height: int = setting(224, up_to(MAX_SIDE))
+    width: int = setting(224, up_to(MAX_SIDE))  # pixels, as `height`
     cameras: list[str] = field(default_factory=list)  # empty: every camera that has files, in name order
     # head_over_wrists: three cameras, in the order head, left wrist, right wrist
     layout: str = setting("side_by_side", one_of("side_by_side", "head_over_wrists"))
@@ -39,12 +40,11 @@ class ClipConfig:
     """How plain videos and images become samples. Their sizes differ; each keeps its own aspect."""
 
     fps: float = setting(16.0, POSITIVE)  # frames per second; slower videos keep their own
-    short_side: int = setting(256, POSITIVE)  # pixels, as in 256p, 480p, 720p; cut down to a multiple of 32
+    short_side: int = setting(256, up_to(MAX_SIDE))  # pixels, as in 256p, 480p, 720p; cut down to a multiple of 32
     aspects: list[float] = field(default_factory=lambda: [1.0, 4 / 3, 16 / 9, 21 / 9])  # long side over short (ours)
-    most_frames: int = setting(81, POSITIVE)  # 4k + 1; longer videos give several samples
-    least_frames: int = setting(
-        5, POSITIVE
-    )  # 4k + 1; what is left of a video below that is left out and counted (ours)
+    most_frames: int = setting(81, up_to(MAX_FRAMES))  # 4k + 1; longer videos give several samples
+    # 4k + 1; what is left of a video below that is left out and counted (ours)
+    least_frames: int = setting(5, up_to(MAX_FRAMES))
 
 
 BELIEVABLE: dict[str, tuple[str, ...]] = {
@@ -108,7 +108,7 @@ class DataConfig:
     normalize_action: str = setting("minmax", NORMALIZATION)  # of actions, by the statistics of their source
     normalize_state: str = setting("minmax", NORMALIZATION)  # of states, likewise
     # loader processes per data-parallel rank; 0 loads in the training process (ours)
-    workers: int = setting(2, NOT_NEGATIVE, on_resume="free")
+    workers: int = setting(2, up_to(1024, least=0), on_resume="free")
     # interleaved parts of an epoch; null: 2^n by the number of shards, at most 64 (ours)
     streams: int | None = setting(None, POSITIVE)
     shuffle_buffer: int = setting(1000, POSITIVE)  # most places by which a sample is moved within its stream (ours)
@@ -122,8 +122,8 @@ class DataConfig:
     cache_dir: str = setting("runs/shard_cache", on_resume="free", path="any")
     cache_gb: float = setting(100.0, POSITIVE, on_resume="free")  # what the copies may take on one machine (ours)
     # seconds after which a silent loader process counts as hung (ours)
-    timeout: float = setting(600.0, POSITIVE, on_resume="free")
+    timeout: float = setting(600.0, SECONDS, on_resume="free")
     # seconds of waiting for one step's data from which it is logged (ours)
-    log_wait: float = setting(30.0, POSITIVE, on_resume="free")
+    log_wait: float = setting(30.0, SECONDS, on_resume="free")
     # every step, compare the batches of processes that share samples (ours)
     check_peers: bool = setting(False, on_resume="free")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kairos_train.basics.setting import POSITIVE, one_of, setting
+from kairos_train.basics.setting import one_of, setting, up_to
 
 
 @dataclass
 class ParallelConfig:
     """How a model is split over processes; what is left of the world is data-parallel."""
 
-    tensor: int = setting(1, POSITIVE)  # ranks that split every layer's heads and FFN channels
-    context: int = setting(1, POSITIVE)  # ranks that split a sample's latent frames
+    tensor: int = setting(1, up_to(4096))  # ranks that split every layer's heads and FFN channels
+    context: int = setting(1, up_to(4096))  # ranks that split a sample's latent frames
     sequence: bool = False  # with tensor > 1: between layers, tensor ranks split the tokens of each frame
     # how states of Gated DeltaNet layers pass between context ranks
     state_exchange: str = setting("auto", one_of("auto", "serial", "ring", "all_gather"))

@@ -63,3 +63,13 @@ EXIT_CODES: dict[type[Exception], int] = {
 def one_line(error: BaseException) -> str:
     """What an exception says, without line breaks and secrets; its type where it says nothing."""
     return redacted(" ".join(str(error).split())) or type(error).__name__
+
+
+def shown(value: object, *, most: int = 80) -> str:
+    """A value for a message of one line: cut where it is long, escaped where it is not printable."""
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no integers that are as long
+        return "an integer of more than 4,300 digits"
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= most else f"{text[:most]}…"

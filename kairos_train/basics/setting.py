@@ -10,7 +10,6 @@ A setting of whatever value of its type is a plain dataclass field. The comment 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
@@ -32,9 +31,20 @@ class ValueRule:
     fault: str
 
 
-POSITIVE = ValueRule(lambda value: value > 0 and math.isfinite(value), "is not a positive number; give one above 0")
-NOT_NEGATIVE = ValueRule(lambda value: value >= 0 and math.isfinite(value), "is negative or not finite; give 0 or more")
+LARGEST = 2**53
+"""Above it floating point numbers skip integers; no count and no size of a run is larger."""
+
+POSITIVE = ValueRule(lambda value: 0 < value <= LARGEST, "is not a positive number (of 2^53 at most); give one above 0")
+NOT_NEGATIVE = ValueRule(
+    lambda value: 0 <= value <= LARGEST, "is negative or not finite (2^53 at most); give 0 or more"
+)
+SECONDS = ValueRule(lambda value: 0 < value <= 10**9, "is no time above 0 and of 10^9 seconds at most; give one")
 FRACTION = ValueRule(lambda value: 0 <= value <= 1, "is outside [0, 1]; give a fraction")
+
+
+def up_to(largest: int, *, least: int = 1) -> ValueRule:
+    """The rule of a count by which memory or processes grow before anything else could refuse it."""
+    return ValueRule(lambda value: least <= value <= largest, f"is outside [{least}, {largest}]; give a number in it")
 
 
 def one_of(*choices: Any) -> ValueRule:

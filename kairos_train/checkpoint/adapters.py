@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from kairos_train.basics.plain import from_dict
+from kairos_train.basics.yaml_text import check_yaml
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.config.schema import LoraConfig
 from kairos_train.model.lora import A, B, is_adapter, merge, scale_of
@@ -67,6 +68,8 @@ class MergedWeights:
     def _lora_scale(self) -> float:
         """As the checkpoint's own configuration says."""
         if self._scale is None:
-            saved = yaml.safe_load(self.reader.text("config.yaml"))
+            text = self.reader.text("config.yaml")
+            check_yaml(text, self.reader.path / "config.yaml")
+            saved = yaml.safe_load(text)
             self._scale = scale_of(from_dict(LoraConfig, saved["stage"]["lora"]))
         return self._scale

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from kairos_train.commands.parsing import (
     group,
     location,
     print_json,
+    split_words,
     with_overrides,
 )
 
@@ -59,7 +59,7 @@ def prepare(commands: Sequence[str]) -> None:
         UserError: a command without `--out`, one that fails, or data that is missing in a run of many processes.
     """
     for line in commands:
-        words = shlex.split(line)
+        words = split_words(line, "prepare")
         if "--out" not in words[:-1]:
             raise UserError(f"prepare: {line!r} has no --out DIR, by which to see whether it is done; add it")
         if Path(words[words.index("--out") + 1]).expanduser().exists():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kairos_train.basics.errors import UserError
-from kairos_train.commands.parsing import command, count, with_overrides
+from kairos_train.commands.parsing import command, count, split_words, with_overrides
 
 if TYPE_CHECKING:
     from kairos_train.config.curriculum import Curriculum
@@ -120,7 +120,7 @@ def _train_job(
 
 def _check_shards(config: Config, curriculum: Curriculum) -> None:
     """What is trained on is there; nobody makes it once the job runs."""
-    made = [shlex.split(line) for line in curriculum.prepare]
+    made = [split_words(line, "prepare") for line in curriculum.prepare]
     outs = [words[words.index("--out") + 1] for words in made if "--out" in words[:-1]]
     if missing := [out for out in outs if not Path(out).expanduser().exists()]:
         raise UserError(
@@ -155,7 +155,7 @@ def _pack(args: argparse.Namespace) -> tuple[list[SlurmJob], Any]:
     if gone := [s for s in sources if args.after is None and "://" not in s and not Path(s).expanduser().exists()]:
         raise UserError(f"--sources {args.sources}: {gone[0]} does not exist; fix the line")
     where = [word for folder in args.config_dir for word in ("--config-dir", str(folder.absolute()))]
-    words = [*shlex.split(args.arguments or ""), *where, *args.overrides]
+    words = [*split_words(args.arguments or "", "--arguments"), *where, *args.overrides]
     _check_words(args, "data", "pack", [sources[0], "--out", outs[0], *words])
     gpus = _gpus(args, config, 1 if "--encode" in words else 0)
     job = SlurmJob(
@@ -179,7 +179,7 @@ def _one_command(args: argparse.Namespace) -> tuple[list[SlurmJob], Any]:
     if not args.arguments:
         raise UserError(f"--job {args.job} needs --arguments 'WORDS', those behind `kairos-train {args.job}`")
     config = load_config(args.overrides, config_dirs=args.config_dir, sections=("cluster", "train"))
-    words = shlex.split(args.arguments)
+    words = split_words(args.arguments, "--arguments")
     _check_words(args, args.job, None, words)
     gpus = _gpus(args, config, 1 if args.job == "evaluate" else 0)
     job = SlurmJob(

@@ -7,11 +7,12 @@ import difflib
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line, shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,6 +68,21 @@ def count(text: str) -> int:
 def location(text: str) -> str:
     """An argument that is a path or URL."""
     return os.path.expanduser(text)
+
+
+def split_words(text: str, name: str) -> list[str]:
+    """The words of a line, as the shell splits it.
+
+    Args:
+        name: for messages: where the line is given.
+
+    Raises:
+        UserError: a quote that is not closed, or a \\ at the end.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{name}: {shown(text)!r} cannot be split into words ({one_line(error)}); fix it") from error
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ def seconds_of(time_limit: str) -> int:
     Raises:
         ValueError: it is neither.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d{1,3}):([0-5]\d):([0-5]\d)", time_limit)
+    match = re.fullmatch(r"(?:(\d+)-)?(\d{1,3}):([0-5]\d):([0-5]\d)", time_limit, re.ASCII)
     if not match:
         raise ValueError(time_limit)
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -82,9 +82,9 @@ def options_are_options(config: Config) -> None:
 
 
 def environment_has_names(config: Config) -> None:
-    for name, value in config.cluster.environment.items():
-        if not re.fullmatch(r"[A-Za-z_]\w*", name) or "\n" in value:
-            raise UserError(f"cluster.environment holds {name!r}; a variable has a name and a value of one line")
+    for name in config.cluster.environment:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f"cluster.environment holds {name!r}; a variable has a name of letters, digits and _")
         if name in DERIVED:
             raise UserError(f"cluster.environment holds {name}, which is derived from the job; remove it")
 
@@ -101,6 +101,8 @@ def container_or_venv(config: Config) -> None:
             f"cluster.container_mounts={cluster.container_mounts} without cluster.container; name the image, or set "
             "cluster.container_mounts=[]"
         )
+    if cluster.container is not None and re.search("[,:]", cluster.scratch):
+        raise UserError(f"cluster.scratch={cluster.scratch}: a container sees no folder with , or : in its name")
     for mount in cluster.container_mounts:
         if not re.fullmatch(r"[^\s,:]+:[^\s,:]+(:[a-z,+]+)?", mount):
             raise UserError(f"cluster.container_mounts holds {mount!r}; write HOST:CONTAINER")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import itertools
 import os
 import re
 import types
@@ -25,16 +26,21 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dataloaders.config import DataConfig, WindowConfig
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line, shown
 from kairos_train.basics.files import write_whole
-from kairos_train.basics.plain import from_dict
+from kairos_train.basics.plain import MISSING, from_dict
+from kairos_train.basics.yaml_text import MAX_DEPTH, yaml_text
 from kairos_train.config.keys import MAPPINGS, annotation_of, describe, nearest, type_of, walk
-from kairos_train.config.schema import MISSING, ActionStreamConfig, Config, ModelConfig, StageConfig
+from kairos_train.config.schema import ActionStreamConfig, Config, ModelConfig, StageConfig
 from kairos_train.config.texts import check_file, entries, kept, quoted
 from kairos_train.config.validate import validate
+
+MAX_OVERRIDE = 2**15
+"""Characters; hydra takes a second for a tenth of a million."""
 
 # --- composing and storing ---
 
@@ -60,8 +66,7 @@ def load_config(
     """
     shipped = Path(str(importlib.resources.files("configs")))
     roots = [shipped, *_own_roots(config_dirs, shipped)]
-    groups = _groups(roots)
-    texts = [entry for text in overrides for entry in entries(_checked_override(kept(text, groups), groups))]
+    texts = _overrides(overrides, _groups(roots))
     searchpath = ",".join(quoted(f"file://{root}") for root in roots[1:])
     _store_schema()
     GlobalHydra.instance().clear()  # another caller may have initialised it; what follows leaves it as clean as this
@@ -69,7 +74,9 @@ def load_config(
         with initialize_config_dir(config_dir=str(shipped), job_name="kairos-train", version_base="1.3"):
             node = compose(config_name, [*texts, f"hydra.searchpath=[{searchpath}]"])
         config = _at_home(_to_config(node))
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise _one_line(error) from error
     except AssertionError as error:
         raise _below_null(texts, error) from error
@@ -125,7 +132,8 @@ def save_config(config: Config, path: str | Path) -> None:
 def load_saved(path: str | Path, *, sections: Sequence[str] | None = None) -> Config:
     """Read what `save_config` wrote. Paths inside it are not checked: it may come from another machine.
 
-    What an earlier version did not write yet has the schema's default.
+    What an earlier version did not write yet has the schema's default. Nothing in the file is interpolated: it was
+    resolved before it was saved, and a `${oc.env:…}` in it would be answered by the machine of its reader.
 
     Args:
         path: the file.
@@ -137,14 +145,25 @@ def load_saved(path: str | Path, *, sections: Sequence[str] | None = None) -> Co
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the config.yaml of a run or a checkpoint")
+    text = yaml_text(path)
     try:
-        config = _to_config(OmegaConf.merge(OmegaConf.structured(_schema()), OmegaConf.load(path)))
-    except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+        saved = _literal(yaml.load(text, Loader=get_yaml_loader()) or {})
+        config = _to_config(OmegaConf.merge(OmegaConf.structured(_schema()), saved))
+    except (UserError, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
     config.stage.image_conditions = config.stage.image_conditions or StageConfig().image_conditions
     _require(config, [""] if sections is None else sections)
     validate(config, sections)
     return config
+
+
+def _literal(value: Any) -> Any:
+    """Plain values whose texts OmegaConf takes as they are: what would be an interpolation is escaped."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 @functools.cache
@@ -237,19 +256,49 @@ def _groups(roots: Sequence[Path]) -> dict[str, list[str]]:
 # --- overrides ---
 
 
+def _overrides(texts: Sequence[str], groups: dict[str, list[str]]) -> list[str]:
+    """What hydra is given of the overrides.
+
+    Raises:
+        UserError: one that cannot be read, or sets what there is not.
+    """
+    found = []
+    for text in texts:
+        if len(text) > MAX_OVERRIDE:
+            raise UserError(
+                f"override {shown(text)!r} has {len(text):,} characters, and {MAX_OVERRIDE:,} are the most; "
+                "put long settings into a file of --config-dir"
+            )
+        if _depth(text) > MAX_DEPTH:
+            raise UserError(f"override {shown(text)!r} is nested more than {MAX_DEPTH} deep; no setting is")
+        try:
+            found += entries(_checked_override(kept(text, groups), groups))
+        except UserError:
+            raise
+        except (HydraException, ValueError, RecursionError) as error:  # among them numbers of more than 4,300 digits
+            raise UserError(f"override {shown(text)!r} cannot be read ({_reason(error)}); write KEY=VALUE") from error
+    return found
+
+
+def _depth(text: str) -> int:
+    """Of brackets, those in quotes too."""
+    steps = ((char in "[{(") - (char in ")}]") for char in text)
+    return max(itertools.accumulate(steps), default=0)
+
+
 def _checked_override(text: str, groups: dict[str, list[str]]) -> str:
     """`text` as hydra shall see it, or a UserError that says what is legal instead."""
     try:
         override = OverridesParser.create().parse_overrides([text])[0]
     except OverrideParseException as error:
         hint = "write KEY=VALUE, and quote a VALUE that holds one of = , : [ ] { } ( ) as in KEY='\"VALUE\"'"
-        raise UserError(f"override {text!r} is malformed; {hint}") from error
+        raise UserError(f"override {shown(text, most=200)!r} is malformed; {hint}") from error
     key = override.key_or_group
     if not key:
         raise UserError(f"override {text!r} is malformed; write KEY=VALUE")
     if override.is_add() or override.is_force_add() or override.is_delete() or override.package is not None:
         raise UserError(
-            f"override {text!r}: keys are neither added, removed nor moved; write KEY=VALUE with a known KEY"
+            f"override {shown(text)!r}: keys are neither added, removed nor moved; write KEY=VALUE with a known KEY"
         )
     if override.is_sweep_override():
         raise UserError(f"override {text!r} names several values; give one, or write a list as {key}=[A,B]")
@@ -280,7 +329,9 @@ def _check_option(group: str, value: Any, options: list[str], text: str) -> None
             f"override {text!r}: {group} takes a name, one of {', '.join(options)}; or set {group}.KEY=VALUE"
         )
     if str(value) not in options:
-        raise UserError(f"{group}={value} is unknown; {nearest(str(value), options)}it is one of: {', '.join(options)}")
+        raise UserError(
+            f"{group}={shown(value)} is unknown; {nearest(str(value), options)}it is one of: {', '.join(options)}"
+        )
 
 
 # --- hydra's and OmegaConf's errors, in one line ---
@@ -303,12 +354,16 @@ def _one_line(error: BaseException) -> UserError:
         return UserError(
             f"configuration {missing.missing_cfg_file} does not exist{where}; {close}name an existing YAML file"
         )
-    text = next((str(link) for link in chain if isinstance(link, yaml.YAMLError)), str(error))
-    return UserError(f"the configuration cannot be read{where}: {' '.join(text.split())}")
+    told = next((link for link in chain if isinstance(link, yaml.YAMLError)), error)
+    return UserError(f"the configuration cannot be read{where}: {_reason(told)}")
+
+
+def _reason(error: BaseException) -> str:
+    return "it is nested too deep" if isinstance(error, RecursionError) else shown(one_line(error), most=500)
 
 
 def _value_error(error: OmegaConfBaseException) -> str:
-    key, message = str(error.full_key), str(error).splitlines()[0]
+    key, message = str(error.full_key), shown(str(error).splitlines()[0], most=500)
     try:
         annotation = annotation_of(key)
     except UserError as unknown:
@@ -317,7 +372,7 @@ def _value_error(error: OmegaConfBaseException) -> str:
         return f"{key}: {message}; it expects {describe(annotation)}"
     value = re.match(r"(?:Value|Invalid type assigned: |Invalid value assigned: ) ?'(.*?)'", message)
     if value:
-        return f"{key}={value[1]} has the wrong type; it expects {describe(annotation)}"
+        return f"{key}={shown(value[1])} has the wrong type; it expects {describe(annotation)}"
     return f"{key}: {message}; it expects {describe(annotation)}"
 
 

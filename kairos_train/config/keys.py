@@ -11,11 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, shown
+from kairos_train.basics.plain import describe
 from kairos_train.config.schema import Config
-
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
-_PLURALS = {int: "integers", float: "numbers", str: "texts"}
 
 
 @functools.cache
@@ -54,7 +52,7 @@ def annotation_of(key: str) -> Any:
         if part not in legal:
             where = prefix or "the configuration"
             raise UserError(
-                f"unknown key {key!r}; {_nearest_key(key, prefix, part, legal)}{where} has: {', '.join(legal)}"
+                f"unknown key {shown(key)!r}; {_nearest_key(key, prefix, part, legal)}{where} has: {', '.join(legal)}"
             )
         annotation = legal[part]
         if name != part and is_dataclass(_item(annotation)):
@@ -116,7 +114,7 @@ def _nearest_key(key: str, prefix: str, part: str, legal: Mapping[str, Any]) -> 
         if other.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]:
             return f"did you mean {other}? "
     if siblings := difflib.get_close_matches(part, legal, n=1):
-        rest = key[len(prefix) + bool(prefix) + len(part) :]
+        rest = shown(key)[len(prefix) + bool(prefix) + len(part) :]
         return f"did you mean {prefix + '.' if prefix else ''}{siblings[0]}{rest}? "
     return nearest(key, known)
 
@@ -124,16 +122,3 @@ def _nearest_key(key: str, prefix: str, part: str, legal: Mapping[str, Any]) -> 
 def nearest(word: str, legal: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, legal, n=1)
     return f"did you mean {close[0]}? " if close else ""
-
-
-def describe(annotation: Any) -> str:
-    """An annotation in words: "a list of integers or null"."""
-    arguments = typing.get_args(annotation)
-    origin = typing.get_origin(annotation)
-    if origin is list:
-        return f"a list of {_PLURALS.get(arguments[0], 'sections, as [{KEY: VALUE}, …]')}"
-    if origin is dict:
-        return f"a mapping of names to {_PLURALS[arguments[1]]}"
-    if arguments:
-        return " or ".join(describe(argument) for argument in arguments)
-    return _KINDS.get(annotation, "a section")

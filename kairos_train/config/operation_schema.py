@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kairos_train.basics.setting import NOT_NEGATIVE, POSITIVE, one_of, setting
+from kairos_train.basics.setting import NOT_NEGATIVE, POSITIVE, SECONDS, one_of, setting, up_to
 
 
 @dataclass
@@ -19,22 +19,22 @@ class ClusterConfig:
     """
 
     name: str = "h200"  # of the option, as in cluster=NAME
-    gpus_per_node: int = setting(8, POSITIVE)  # of each machine
+    gpus_per_node: int = setting(8, up_to(1024))  # of each machine
     memory_gb: float = setting(141.0, POSITIVE)  # of one GPU
     peak_tflops: float = setting(989.0, POSITIVE)  # dense bf16
     mfu: float = setting(0.4, POSITIVE)  # share of the peak that model FLOPs reach (ours)
     intra_node_gb_per_s: float = setting(450.0, POSITIVE)  # between GPUs of a machine
     inter_node_gb_per_s: float = setting(50.0, POSITIVE)  # between machines
-    nodes: int = setting(1, POSITIVE)  # of a training job
+    nodes: int = setting(1, up_to(2**20))  # of a training job
     partition: str | None = None  # null: Slurm's default
     account: str | None = None  # that a job is charged to; null: Slurm's default
     qos: str | None = None  # quality of service; null: Slurm's default
     time_limit: str | None = "24:00:00"  # of each life of a job: H:MM:SS or D-HH:MM:SS; null: the partition's
-    signal_seconds: int = setting(300, POSITIVE)  # before the time limit, Slurm sends SIGUSR1 to training
+    signal_seconds: int = setting(300, SECONDS)  # before the time limit, Slurm sends SIGUSR1 to training
     max_restarts: int = setting(50, NOT_NEGATIVE)  # how often a job puts itself into the queue again
     exclusive: bool = False  # no other jobs on the machines of a training job
     gpus_option: str = setting("gpus-per-node", one_of("gpus-per-node", "gres", "none"))  # how GPUs are asked for
-    cpus_per_gpu: int = setting(8, POSITIVE)  # cores for each process, its loader's included
+    cpus_per_gpu: int = setting(8, up_to(1024))  # cores for each process, its loader's included
     memory_per_cpu: str | None = None  # as 4G; null: the partition's
     sbatch: list[str] = field(default_factory=list)  # further options of sbatch, as [--constraint=h200]
     srun: list[str] = field(default_factory=list)  # further options of srun
@@ -68,9 +68,9 @@ class GuardConfig:
 class WatchConfig:
     """How processes watch each other and themselves. Seconds; all values ours."""
 
-    heartbeat: float = setting(1.0, POSITIVE)  # between two signs of life of a process
-    silence: float = setting(20.0, POSITIVE)  # without a heartbeat of any process of a machine: it is taken for dead
-    stuck: float = setting(1800.0, POSITIVE)  # without progress of the training loop: stacks are written, the run ends
+    heartbeat: float = setting(1.0, SECONDS)  # between two signs of life of a process
+    silence: float = setting(20.0, SECONDS)  # without a heartbeat of any process of a machine: it is taken for dead
+    stuck: float = setting(1800.0, SECONDS)  # without progress of the training loop: stacks are written, the run ends
 
 
 @dataclass

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from dataloaders.config import DataConfig
-from kairos_train.basics.setting import FRACTION, NOT_NEGATIVE, POSITIVE, one_of, setting
+from kairos_train.basics.setting import FRACTION, NOT_NEGATIVE, POSITIVE, one_of, setting, up_to
 from kairos_train.config.operation_schema import (
     ClusterConfig,
     FaultsConfig,
@@ -22,10 +22,10 @@ from kairos_train.config.operation_schema import (
 )
 from parallel.config import Fp8Config, ParallelConfig
 
-MISSING = "???"
-"""A mandatory value that has not been given."""
-
 ATTENTION_KINDS = ("SWA", "DSWA", "FA", "GATED")
+MAX_WIDTH = 2**17
+"""Far above any transformer's; what is allocated by a width grows with its square."""
+
 CONDITIONS = ("t2v", "ti2v", "i2v", "null2v")
 IMAGE_CONDITIONS = ("t2i", "n2i")
 
@@ -34,8 +34,8 @@ IMAGE_CONDITIONS = ("t2i", "n2i")
 class VideoStreamConfig:
     """The video DiT. Widths in channels, windows in latent frames."""
 
-    dim: int = setting(2560, POSITIVE)  # width of its tokens, of all attention heads together
-    ffn_dim: int = setting(10240, POSITIVE)  # inner width of feed-forward layers
+    dim: int = setting(2560, up_to(MAX_WIDTH))  # width of its tokens, of all attention heads together
+    ffn_dim: int = setting(10240, up_to(MAX_WIDTH))  # inner width of feed-forward layers
     latent_channels: int = 16  # of the latents that are read and written; those of the video encoder
     patch_size: list[int] = field(default_factory=lambda: [1, 2, 2])  # frames, height, width; the first must be 1
     # kinds of the layers, repeated: SWA | DSWA (dilated) | FA (full) | GATED (Gated DeltaNet)
@@ -46,19 +46,19 @@ class VideoStreamConfig:
     restrict_history_query_to_history: bool = True  # on for the world-action model: exact action-only inference
     all_attend_history: bool = False  # every frame sees all history frames as well
     history_causal: bool = False  # ours: a history frame sees itself and earlier ones; its keys and states carry over
-    gdn_key_dim: int = setting(256, POSITIVE)  # GATED: width of a head's keys and queries
-    gdn_value_dim: int = setting(512, POSITIVE)  # GATED: width of a head's values
-    gdn_conv_size: int = setting(4, POSITIVE)  # GATED: tokens that the short convolutions see
+    gdn_key_dim: int = setting(256, up_to(MAX_WIDTH))  # GATED: width of a head's keys and queries
+    gdn_value_dim: int = setting(512, up_to(MAX_WIDTH))  # GATED: width of a head's values
+    gdn_conv_size: int = setting(4, up_to(1024))  # GATED: tokens that the short convolutions see
 
 
 @dataclass
 class ActionStreamConfig:
     """The action DiT: same depth and attention width as the video stream, its own width."""
 
-    dim: int = setting(1024, POSITIVE)  # width of its tokens
-    ffn_dim: int = setting(4096, POSITIVE)  # inner width of feed-forward layers
-    action_dim: int = setting(14, POSITIVE)  # of the policy's robot
-    state_dim: int = setting(14, POSITIVE)  # of the policy's robot
+    dim: int = setting(1024, up_to(MAX_WIDTH))  # width of its tokens
+    ffn_dim: int = setting(4096, up_to(MAX_WIDTH))  # inner width of feed-forward layers
+    action_dim: int = setting(14, up_to(MAX_WIDTH))  # of the policy's robot
+    state_dim: int = setting(14, up_to(MAX_WIDTH))  # of the policy's robot
 
 
 @dataclass
@@ -66,10 +66,10 @@ class ModelConfig:
     """Mixture-of-Transformers: `num_layers` layers of both streams, `num_heads` heads of `video.dim / num_heads`."""
 
     name: str = "kairos_4b"  # of the option, as in model=NAME
-    num_layers: int = setting(32, POSITIVE)  # of each stream, a multiple of those in video.layer_cycle
-    num_heads: int = setting(20, POSITIVE)  # of every layer of both streams
-    text_dim: int = setting(2048, POSITIVE)  # width of the contexts, the text encoder's
-    freq_dim: int = setting(256, POSITIVE)  # width of the sinusoidal timestep embedding
+    num_layers: int = setting(32, up_to(1024))  # of each stream, a multiple of those in video.layer_cycle
+    num_heads: int = setting(20, up_to(1024))  # of every layer of both streams
+    text_dim: int = setting(2048, up_to(MAX_WIDTH))  # width of the contexts, the text encoder's
+    freq_dim: int = setting(256, up_to(MAX_WIDTH))  # width of the sinusoidal timestep embedding
     eps: float = setting(1e-6, POSITIVE)  # of the normalisations
     video: VideoStreamConfig = field(default_factory=VideoStreamConfig)
     action: ActionStreamConfig | None = field(default_factory=ActionStreamConfig)  # null: video stream alone
@@ -99,9 +99,9 @@ class TextEncoderConfig:
 
     kind: str = setting("qwen", one_of("qwen", "hashed_ngrams"))  # which encoder
     path: str | None = setting(None, path="exists")  # qwen: model folder
-    text_dim: int = setting(2048, POSITIVE)  # width of the contexts, `model.text_dim`
+    text_dim: int = setting(2048, up_to(MAX_WIDTH))  # width of the contexts, `model.text_dim`
     # longest sequence read, in tokens (qwen: the 97 that are cut off included)
-    max_tokens: int = setting(1024, POSITIVE)
+    max_tokens: int = setting(1024, up_to(2**20))
     image: bool = True  # qwen: the first frame is read with the prompt (false: LIBERO-Plus)
     system_message: bool = True  # qwen: false as the public code has it: 97 tokens are cut all the same
 
@@ -198,12 +198,13 @@ class PrecisionConfig:
 class TrainConfig:
     """One stage's training: its length, its steps, and what is done between them."""
 
-    steps: int | None = setting(1000, POSITIVE)  # the stage's length: one of steps, epochs, samples and tokens (ours)
+    # the stage's length: one of steps, epochs, samples and tokens (ours); checkpoints have names of eight digits
+    steps: int | None = setting(1000, up_to(99_999_999))
     epochs: int | None = setting(None, POSITIVE)  # of all sources together
     samples: int | None = setting(None, POSITIVE)  # of all ranks
     tokens: int | None = setting(None, POSITIVE)  # of video and actions, as the model sees them
-    micro_batch: int = setting(16, POSITIVE)  # samples per rank and forward pass (published for LIBERO: 16)
-    accumulation: int = setting(1, POSITIVE)  # micro-batches per optimiser step (ours)
+    micro_batch: int = setting(16, up_to(2**20))  # samples per rank and forward pass (published for LIBERO: 16)
+    accumulation: int = setting(1, up_to(2**20))  # micro-batches per optimiser step (ours)
     precision: str = setting("bf16", one_of("bf16", "fp32"), on_resume="fixed")  # of weights and activations
     zero_stage: int = setting(1, one_of(0, 1, 2, 3))  # ranks share: 1 moments, 2 gradients, 3 weights too (ours)
     # parameters of fewer elements stay whole in ZeRO stage 3; DeepSpeed's own default
@@ -235,7 +236,7 @@ class TrainConfig:
     failed_checkpoints: int = setting(3, NOT_NEGATIVE)
     # local time as in 2026-01-31T18:00:00; the run saves and ends before it
     deadline: str | None = setting(None, on_resume="silent")
-    deadline_margin: float = setting(300.0, NOT_NEGATIVE)  # seconds before the deadline (ours)
+    deadline_margin: float = setting(300.0, up_to(10**9, least=0))  # seconds before the deadline (ours)
     dry_run: bool = True  # before the first step, one of the largest batch, whose update is dropped (ours)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import latent_frames, video_frames
-from kairos_train.config.schema import CONDITIONS, IMAGE_CONDITIONS, MISSING, Config
+from kairos_train.basics.plain import MISSING
+from kairos_train.config.schema import CONDITIONS, IMAGE_CONDITIONS, Config
 
 LENGTHS = ("steps", "epochs", "samples", "tokens")
 """What a stage's length is given in."""

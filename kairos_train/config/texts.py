@@ -25,7 +25,8 @@ from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf import OmegaConf
 
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, shown
+from kairos_train.basics.yaml_text import yaml_text
 from kairos_train.config.keys import MAPPINGS, all_keys, annotation_of, children, dataclass_in
 from kairos_train.config.schema import Config
 
@@ -83,9 +84,9 @@ def check_file(file: Path, root: Path) -> None:
         file: a file of settings below the folder `root`.
 
     Raises:
-        UserError: names the setting, and says to quote it.
+        UserError: names the setting, and says to quote it; or what `yaml_text` refuses.
     """
-    content = file.read_text(encoding="utf-8")
+    content = yaml_text(file)
     package = _PACKAGE.search(content)
     group = ".".join(file.relative_to(root).parts[:-1])
     prefix = group if package is None or package[1] == "_group_" else package[1].removeprefix("_global_").lstrip(".")
@@ -99,11 +100,12 @@ def check_file(file: Path, root: Path) -> None:
     except UserError:
         return
     for key, value, text, annotation in _scalars(read, typed, prefix, whole):
+        became = f"{file}: {key}: {shown(text)} is read as {shown(value)}"
         if _takes_text(annotation) and isinstance(value, bool | int | float):
-            raise UserError(f'{file}: {key}: {text} is read as {value}; a text is meant: write "{text}" in quotes')
+            raise UserError(f'{became}; a text is meant: write "{shown(text)}" in quotes')
         numeric = {int, float} & {annotation, *typing.get_args(annotation)}
         if numeric and type(value) is int and not _plain_integer(text, value):
-            raise UserError(f"{file}: {key}: {text} is read as {value}; write it without zeros in front or colons")
+            raise UserError(f"{became}; write it without zeros in front or colons")
 
 
 # --- the command line ---

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, shown
 from kairos_train.basics.geometry import PIXEL_MULTIPLE, TIME_STRIDE, whole_frames
+from kairos_train.basics.plain import MISSING
 from kairos_train.config.cluster_rules import (
     container_or_venv,
     environment_has_names,
@@ -47,7 +49,7 @@ from kairos_train.config.operation_rules import (
     guard_sees_enough,
     silence_is_longer_than_heartbeats,
 )
-from kairos_train.config.schema import MISSING, Config
+from kairos_train.config.schema import Config
 from kairos_train.config.stage_rules import (
     action_weights_fit,
     adapters_fit,
@@ -63,6 +65,9 @@ from kairos_train.config.stage_rules import (
     only_a_joint_stage_freezes_the_video,
     some_loss_counts,
 )
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""ASCII's and Unicode's control characters and line ends, and bytes of the command line that are no UTF-8."""
 
 
 def validate(config: Config, sections: Sequence[str] | None = None) -> None:
@@ -93,7 +98,17 @@ def values_are_legal(config: Config) -> None:
         if rule is None or value is None or (missing and "[" not in key):  # in items of lists nobody asks for it later
             continue
         if missing or not rule.holds(value):
-            raise UserError(f"{key}={value} {rule.fault}")
+            raise UserError(f"{key}={shown(value)} {rule.fault}")
+
+
+def texts_are_lines(config: Config) -> None:
+    """Texts end up in scripts, variables, names of files and logs, where a control character means something else."""
+    for key, section, field in walk(config):
+        value = getattr(section, field.name)
+        texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for text in texts:
+            if isinstance(text, str) and _CONTROL.search(text) and key != "data.prompt_template":
+                raise UserError(f"{key} holds {shown(repr(text))}; give one line of text, without control characters")
 
 
 # --- data ---
@@ -197,6 +212,7 @@ def ema_forgets(config: Config) -> None:
 
 RULES: tuple[Callable[[Config], None], ...] = (
     values_are_legal,
+    texts_are_lines,
     layer_kinds_are_known,
     layers_are_whole_cycles,
     heads_divide_the_width,

@@ -89,6 +89,8 @@ def options(job: SlurmJob, cluster: ClusterConfig, job_dir: Path, workdir: Path)
             raise UserError(
                 f"{path}: sbatch does not take a path with spaces, quotes, % or #; submit from another folder"
             )
+        if cluster.container is not None and re.search("[,:]", str(path)):
+            raise UserError(f"{path}: a container sees no folder with , or : in its name; submit from another folder")
     asked = {
         "job-name": job.name,
         "nodes": job.nodes,

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import new_folder
-from kairos_train.basics.plain import from_dict
+from kairos_train.basics.plain import MISSING, from_dict
 from kairos_train.checkpoint.canonical import TEMPORARY, checkpoint_path
 from kairos_train.checkpoint.tensor_file import Stored, split_by_size, write_tensors
 from kairos_train.checkpoint.writing import FILE_BYTES, publish
-from kairos_train.config.schema import MISSING, Config, ModelConfig
+from kairos_train.config.schema import Config, ModelConfig
 from kairos_train.weights import statistics as stats
 from kairos_train.weights.public import from_public
 from kairos_train.weights.recognise import TRACELESS, recognise

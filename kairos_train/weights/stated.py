@@ -16,7 +16,8 @@ from typing import Any
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import read_json
 from kairos_train.basics.foreign_files import parse_json
-from kairos_train.config.schema import MISSING, Config
+from kairos_train.basics.plain import MISSING
+from kairos_train.config.schema import Config
 from kairos_train.weights.public_pipeline import CONFIG_FILE as PUBLIC_CONFIG
 from kairos_train.weights.public_words import network_settings, read_public_config, shortest_cycle
 from kairos_train.weights.recognise import Word, leaves

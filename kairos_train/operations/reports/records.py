@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from kairos_train.basics.errors import UserError, one_line
-from kairos_train.basics.foreign_files import read_text
 from kairos_train.basics.json_lines import has_step, parse_json_line, read_json_lines
+from kairos_train.basics.yaml_text import yaml_text
 from kairos_train.operations.events import EVENTS, read_events
 
 LOSSES, METRICS, CONFIG, CHECKPOINTS = "losses.jsonl", "metrics.jsonl", "config.yaml", "checkpoints"
@@ -254,10 +254,11 @@ def _config(path: Path) -> dict[str, Any]:
     """As it was saved: a run of another version has other settings, and is to be seen all the same."""
     if not path.is_file():
         return {}
+    text = yaml_text(path)
     try:
-        values = yaml.load(read_text(path), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is no YAML ({one_line(error)}); restore it from a checkpoint") from error
+        values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); restore it from a checkpoint") from error
     return values if isinstance(values, dict) else {}
 
 

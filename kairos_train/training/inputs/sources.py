@@ -11,9 +11,10 @@ from dataloaders.shards import ShardIndex
 from dataloaders.windows import POLICY_FIELDS
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import latent_frames, video_frames
+from kairos_train.basics.plain import MISSING
 from kairos_train.conditioning.build import build_encoders
 from kairos_train.conditioning.interfaces import identities_match
-from kairos_train.config.schema import MISSING, ActionStreamConfig, EncodersConfig, ModelConfig, StageConfig
+from kairos_train.config.schema import ActionStreamConfig, EncodersConfig, ModelConfig, StageConfig
 from kairos_train.inference.normalization import Normalizer, from_statistics
 from kairos_train.inference.robots import Robot
 from kairos_train.objective.flow_matching import HISTORY_CONDITIONS

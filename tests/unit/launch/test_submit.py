@@ -53,6 +53,11 @@ def shards(tmp_path, monkeypatch):
         (["--job", "export"], "--job export needs --arguments"),
         (["--job", "export", "--arguments", "runs/x"], "the following arguments are required: --out"),
         (["--job", "export", "--arguments", "runs/x --out y --bets"], "has no '--bets'"),
+        (
+            ["--job", "export", "--arguments", "runs/x --out 'y"],
+            r"--arguments: .* cannot be split into words \(No closing quotation\)",
+        ),
+        (['prepare=["data pack \'x --out y"]'], r"prepare: .* cannot be split into words \(No closing quotation\)"),
         (["--job", "evaluate", "--arguments", "x --input y --out z", "--gpus", "9"], "--gpus 9 is above"),
         (
             ["--job", "evaluate", "--arguments", "x --input y --out z", "--chain"],

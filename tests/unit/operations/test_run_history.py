@@ -512,3 +512,12 @@ def test_a_file_that_cannot_be_written_is_told_once_and_does_not_end_the_run(tmp
     folder.mkdir()
     file.update(3, {})
     assert (folder / "kairos.prom").is_file()
+
+
+@pytest.mark.parametrize("text", ["a: 'b\n", "a: " + "[" * 100_000, "a: " + "9" * 5000 + "\n", "a: &a [*a]\n"])
+def test_a_configuration_that_cannot_be_read_is_one_line(run, text):
+    run.start()
+    (run.folder / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml: ") as error:
+        read(run)
+    assert "\n" not in str(error.value)

@@ -91,7 +91,7 @@ def test_a_run_without_a_list_is_one_stage(tmp_path):
 
 
 def test_an_error_in_a_stage_names_it():
-    with pytest.raises(UserError, match=r"curriculum stage behaviour: train\.accumulation=0 is not a positive number"):
+    with pytest.raises(UserError, match=r"curriculum stage behaviour: train\.accumulation=0 is outside"):
         load_curriculum([DEMO, 'curriculum.stages=[{name: behaviour, set: ["train.accumulation=0"]}]'])
     with pytest.raises(UserError, match=r"curriculum stage a: unknown key 'train\.stesp'"):
         load_curriculum([DEMO, 'curriculum.stages=[{name: a, set: ["train.stesp=1"]}]'])
