@@ -15,8 +15,8 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,9 +78,8 @@ def new_folder(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{_prefix(path)}{os.getpid()}.", dir=path.parent))
+    temporary = beside(path, f"{_prefix(path)}{os.getpid()}.")
     try:
-        temporary.chmod(0o755)  # mkdtemp makes it private to its owner
         yield temporary
         os.rename(temporary, path)
         if durable:
@@ -100,6 +99,17 @@ def _remove_leftovers(path: Path) -> None:
         process = leftover.name.removeprefix(_prefix(path)).split(".")[0]
         if process.isdigit() and not Path("/proc", process).exists():
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def beside(path: str | Path, prefix: str) -> Path:
+    """A new empty folder beside `path`, with its name to take; its mode is the umask's, as that of any other folder.
+
+    Args:
+        prefix: of its name, which nothing else has.
+    """
+    folder = Path(path).with_name(prefix + secrets.token_hex(6))  # `tempfile` makes folders for their owner alone
+    folder.mkdir()
+    return folder
 
 
 def write_whole(path: str | Path, content: str | bytes, *, durable: bool = False) -> None:

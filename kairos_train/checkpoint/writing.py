@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 import kairos_train
 from kairos_train.basics.errors import UserError
-from kairos_train.basics.files import describe_file, sync, write_whole
+from kairos_train.basics.files import beside, describe_file, sync, write_whole
 from kairos_train.checkpoint.canonical import (
     FORMAT,
     MANIFEST,
@@ -99,9 +98,8 @@ def write_checkpoint(
     parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(parent)
     target = checkpoint_path(parent, step)
-    folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{target.name}-", dir=parent))
+    folder = beside(target, f"{TEMPORARY}{target.name}-")
     try:
-        folder.chmod(0o755)  # mkdtemp makes it private to its owner
         pieces = {section: whole_pieces(tensors) for section, tensors in sections.items()}
         part = write_part(folder, 0, pieces, file_bytes=file_bytes)
         publish(folder, target, [part], state=state, files=files)

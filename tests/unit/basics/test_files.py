@@ -22,6 +22,7 @@ from kairos_train.basics.files import (
     write_json,
     write_whole,
 )
+from kairos_train.checkpoint.writing import write_checkpoint
 
 
 @pytest.fixture
@@ -65,7 +66,6 @@ def test_a_folder_has_its_name_when_all_is_in_it(tmp_path):
         except OSError:
             assert os.listdir(tmp_path / "made") == []
     assert os.listdir(tmp_path / "made") == ["out"]
-    assert (tmp_path / "made" / "out").stat().st_mode & 0o777 == 0o755
     with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "made" / "out") as work:
         (work / "b").write_text("b")
     assert os.listdir(tmp_path / "made") == ["out"]
@@ -85,6 +85,19 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
         shutil.rmtree(tmp_path / "out")
         assert not another.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_the_mode_of_a_folder_is_the_umasks(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "out") as work:
+            assert work.stat().st_mode & 0o777 == 0o777 & ~umask
+        checkpoint = write_checkpoint(tmp_path / "checkpoints", 1, sections={}, state={}, files={})
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "out", checkpoint):
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_durable_files_are_on_the_disk_before_they_have_their_name_and_their_folder_after(tmp_path, disk):
