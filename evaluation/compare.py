@@ -19,7 +19,7 @@ from evaluation import plots
 from evaluation.report import SECTIONS, heading, ordered, read, successes, write_html
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.format import number
-from kairos_train.basics.pages import drawn, table
+from kairos_train.basics.pages import drawn, element, table
 
 PLOTS = {"open_loop": plots.open_loop, "losses": plots.losses, "video": plots.drift, "memory": plots.memory}
 
@@ -71,11 +71,10 @@ def compare(folders: Sequence[Path], *, out: Path, mixed: bool = False) -> dict[
             f"{name}: {part} was measured on something else than in {_first(runs, part)}: {'; '.join(differences)}. "
             "Evaluate both on the same, or show them all the same with --mixed"
         )
-    sections, values = ["<h1>Evaluations side by side</h1>", _facts(runs)], {}
+    sections, values = [element("h1", "Evaluations side by side"), _facts(runs)], {}
     if unlike:
-        sections.append(
-            '<p class="other">Marked numbers (≠) were measured on something else: no difference is given.</p>'
-        )
+        text = "Marked numbers (≠) were measured on something else: no difference is given."
+        sections.append(element("p", text, attributes='class="other"'))
     for part in parts:
         inside = {name: run["parts"][part] for name, run in runs.items() if part in run["parts"]}
         rows = _rows(inside, part)

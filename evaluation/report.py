@@ -13,7 +13,7 @@ from evaluation.plots import LABELS, OPEN_LOOP_ROWS, STREAMS, VIDEO_ROWS
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import read_json, write_whole
 from kairos_train.basics.format import number
-from kairos_train.basics.pages import escape, image, note, page, table
+from kairos_train.basics.pages import Html, element, image, note, page, table
 
 FORMAT = "kairos-evaluation-1"
 EVALUATION, CLOSED_LOOP, PAGE = "evaluation.json", "closed_loop.json", "report.html"
@@ -45,13 +45,14 @@ def write_page(folder: Path) -> Path:
     """
     folder = Path(folder)
     found = read(folder)
-    sections = [f"<h1>Evaluation of {escape(found.get('experiment') or folder.name)}</h1>", _facts(found)]
+    title = f"Evaluation of {found.get('experiment') or folder.name}"
+    sections = [element("h1", title), _facts(found)]
     for part, show in SECTIONS.items():
         if part in found["parts"]:
             sections += [heading(part), show(found["parts"][part], folder)]
     if left_out := found.get("left_out"):
-        sections += ["<h2>Left out</h2>", table([["part", "why"], *([k, v] for k, v in left_out.items())])]
-    write_html(folder / PAGE, f"Evaluation of {found.get('experiment') or folder.name}", sections)
+        sections += [element("h2", "Left out"), table([["part", "why"], *([k, v] for k, v in left_out.items())])]
+    write_html(folder / PAGE, title, sections)
     return folder / PAGE
 
 
@@ -79,9 +80,9 @@ def read(folder: Path) -> dict[str, Any]:
 # --- pieces of a page ---
 
 
-def heading(part: str) -> str:
+def heading(part: str) -> Html:
     """The heading of a part, and what its numbers mean."""
-    return f'<h2 id="{part}">{part.replace("_", " ").capitalize()}</h2>{note(NOTES[part])}'
+    return element("h2", part.replace("_", " ").capitalize(), attributes=f'id="{part}"') + note(NOTES[part])
 
 
 def ordered(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -97,9 +98,9 @@ def write_html(path: Path, title: str, sections: Sequence[str]) -> None:
 # --- the parts ---
 
 
-def _facts(found: Mapping[str, Any]) -> str:
+def _facts(found: Mapping[str, Any]) -> Html:
     if "model" not in found:
-        return ""
+        return Html()
     model, shards = found["model"], found["shards"]
     rows = [
         ["", ""],
@@ -111,15 +112,15 @@ def _facts(found: Mapping[str, Any]) -> str:
     return table(rows)
 
 
-def _open_loop(part: Mapping[str, Any], folder: Path) -> str:
+def _open_loop(part: Mapping[str, Any], folder: Path) -> Html:
     rows = [["", "MSE", "±", "MAE", "MSE raw", "MAE raw"]]
     for name, row in ordered(part["rows"], OPEN_LOOP_ROWS).items():
         rows.append([name, *(row[key] for key in ("mse", "mse_ci95", "mae", "mse_raw", "mae_raw"))])
     about = f"{part['windows']} windows of {part['episodes']} episodes, {part['steps']} sampling steps"
-    return f"<p>{about}</p>" + table(rows) + _file(folder / "open_loop.png", "error at each step of the chunk")
+    return element("p", about) + table(rows) + _file(folder, "open_loop.png", "error at each step of the chunk")
 
 
-def _losses(part: Mapping[str, Any], folder: Path) -> str:
+def _losses(part: Mapping[str, Any], folder: Path) -> Html:
     bins = next(iter(part["streams"].values()))["bins"]
     rows = [["", "loss", "±", *(f"σ {b['sigma'][0]:.1f}–{b['sigma'][1]:.1f}" for b in bins)]]
     for stream, values in ordered(part["streams"], STREAMS).items():
@@ -129,10 +130,10 @@ def _losses(part: Mapping[str, Any], folder: Path) -> str:
             rows.append([name, row["loss"], row["ci95"], *cells])
     about = f"{part['windows']} windows, noises of each: {part['draws']}, weighting: {part['weighting']}. "
     about += f"Weighted sum of the streams: {part['total']:.4g}"
-    return f"<p>{escape(about)}</p>" + table(rows) + _file(folder / "losses.png", "loss by noise level")
+    return element("p", about) + table(rows) + _file(folder, "losses.png", "loss by noise level")
 
 
-def _video(part: Mapping[str, Any], folder: Path) -> str:
+def _video(part: Mapping[str, Any], folder: Path) -> Html:
     names, settings = list(ordered(part["metrics"], LABELS)), part["settings"]
     rows = [["chunk", "frames ahead", "videos", *(f"{name.upper()} {row}" for name in names for row in VIDEO_ROWS)]]
     for i, chunk in enumerate(part["chunks"], 1):
@@ -143,15 +144,15 @@ def _video(part: Mapping[str, Any], folder: Path) -> str:
         f"{part['guidance']:g}, {'carried' if settings['carried'] else 'sliding'} history (K = {settings['history']} "
         f"latent frames). Frames ahead at which the mean PSNR is above the copy's: {part['beats_copy_frames']}."
     )
-    pieces = [f"<p>{escape(about)}</p>", table(rows), _file(folder / "video_drift.png", "closeness against horizon")]
+    found = element("p", about) + table(rows) + _file(folder, "video_drift.png", "closeness against horizon")
     if fvd := part["fvd"]:
-        pieces.append(table([["", *VIDEO_ROWS], [f"FVD of {fvd['clips']} clips", *(fvd[row] for row in VIDEO_ROWS)]]))
-    return "".join(
-        pieces + [_file(folder / name, "a rollout beside its recording") for name in part.get("pictures", ())]
-    )
+        found += table([["", *VIDEO_ROWS], [f"FVD of {fvd['clips']} clips", *(fvd[row] for row in VIDEO_ROWS)]])
+    for name in part.get("pictures", ()):
+        found += _file(folder, name, "a rollout beside its recording")
+    return found
 
 
-def _memory(part: Mapping[str, Any], folder: Path) -> str:
+def _memory(part: Mapping[str, Any], folder: Path) -> Html:
     second = part["seconds_per_frame"]
     heads = ["layer, head", "horizon, frames", "5 %–95 %", "in seconds", "per token, 5 %–95 %"]
     rows = [[*heads, "log10 bound", "log10 norm"]]
@@ -163,17 +164,17 @@ def _memory(part: Mapping[str, Any], folder: Path) -> str:
             bounds = [values["log10_bound"]["median"], values["log10_norm"]["median"]]
             rows.append([f"{layer['layer']}, {head}", middle, whole, middle * second, token, *bounds])
     about = f"{part['windows']} windows of {part['frames']} latent frames, {part['tokens_per_frame']} tokens each"
-    details = f"<details><summary>every head</summary>{table(rows)}</details>"
-    return f"<p>{about}</p>" + _file(folder / "memory.png", "effective horizons of the GATED heads") + details
+    details = element("details", element("summary", "every head"), table(rows))
+    return element("p", about) + _file(folder, "memory.png", "effective horizons of the GATED heads") + details
 
 
-def _closed_loop(part: Mapping[str, Any], folder: Path) -> str:
+def _closed_loop(part: Mapping[str, Any], folder: Path) -> Html:
     tasks = list(dict.fromkeys(task for policy in part["policies"].values() for task in policy["tasks"]))
     rows = [["policy", *tasks, "all"]]
     for name, policy in part["policies"].items():
         rows.append([name, *(successes(policy["tasks"].get(task)) for task in tasks), successes(policy["all"])])
     about = f"{part.get('env')}, {part.get('episodes_per_task')} episodes a task, seeds from {part.get('seed_start')}"
-    return f"<p>{escape(about)}</p>" + table(rows) + _file(folder / "closed_loop.png", "success rates")
+    return element("p", about) + table(rows) + _file(folder, "closed_loop.png", "success rates")
 
 
 def successes(row: Mapping[str, Any] | None) -> str:
@@ -194,5 +195,8 @@ SECTIONS = {
 """What shows a part, in the page's order: what matters most stands first."""
 
 
-def _file(path: Path, about: str) -> str:
-    return image(path.read_bytes(), about) if path.is_file() else ""
+def _file(folder: Path, name: str, about: str) -> Html:
+    """A picture of the folder; nothing where it has none of that name."""
+    if Path(name).name != name:
+        raise UserError(f"{folder / EVALUATION}: the picture {name!r} is not a file of this folder; evaluate again")
+    return image((folder / name).read_bytes(), about) if (folder / name).is_file() else Html()

@@ -13,7 +13,7 @@ import numpy as np
 from dataloaders.config import MIN_RANGE
 from dataloaders.packing.findings import Findings, Strip, Vector
 from kairos_train.basics.files import write_json
-from kairos_train.basics.pages import escape, page, png_of, table
+from kairos_train.basics.pages import Html, element, escape, page, png_of, table
 
 SHEET, REPORT, PAGE = "contact_sheet.png", "report.json", "index.html"
 _HEIGHT, _GAP, _MARGIN, _LINE = 96, 4, 12, 14
@@ -25,17 +25,19 @@ _STYLE = ".wide { max-height: 30rem; } .sheet { overflow-x: auto; }"
 
 def write_page(findings: Findings, folder: Path) -> None:
     """Write everything into `folder`."""
-    parts = [f"<h1>{escape(findings.title)}</h1>", table(findings.facts, head=False)]
+    parts = [element("h1", findings.title), table(findings.facts, head=False)]
     if findings.strips:
         _contact_sheet(findings.strips).save(folder / SHEET)
-        parts.append(f'<h2>Samples</h2><div class="sheet"><img src="{SHEET}" alt="samples"></div>')
+        sheet = Html(f'<div class="sheet"><img src="{SHEET}" alt="samples"></div>')
+        parts.append(element("h2", "Samples") + sheet)
     for vector in findings.vectors:
         name = f"{vector.name}s.png"
         _histograms(vector, folder / name)
         title = f"{vector.name.capitalize()}s ({vector.of})"
-        parts.append(f'<h2>{escape(title)}</h2><img src="{name}" alt="histograms of {vector.name}s">')
+        histograms = Html(f'<img src="{escape(name)}" alt="histograms of {escape(vector.name)}s">')
+        parts.append(element("h2", title) + histograms)
     for title, rows in findings.tables.items():
-        parts.append(f"<h2>{escape(title.capitalize())}</h2>{table(rows)}")
+        parts.append(element("h2", title.capitalize()) + table(rows))
     (folder / PAGE).write_text(page(findings.title, parts, style=_STYLE), encoding="utf-8")
     report = {"title": findings.title, "facts": findings.facts, "tables": findings.tables}
     report["vectors"] = [{"name": v.name, "low": v.low, "high": v.high, "of": v.of} for v in findings.vectors]

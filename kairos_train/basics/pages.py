@@ -27,7 +27,10 @@ img { max-width: 100%; height: auto; display: block; margin: 0.6rem 0; }
 
 
 class Html(str):
-    """Text that is HTML already; any other is escaped."""
+    """Text that is HTML already. Any other is escaped: by `element`, by a page, and by being added to this."""
+
+    def __add__(self, other: object) -> Html:
+        return Html(str.__add__(self, escape(other)))
 
 
 def page(title: str, sections: Iterable[str], *, style: str = "") -> str:
@@ -35,12 +38,12 @@ def page(title: str, sections: Iterable[str], *, style: str = "") -> str:
 
     Args:
         title: of the window, text.
-        sections: HTML, one below the other.
+        sections: HTML, or text, one below the other.
         style: CSS beside `STYLE`.
     """
     head = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
     head += f"<title>{escape(title)}</title><style>{STYLE}{style}</style>"
-    return f"{head}<body>{''.join(sections)}</body></html>\n"
+    return f"{head}<body>{joined(sections)}</body></html>\n"
 
 
 def escape(text: object) -> Html:
@@ -48,9 +51,23 @@ def escape(text: object) -> Html:
     return text if isinstance(text, Html) else Html(html.escape(str(text)))
 
 
+def element(tag: str, *inside: object, attributes: str = "") -> Html:
+    """An element with text and HTML inside.
+
+    Args:
+        attributes: of the tag, HTML.
+    """
+    return Html(f"<{tag}{attributes and f' {attributes}'}>{joined(inside)}</{tag}>")
+
+
+def joined(pieces: Iterable[object]) -> Html:
+    """Text and HTML one behind the other."""
+    return Html("".join(map(escape, pieces)))
+
+
 def note(text: str) -> Html:
     """A paragraph in grey."""
-    return Html(f'<p class="note">{escape(text)}</p>')
+    return element("p", text, attributes='class="note"')
 
 
 def table(

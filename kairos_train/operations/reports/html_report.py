@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import write_whole
 from kairos_train.basics.format import clock, gigabytes, many, span
-from kairos_train.basics.pages import Html, drawn, escape, image, note, page, table
+from kairos_train.basics.pages import Html, drawn, element, image, joined, note, page, table
 from kairos_train.operations.events import describe
 from kairos_train.operations.reports import plots
 from kairos_train.operations.reports.diagnosis import HEALTHY, LOOK, TROUBLE
@@ -77,20 +77,20 @@ def write_report(histories: Sequence[RunHistory], out: Path) -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: {out.parent} is no folder; make it, or name another file")
     title = "Training run" if len(histories) == 1 else "Training runs"
-    sections = [f"<h1>{title}</h1>", note(f"as of {clock(histories[0].now)}"), _facts(histories)]
+    sections = [element("h1", title), note(f"as of {clock(histories[0].now)}"), _facts(histories)]
     for heading, about, show in SECTIONS:
         if content := show(histories):
-            sections += [f"<h2>{heading}</h2>", note(about) if about else "", content]
+            sections += [element("h2", heading), note(about) if about else "", content]
     write_whole(out, page(title, sections, style=STYLE))
 
 
 # --- the parts ---
 
 
-def _facts(runs: Sequence[RunHistory]) -> str:
+def _facts(runs: Sequence[RunHistory]) -> Html:
     rows: list[tuple[str, Callable[[RunHistory], Any]]] = [
         ("folder", lambda run: run.record.run_dir),
-        ("health", lambda run: Html(_health(run))),
+        ("health", _health),
         ("state", lambda run: f"{run.state.name}, last sign of life {span(run.state.since)} ago"),
         ("stage", lambda run: f"{run.record.setting('stage.name')} of {run.record.setting('experiment')}"),
         ("model", lambda run: run.record.setting("model.name")),
@@ -115,11 +115,11 @@ def _facts(runs: Sequence[RunHistory]) -> str:
     return table(lines)
 
 
-def _health(run: RunHistory) -> str:
+def _health(run: RunHistory) -> Html:
     level = run.health.level
-    reasons = "".join(f"<li>{escape(reason.text)}</li>" for reason in run.health.reasons)
-    tag = f'<span class="tag" style="background: {COLOURS[level]}">{WORDS[level]}</span>'
-    return tag + (f"<ul>{reasons}</ul>" if reasons else "")
+    tag = element("span", WORDS[level], attributes=f'class="tag" style="background: {COLOURS[level]}"')
+    reasons = [element("li", reason.text) for reason in run.health.reasons]
+    return tag + element("ul", *reasons) if reasons else tag
 
 
 def _processes(run: RunHistory) -> str | None:
@@ -155,14 +155,14 @@ def _checkpoint(run: RunHistory) -> str:
     return "none" if found.newest is None else f"step {found.step:,}, {span(found.age)} old, {gigabytes(found.size)}"
 
 
-def _timeline(runs: Sequence[RunHistory]) -> str:
+def _timeline(runs: Sequence[RunHistory]) -> Html:
     return _figures("attempts of the runs and what happened in them", plots.timeline(runs))
 
 
-def _goodput(runs: Sequence[RunHistory]) -> str:
+def _goodput(runs: Sequence[RunHistory]) -> Html:
     known = [run for run in runs if run.goodput]
     if not known:
-        return ""
+        return Html()
     rows: list[list[Any]] = [["", *(run.name for run in known)]]
     for kind, label in KINDS.items():
         if any(run.goodput.seconds[kind] > 0 for run in known):
@@ -172,53 +172,53 @@ def _goodput(runs: Sequence[RunHistory]) -> str:
     return _figures("where the time went", plots.goodput(runs)) + table(rows)
 
 
-def _losses(runs: Sequence[RunHistory]) -> str:
+def _losses(runs: Sequence[RunHistory]) -> Html:
     return _figures("losses", plots.curves(runs, LOSSES), plots.families(runs, BY_SIGMA))
 
 
-def _validation(runs: Sequence[RunHistory]) -> str:
+def _validation(runs: Sequence[RunHistory]) -> Html:
     streams = sorted({name.split("/")[1] for run in runs for name in run.record.names(VALIDATION)}, reverse=True)
     panels = {f"{stream} loss": [f"{VALIDATION}ema/{stream}", f"{VALIDATION}raw/{stream}"] for stream in streams}
     return _figures("validation losses", plots.curves(runs, panels))
 
 
-def _gradients(runs: Sequence[RunHistory]) -> str:
+def _gradients(runs: Sequence[RunHistory]) -> Html:
     dropped = any(sum(run.record.curve(OPTIMIZER[DROPPED][0])[1]) for run in runs)
     panels = {title: names for title, names in OPTIMIZER.items() if dropped or title != DROPPED}
     kinds = plots.families(runs, {"gradient norm by kind of block": ("grad_norm/", "")})
     return _figures("gradients and learning rate", plots.curves(runs, panels, log=[NORM]), kinds)
 
 
-def _speed(runs: Sequence[RunHistory]) -> str:
+def _speed(runs: Sequence[RunHistory]) -> Html:
     return _figures("speed and memory", plots.curves(runs, SPEED), plots.families(runs, SECONDS))
 
 
-def _decay(runs: Sequence[RunHistory]) -> str:
+def _decay(runs: Sequence[RunHistory]) -> Html:
     return _figures("decays of Gated DeltaNet layers", plots.families(runs, DECAYS))
 
 
-def _others(runs: Sequence[RunHistory]) -> str:
+def _others(runs: Sequence[RunHistory]) -> Html:
     """Whatever else was measured, a panel for each family."""
     heads = sorted({name.partition("/")[0] for run in runs for name in run.record.names()})
     unseen = [head for head in heads if head not in (*PLACED, *UNPLOTTED) and not head.startswith(VALIDATION)]
     return _figures("further measurements", plots.families(runs, {head: (f"{head}/", "") for head in unseen}))
 
 
-def _samples(runs: Sequence[RunHistory]) -> str:
+def _samples(runs: Sequence[RunHistory]) -> Html:
     pieces = []
     for run in runs:
         name = f"{run.name}, " if len(runs) > 1 else ""
         if run.samples:
             moving_first = sorted(run.samples, key=lambda sample: sample.kind)
             pictures = [_picture(sample.path.read_bytes(), sample.kind, sample.path.stem) for sample in moving_first]
-            pieces.append(f"<h3>{escape(name)}step {run.samples[0].step:,}</h3>{''.join(pictures)}")
+            pieces.append(joined([element("h3", f"{name}step {run.samples[0].step:,}"), *pictures]))
         elif run.record.setting("train.sample_every") and run.record.setting("data.validation_shards"):
             why = "no images in samples/: none drawn yet, or by an earlier version, into TensorBoard alone"
             pieces.append(note(f"{name}{why}"))
-    return "".join(pieces)
+    return joined(pieces)
 
 
-def _events(runs: Sequence[RunHistory]) -> str:
+def _events(runs: Sequence[RunHistory]) -> Html:
     pieces = []
     for run in runs:
         told = [event for event in run.record.events if event["kind"] != "checkpoint"]
@@ -230,38 +230,36 @@ def _events(runs: Sequence[RunHistory]) -> str:
             rows.append([clock(event["time"]), event["life"], event.get("step"), kind, describe(event)])
         left_out = f", the newest {MOST_EVENTS} of {len(told)}" if len(told) > MOST_EVENTS else ""
         written = len(run.record.of("checkpoint"))
-        pieces.append(
-            f"<details{'' if len(told) > 40 else ' open'}><summary>{escape(run.name)}: {many(len(told), 'event')}"
-            f"{left_out}, and {many(written, 'checkpoint')} written</summary>{table(rows)}</details>"
-        )
-    return "".join(pieces)
+        counts = f"{run.name}: {many(len(told), 'event')}{left_out}, and {many(written, 'checkpoint')} written"
+        shut = "" if len(told) > 40 else "open"
+        pieces.append(element("details", element("summary", counts), table(rows), attributes=shut))
+    return joined(pieces)
 
 
-def _changes(runs: Sequence[RunHistory]) -> str:
+def _changes(runs: Sequence[RunHistory]) -> Html:
     changes = [(run, event) for run in runs for event in run.record.of("changed")]
     if not changes:
-        return ""
+        return Html()
     rows = [["run", "life", "time", "setting"]]
     return table([*rows, *([run.name, e["life"], clock(e["time"]), e.get("setting")] for run, e in changes)])
 
 
-def _differences(runs: Sequence[RunHistory]) -> str:
+def _differences(runs: Sequence[RunHistory]) -> Html:
     """Settings that are not the same in all runs."""
     flat = [_leaves(run.record.config) for run in runs]
     names = sorted({name for leaves in flat for name in leaves})
     rows = [[name, *(leaves.get(name) for leaves in flat)] for name in names]
     unlike = [row for row in rows if any(cell != row[1] for cell in row[2:])]
-    return table([["", *(run.name for run in runs)], *unlike]) if unlike else ""
+    return table([["", *(run.name for run in runs)], *unlike]) if unlike else Html()
 
 
-def _settings(runs: Sequence[RunHistory]) -> str:
+def _settings(runs: Sequence[RunHistory]) -> Html:
     texts = [(run, yaml.safe_dump(run.record.config, sort_keys=False)) for run in runs if run.record.config]
-    return "".join(
-        f"<details><summary>{escape(run.name)}</summary><pre>{escape(text)}</pre></details>" for run, text in texts
-    )
+    pieces = [element("details", element("summary", run.name), element("pre", text)) for run, text in texts]
+    return joined(pieces)
 
 
-SECTIONS: tuple[tuple[str, str, Callable[[Sequence[RunHistory]], str]], ...] = (
+SECTIONS: tuple[tuple[str, str, Callable[[Sequence[RunHistory]], Html]], ...] = (
     ("Lives", "A bar is a life of the run, in the colour of its end.", _timeline),
     (
         "Goodput",
@@ -287,14 +285,14 @@ SECTIONS: tuple[tuple[str, str, Callable[[Sequence[RunHistory]], str]], ...] = (
 # --- pieces of a page ---
 
 
-def _figures(about: str, *figures: Figure | None) -> str:
+def _figures(about: str, *figures: Figure | None) -> Html:
     return drawn(about, *figures, dots=DOTS)
 
 
-def _picture(content: bytes, kind: str, about: str) -> str:
+def _picture(content: bytes, kind: str, about: str) -> Html:
     name = 'class="moving"' if kind == "gif" else ""
     img = image(content, about, kind=kind, attributes=name)
-    return f"<figure>{img}<figcaption>{escape(about.replace('_', ' '))}</figcaption></figure>"
+    return element("figure", img, element("figcaption", about.replace("_", " ")))
 
 
 def _latest(run: RunHistory, name: str) -> float | None:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from kairos_train.basics.format import number
-from kairos_train.basics.pages import Html, drawn, escape, image, note, page, png_of, table
+from kairos_train.basics.pages import Html, drawn, element, escape, image, joined, note, page, png_of, table
 
 
 class Read(HTMLParser):
@@ -30,10 +30,11 @@ HOSTILE = '<script>alert("&")</script>'
 
 
 def test_text_is_shown_as_it_is_wherever_it_stands():
-    body = [table([[HOSTILE], [HOSTILE]]), note(HOSTILE), image(b"x", HOSTILE), f"<p>{escape(HOSTILE)}</p>"]
+    body = [table([[HOSTILE], [HOSTILE]]), note(HOSTILE), image(b"x", HOSTILE), element("p", HOSTILE), HOSTILE]
+    body += [f"<p>{HOSTILE}</p>", Html("<br>") + HOSTILE, joined([HOSTILE])]
     read = Read(page(HOSTILE, body))
     assert "script" not in [tag for tag, _ in read.tags]
-    assert read.words.count(HOSTILE) == 5
+    assert sum(words.count(HOSTILE) for words in read.words) == 9
     assert [attributes["alt"] for tag, attributes in read.tags if tag == "img"] == [HOSTILE]
 
 

@@ -119,6 +119,22 @@ def test_the_page_holds_numbers_and_pictures_and_fetches_nothing(evaluated):
     assert page.row("3, 1")[1] == f"{horizon:.4g}"
 
 
+def test_what_an_evaluation_says_of_itself_is_no_html(evaluated, tmp_path):
+    out, result = evaluated
+    text, parts = "<script>alert(1)</script>", json.loads(json.dumps(result["parts"]))
+    names = {"open_loop": ("windows", "episodes", "steps"), "losses": ("windows", "draws", "weighting")}
+    names |= {"memory": ("windows", "frames", "tokens_per_frame"), "video": ("beats_copy_frames",)}
+    for part, keys in names.items():
+        parts[part] |= dict.fromkeys(keys, text)
+    about = {"experiment": text, "model_name": text, "seed": text, "left_out": {text: text}}
+    page = Page(write_page(changed(out, tmp_path / "hostile", parts=parts, **about)))
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    parts = json.loads(json.dumps(result["parts"]))
+    parts["video"]["pictures"] = ["../secret.png"]
+    with pytest.raises(UserError, match=r"the picture '\.\./secret\.png' is not a file of this folder"):
+        write_page(changed(out, tmp_path / "other", parts=parts))
+
+
 def test_closed_loop_results_that_lie_in_the_folder_are_shown(evaluated, tmp_path):
     folder = changed(evaluated[0], tmp_path / "played")
     (folder / "closed_loop.json").write_text(json.dumps(PLAYED))
