@@ -2,7 +2,7 @@
 
 Handlers only note what came; the training loop asks between two steps, and all ranks agree on the answer there. A
 second SIGTERM changes nothing: a caller that cannot wait sends SIGKILL, which costs the steps since the last
-checkpoint. A second Ctrl-C does the same: whoever is at the terminal has no other way.
+checkpoint. A second Ctrl-C ends the process at once, as a user at a terminal expects.
 """
 
 from __future__ import annotations
