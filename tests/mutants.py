@@ -1089,6 +1089,24 @@ MUTANTS = (
             "PREFER_RECOMPUTE if kept else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE",
             "test_selective_recomputation_leaves_attention_alone",
         ),
+        (
+            "offloading moves weights",
+            "if 0 <= offset < weight.nbytes and x.dtype == weight.dtype:",
+            "if False:",
+            "test_offloading_moves_no_weights",
+        ),
+        (
+            "offloading holds the gathered weights",
+            "return _WeightView(weight, x.size(), x.stride(), offset // x.element_size())",
+            "return x",
+            "test_offloading_holds_no_weight_that_is_released_between_the_passes",
+        ),
+        (
+            "offloaded views of a weight begin where its first copy lay",
+            "start = self.weight.storage_offset() + self.offset",
+            "start = self.offset",
+            "test_offloading_holds_no_weight_that_is_released_between_the_passes",
+        ),
     ),
     # --- windows ---
     *mutants(

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils import checkpoint
 
 KEPT = (
@@ -38,12 +39,11 @@ class ActivationPolicy:
     recompute: str = "none"
     offload: bool = False
 
-    def run(self, layer: Callable[..., Any], *inputs: Any) -> Any:
-        """`layer(*inputs)`, which must depend on `inputs` and constants alone."""
+    def run(self, layer: Callable[..., Any], *inputs: Any, weights: nn.Module) -> Any:
+        """`layer(*inputs)`, which must depend on `inputs`, `weights` and constants alone."""
         if not torch.is_grad_enabled():
             return layer(*inputs)
-        pin = torch.cuda.is_available()
-        with torch.autograd.graph.save_on_cpu(pin_memory=pin) if self.offload else contextlib.nullcontext():
+        with _on_host(weights) if self.offload else contextlib.nullcontext():
             if self.recompute == "none":
                 return layer(*inputs)
             # No layer draws random numbers, so there is no generator to restore.
@@ -51,6 +51,41 @@ class ActivationPolicy:
             if self.recompute == "selective":
                 options["context_fn"] = partial(checkpoint.create_selective_checkpoint_contexts, _keep)
             return checkpoint.checkpoint(layer, *inputs, **options)
+
+
+def _on_host(weights: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """What backward needs lies in host memory until then, but for weights and views of them, which are there anyway.
+
+    Those are found again by their parameter: ZeRO 3 releases a weight after the forward pass and gathers another copy
+    in backward, and a tensor kept from here would hold the first one all the time between.
+    """
+    host = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+
+    def pack(x: Tensor) -> Any:
+        for weight in weights.parameters():
+            offset = x.data_ptr() - weight.data_ptr()
+            if 0 <= offset < weight.nbytes and x.dtype == weight.dtype:
+                return _WeightView(weight, x.size(), x.stride(), offset // x.element_size())
+        return host.pack_hook(x)
+
+    def unpack(kept: Any) -> Tensor:
+        return kept.tensor() if isinstance(kept, _WeightView) else host.unpack_hook(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+@dataclass(frozen=True)
+class _WeightView:
+    """Elements of a parameter, wherever it lies by the time that they are asked for."""
+
+    weight: nn.Parameter
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def tensor(self) -> Tensor:
+        start = self.weight.storage_offset() + self.offset
+        return self.weight.detach().as_strided(self.size, self.stride, start)
 
 
 def _keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:

@@ -64,7 +64,7 @@ class VideoPass:
         def run(x: Tensor, time: Tensor, context: Tensor | KeyValue) -> tuple[Tensor, LayerState]:
             return block(x, time, attend, context, self.context_mask)
 
-        self.x, left = self.stream.activations.run(run, self.x, self.modulation, context)
+        self.x, left = self.stream.activations.run(run, self.x, self.modulation, context, weights=block)
         return left
 
     def attend(
@@ -183,7 +183,7 @@ class ActionPass:
 
             return block(x, time, attend, context, self.context_mask)[0]
 
-        self.x = self.stream.activations.run(run, self.x, self.modulation, self.contexts[index], kv)
+        self.x = self.stream.activations.run(run, self.x, self.modulation, self.contexts[index], kv, weights=block)
 
     def finish(self) -> Tensor:
         """Velocity (B, A, action_dim)."""

@@ -44,6 +44,8 @@ MORE = [
     ("TP2+SPxDP2", 1, "streams=video"),
     ("CP4", 0, "streams=video"),
     ("CP4xDP2", 2, ""),
+    ("CP2xDP2", 3, f"train.offload_activations=true {RELEASED}"),
+    ("TP2+SPxDP2", 1, "train.offload_activations=true train.precision=bf16"),
     ("TP2+SPxCP2", 0, ""),
     ("TP2+SPxCP2xDP2", 2, f"streams=video {OFFLOADED}"),
 ]

@@ -262,8 +262,8 @@ def layer_departures(
 
 RECOMPUTE: dict[str, Callable] = {
     "none": lambda layer: layer,
-    "all": lambda layer: partial(ActivationPolicy("block").run, layer),
-    "all but states": lambda layer: partial(ActivationPolicy("selective").run, layer),
+    "all": lambda layer: partial(ActivationPolicy("block").run, layer, weights=layer),
+    "all but states": lambda layer: partial(ActivationPolicy("selective").run, layer, weights=layer),
 }
 
 
