@@ -126,6 +126,15 @@ def frame_exchange(args: argparse.Namespace) -> list[str]:
     ]
 
 
+def fp8_rounding(args: argparse.Namespace) -> list[str]:
+    """What FP8 layers round on their own or again."""
+    return [
+        "`benchmarks/fp8_rounding.py`: a Gated DeltaNet projection at full width by recipe `emulated`.",
+        "",
+        *listing(output_of("fp8_rounding.py")),
+    ]
+
+
 def demo(args: argparse.Namespace) -> list[str]:
     """The demo's table."""
     result = json.loads((args.demo / "evaluation" / "open_loop.json").read_text())
@@ -144,6 +153,7 @@ SECTIONS = {
     "Layouts against one process": parity,
     "State passing": state_passing,
     "Frame exchange": frame_exchange,
+    "FP8 rounding": fp8_rounding,
     "The demo": demo,
 }
 """Heading → what measures it, in the order of the page."""

@@ -21,6 +21,11 @@ ranks, in bfloat16. So ranks need not agree on scales: `current`, `block` and `m
 layer's input is whole on every tensor rank, where it gets the same scale). `delayed` alone keeps state, and reduces its
 magnitudes over the tensor group, so that replicas of a tensor stay replicas; checkpoints do not hold its state, and a
 resumed run starts without it.
+
+What is rounded more than once (measured: docs/numerics.md, "FP8 rounding"). A context rank projects the three tokens of
+a convolution's halo by themselves, with scales of their own: no further from float32 than with the shard's. Weights are
+rounded in every micro-batch, to the same values; keeping them would take one or two bytes per parameter on each rank,
+and cannot be had under ZeRO 3, which gathers other copies.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -199,7 +205,7 @@ def forward_autocast(policy: Fp8Policy, group: ProcessGroup | None = None) -> It
         return
     from transformer_engine.pytorch import autocast
 
-    with autocast(enabled=True, recipe=_recipe(policy, group), amax_reduction_group=group):
+    with autocast(enabled=True, recipe=_recipe(policy.recipe, group is not None), amax_reduction_group=group):
         yield
 
 
@@ -215,16 +221,18 @@ def _layer_autocast(policy: Fp8Policy, group: ProcessGroup | None) -> Iterator[N
         return
     from transformer_engine.pytorch import autocast
 
-    with autocast(enabled=True, recipe=_recipe(policy, group)):
+    with autocast(enabled=True, recipe=_recipe(policy.recipe, group is not None)):
         yield
 
 
-def _recipe(policy: Fp8Policy, group: ProcessGroup | None) -> object:
+@lru_cache
+def _recipe(name: str, reduces: bool) -> object:
+    """Transformer Engine's recipe, one for all layers and calls."""
     from transformer_engine.common import recipe
 
-    kind = getattr(recipe, RECIPE_CLASSES[policy.recipe])
+    kind = getattr(recipe, RECIPE_CLASSES[name])
     # Without a group Transformer Engine would reduce over all processes, of which some may run other layers.
-    return kind(reduce_amax=group is not None) if policy.recipe == "delayed" else kind()
+    return kind(reduce_amax=reduces) if name == "delayed" else kind()
 
 
 # --- what a recipe requires ---

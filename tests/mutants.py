@@ -690,6 +690,23 @@ MUTANTS = (
     ),
     *mutants(
         "precision",
+        "parallel/fp8.py",
+        "tests/unit/parallel/test_fp8.py",
+        (
+            "delayed scaling reduces its magnitudes over the world",
+            "recipe=_recipe(policy.recipe, group is not None), amax_reduction_group=group):",
+            "recipe=_recipe(policy.recipe, group is not None), amax_reduction_group=None):",
+            "test_delayed_scaling_reduces_its_magnitudes_over_tensor_ranks_and_no_others",
+        ),
+        (
+            "delayed scaling reduces without a group",
+            'return kind(reduce_amax=reduces) if name == "delayed" else kind()',
+            "return kind()",
+            "test_delayed_scaling_reduces_its_magnitudes_over_tensor_ranks_and_no_others",
+        ),
+    ),
+    *mutants(
+        "precision",
         "kairos_train/model/lora.py",
         "tests/unit/model/test_lora.py",
         (
@@ -1475,6 +1492,40 @@ MUTANTS = (
             'if config.train.resume != "never":',
             "if checked.checkpoint is not None:",
             "tests/e2e/test_train.py::test_what_the_job_before_wrote_while_its_end_was_waited_for_is_continued",
+        ),
+    ),
+    *mutants(
+        "run",
+        "kairos_train/operations/guard.py",
+        "tests/unit/operations/test_guard.py",
+        (
+            "a spike is far above the mean",
+            "return loss > factor * median(value for _, value in self._good)",
+            "return loss > factor * sum(value for _, value in self._good) / len(self._good)",
+            "test_single_losses_far_from_the_others_do_not_move_the_limit",
+        ),
+        (
+            "spikes are sought from the first step on",
+            "LEAST = 20",
+            "LEAST = 1",
+            "test_the_first_twenty_steps_are_compared_with_nothing",
+        ),
+    ),
+    *mutants(
+        "run",
+        "kairos_train/training/engine/initial_weights.py",
+        "tests/unit/training/test_initial_weights.py",
+        (
+            "the time projection is interpolated as one",
+            'resize = _resize_sixfold if name.startswith("time_projection") else _resize',
+            "resize = _resize",
+            "test_each_of_the_six_outputs_of_the_time_projection_is_interpolated_by_itself",
+        ),
+        (
+            "interpolation leaves the end points",
+            'mode="linear", align_corners=True)',
+            'mode="linear", align_corners=False)',
+            "test_a_tensor_is_interpolated_linearly_along_each_of_its_dimensions",
         ),
     ),
     *mutants(

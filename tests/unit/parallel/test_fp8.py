@@ -203,7 +203,9 @@ def engine(monkeypatch):
     for module in (package, pytorch, common, recipe, quantization):
         inside = {"recipe": "transformer_engine.common.", "quantization": "transformer_engine.pytorch."}
         monkeypatch.setitem(sys.modules, inside.get(module.__name__, "") + module.__name__, module)
-    return told
+    fp8._recipe.cache_clear()
+    yield told
+    fp8._recipe.cache_clear()
 
 
 def distinct_groups(**degrees):
@@ -238,6 +240,16 @@ def test_recipes_without_state_reduce_nothing_and_open_around_each_layer(engine)
         engine.clear()
     with pytest.raises(RuntimeError, match=r"within parallel\.fp8\.forward_autocast"):
         fp8._layer_autocast(policy("delayed"), None).__enter__()
+
+
+def test_all_layers_and_calls_share_one_recipe(engine):
+    for recipe in ("current", "delayed"):
+        for _ in range(2):
+            with fp8.forward_autocast(policy(recipe), "group"), fp8._layer_autocast(policy(recipe), "group"):
+                pass
+        assert len(engine) == 2
+        assert engine[0]["recipe"] is engine[1]["recipe"]
+        engine.clear()
 
 
 def test_layers_of_a_layout_reduce_over_its_tensor_ranks():
