@@ -80,6 +80,7 @@ def run_serve(args: argparse.Namespace) -> int:
         max_batch=args.max_batch,
         batch_window_ms=args.batch_window_ms,
         max_connections=args.max_connections,
+        max_connections_per_client=args.max_connections_per_client,
         steps=args.steps,
         cameras=args.cameras,
         fps=args.fps,
@@ -167,6 +168,9 @@ def add(commands: Any) -> None:
         "--batch-window-ms", type=float, default=2.0, metavar="MS", help="how long a batch waits for more"
     )
     serve.add_argument("--max-connections", type=count, default=256, metavar="N", help="at the same time")
+    serve.add_argument(
+        "--max-connections-per-client", type=count, default=128, metavar="N", help="of one address at the same time"
+    )
     serve.add_argument("--steps", type=count, default=None, help="of the sampler; none: as the export says")
     serve.add_argument(
         "--cameras", default="", metavar="KEY,KEY", help="where the export names none: those of training"

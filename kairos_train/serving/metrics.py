@@ -6,9 +6,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-ERRORS = ("message", "observation", "size", "token", "connections", "internal")
+ERRORS = ("message", "observation", "size", "token", "connections", "handshake", "internal")
 """Kinds of errors: unreadable message; unfit observation; message over the cap; wrong or no token; one connection too
-many; a fault of the server."""
+many; a socket closed in its handshake to make room; a fault of the server."""
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.log import log_to_stderr, logger
+from kairos_train.serving.admission import raise_file_numbers
 from kairos_train.serving.policy import ActionClipping, ServedPolicy
 from kairos_train.serving.server import ServerSettings, run_server
+
+MAX_TOKEN = 4096  # characters of a token file
 
 
 def run(
@@ -21,6 +25,7 @@ def run(
     max_batch: int,
     batch_window_ms: float,
     max_connections: int,
+    max_connections_per_client: int,
     steps: int | None,
     cameras: str,
     fps: float | None,
@@ -37,8 +42,8 @@ def run(
         clip_actions, clip_margin: of `ActionClipping`; None: not clipped, and no margin.
 
     Raises:
-        UserError: an option out of range, a token file that holds no token, an export that cannot be served, or an
-            address that cannot be listened on.
+        UserError: an option out of range, a token file that holds no token or that others may use, too few file
+            numbers, an export that cannot be served, or an address that cannot be listened on.
     """
     for name, value, fits, rule in (
         ("port", port, 0 <= port < 65536, "from 0 to 65535"),
@@ -60,7 +65,9 @@ def run(
         max_batch=max_batch,
         batch_window=batch_window_ms / 1000,
         max_connections=max_connections,
+        max_connections_per_client=max_connections_per_client,
     )
+    raise_file_numbers(max_connections)
     log_to_stderr(dated=True)
     if settings.token is None and not is_local(host):
         logger.warning("host=%s is reachable by others and no --token-file is given: anyone may ask the policy", host)
@@ -93,14 +100,19 @@ def read_token(file: Path) -> str:
     """The token in a file, without the white space around it.
 
     Raises:
-        UserError: no such file, or it does not hold one printable ASCII word.
+        UserError: no such file, it does not hold one printable ASCII word, or it is not this user's alone.
     """
     try:
-        token = file.read_text(encoding="utf-8").strip()
+        with open(file, encoding="utf-8") as opened:
+            token, about = opened.read(MAX_TOKEN).strip(), os.stat(opened.fileno())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"token-file={file}: cannot be read ({type(error).__name__}); give a text file") from error
     if not (token.isascii() and token.isprintable()) or not token or " " in token:
         raise UserError(f"token-file={file}: must hold one word of printable ASCII; write a random one into it")
+    if about.st_uid not in (os.geteuid(), 0):
+        raise UserError(f"token-file={file}: belongs to another user ({about.st_uid}); give a file of your own")
+    if about.st_mode & 0o077:
+        raise UserError(f"token-file={file}: others may use it (mode {about.st_mode & 0o777:o}); run chmod 600 {file}")
     return token
 
 

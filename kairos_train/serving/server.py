@@ -7,6 +7,8 @@ either way. `{"endpoint": "reset"}` clears the connection's history and is answe
     GET /healthz    "OK"
     GET /metrics    Prometheus's text format
 
+How many sockets there are at a time, and of whom: `kairos_train.serving.admission`.
+
 Everything of a connection runs in the event loop, all arithmetic in the batcher's thread: pings are answered while the
 model computes. Browsers are refused (requests with an Origin), because any page could open a socket to this machine.
 """
@@ -14,6 +16,8 @@ model computes. Browsers are refused (requests with an Origin), because any page
 from __future__ import annotations
 
 import asyncio
+import errno
+import functools
 import hmac
 import logging
 import signal
@@ -31,6 +35,7 @@ from websockets.http11 import Request, Response
 
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.log import logger
+from kairos_train.serving.admission import PENDING, Admission, AdmittedConnection, Seldom
 from kairos_train.serving.batching import Batcher
 from kairos_train.serving.codec import decode, encode
 from kairos_train.serving.metrics import CONTENT_TYPE, Metrics
@@ -38,7 +43,8 @@ from kairos_train.serving.policy import ModelInput, ObservationHistory, ServedPo
 
 ENDPOINT, RESET = "endpoint", "reset"
 SCHEMES = ("bearer ", "api-key ")  # the second is what openpi's client sends
-CLOSE_SECONDS = 5  # for a client to answer the closing handshake
+OPEN_SECONDS = 10  # for a client to finish the opening handshake
+CLOSE_SECONDS = 5  # to answer the closing one
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class ServerSettings:
         max_batch: requests computed together at most.
         batch_window: seconds that a batch waits for more requests.
         max_connections: a connection beyond is closed with code 1013.
+        max_connections_per_client: of one address; likewise.
+        max_pending: sockets that are no clients: in their handshake, refused, or being closed.
         grace: seconds that accepted requests have on shutdown.
     """
 
@@ -61,6 +69,8 @@ class ServerSettings:
     max_batch: int = 16
     batch_window: float = 0.002
     max_connections: int = 256
+    max_connections_per_client: int = 128
+    max_pending: int = PENDING
     grace: float = 30.0
 
 
@@ -86,12 +96,18 @@ class PolicyServer:
         self._policy, self._settings = policy, settings
         self.metrics = Metrics()
         self._metadata = encode(policy.metadata)
-        self._connections = 0
+        self._admission = Admission(
+            clients=settings.max_connections,
+            per_client=settings.max_connections_per_client,
+            pending=settings.max_pending,
+            dropped=self._dropped,
+        )
+        self._full, self._exhausted, self._failed = Seldom(), Seldom(), Seldom()
         self._batcher = Batcher(
             self._act,
             max_batch=settings.max_batch,
             window=settings.batch_window,
-            clients=lambda: self._connections,
+            clients=lambda: len(self._admission),
             metrics=self.metrics,
         )
 
@@ -114,6 +130,7 @@ class PolicyServer:
         settings = self._settings
         quiet = logger.getChild("websockets")
         quiet.setLevel(logging.CRITICAL)  # its errors are clients' broken handshakes, with tracebacks
+        asyncio.get_running_loop().set_exception_handler(self._loop_error)
         self._stopped = asyncio.create_task(stop.wait())
         batches = asyncio.create_task(self._batcher.run())
         try:
@@ -126,8 +143,10 @@ class PolicyServer:
                 process_request=self._http,
                 max_size=settings.max_message_bytes,
                 max_queue=1,  # one request at a time: more stay in the socket
+                open_timeout=OPEN_SECONDS,
                 close_timeout=CLOSE_SECONDS,
                 logger=quiet,
+                create_connection=functools.partial(AdmittedConnection, admission=self._admission),
             )
         except OSError as error:
             raise UserError(
@@ -142,7 +161,7 @@ class PolicyServer:
                 async with asyncio.timeout(settings.grace):
                     await server.wait_closed()
             except TimeoutError:
-                logger.warning("%d connections did not end in %g s", self._connections, settings.grace)
+                logger.warning("%d connections did not end in %g s", len(self._admission), settings.grace)
                 for connection in server.connections:
                     connection.transport.abort()
         finally:
@@ -157,11 +176,12 @@ class PolicyServer:
 
     async def _connection(self, websocket: ServerConnection) -> None:
         """Metadata, then request and reply, until either side closes."""
-        if self._connections >= self._settings.max_connections:
+        if not self._admission.admit(websocket):
             self.metrics.errors.labels("connections").inc()
+            most, each = self._settings.max_connections, self._settings.max_connections_per_client
+            self._full.log(f"a connection is refused: there are {len(self._admission)} of {most}, {each} per client")
             await websocket.close(CloseCode.TRY_AGAIN_LATER, "too many connections")
             return
-        self._connections += 1
         self.metrics.connections.inc()
         client = _Client(websocket, self._policy.history(), asyncio.create_task(websocket.wait_closed()))
         try:
@@ -179,11 +199,11 @@ class PolicyServer:
                 self.metrics.errors.labels("size").inc()
         except Exception:  # a fault of this server; the library would close without a word
             self.metrics.errors.labels("internal").inc()
-            logger.exception("a connection failed")
+            self._failed.log("a connection failed", level=logging.ERROR, exc_info=True)
             raise
         finally:
             client.gone.cancel()
-            self._connections -= 1
+            self._admission.release(websocket)
             self.metrics.connections.dec()
 
     async def _next(self, websocket: ServerConnection) -> str | bytes | None:
@@ -220,7 +240,7 @@ class PolicyServer:
             raise
         except Exception:
             self.metrics.errors.labels("internal").inc()
-            logger.exception("a request failed")
+            self._failed.log("a request failed", level=logging.ERROR, exc_info=True)
             return "internal error: the server could not answer this request; its log says why"
         self.metrics.requests.inc()
         timing = {"infer_ms": seconds * 1000}
@@ -237,6 +257,18 @@ class PolicyServer:
         client.history.clear()
         self.metrics.resets.inc()
         return encode(values)
+
+    def _dropped(self) -> None:
+        self.metrics.errors.labels("handshake").inc()
+        self._full.log(f"idle sockets are closed: more than {self._settings.max_pending} are in their handshake")
+
+    def _loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What the event loop could not tell anybody: without file numbers it says so for every socket."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            self._exhausted.log(f"a socket could not be accepted ({error.strerror}); tried again after a second")
+        else:
+            loop.default_exception_handler(context)
 
     # --- HTTP ---
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +82,13 @@ def in_thread(policy: ServedPolicy, **settings) -> Iterator[Running]:
 
 
 @contextmanager
-def in_process(export: Path, *options: str) -> Iterator[tuple[subprocess.Popen, Running]]:
-    """`kairos-train serve`, once it listens; killed at the end if it still runs."""
-    command = [sys.executable, "-m", "kairos_train.cli", "serve", str(export), "--port", "0", *options]
+def in_process(export: Path, *options: str, prefix: Sequence[str] = ()) -> Iterator[tuple[subprocess.Popen, Running]]:
+    """`kairos-train serve`, once it listens; killed at the end if it still runs.
+
+    Args:
+        prefix: words in front of the command.
+    """
+    command = [*prefix, sys.executable, "-m", "kairos_train.cli", "serve", str(export), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()

@@ -121,6 +121,7 @@ def test_a_wrong_option_is_one_line(exported, capsys, options, reason):
 
 
 def test_a_token_is_the_word_in_its_file(tmp_path):
+    (tmp_path / "token").touch(mode=0o600)
     (tmp_path / "token").write_text("  s3cret\n")
     assert read_token(tmp_path / "token") == "s3cret"
     for wrong in ("", "two words", "grüß", "a\nb"):
