@@ -18,6 +18,7 @@ from kairos_train.basics.log import log_to_stderr
 from kairos_train.commands import (
     benchmarks,
     closed_loop,
+    codec,
     data,
     evaluation,
     health,
@@ -94,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add(commands)
     operations.add(commands)
     data.add(commands)
+    codec.add(commands)
     policies.add(commands)
     evaluation.add(commands)
     closed_loop.add(commands)

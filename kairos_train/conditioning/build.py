@@ -23,11 +23,15 @@ def _video(config: VideoEncoderConfig, device: str | torch.device) -> VideoEncod
         from kairos_train.conditioning.block_dct import BlockDCT
 
         return BlockDCT(device)
+    if config.kind == "tiny_vae":
+        from kairos_train.conditioning.tiny_vae import TinyVAE
+
+        return TinyVAE(config.path, device)
     if config.kind == "wan":
         from kairos_train.conditioning.wan_vae import WanVAE
 
         return WanVAE(config.path, sample_posterior=config.sample_posterior, device=device)
-    raise UserError(f"encoders.video.kind: {config.kind!r} is not a video encoder; choose wan or block_dct")
+    raise UserError(f"encoders.video.kind: {config.kind!r} is not a video encoder; choose wan, tiny_vae or block_dct")
 
 
 def _text(config: TextEncoderConfig, device: str | torch.device) -> TextEncoder:

@@ -86,10 +86,12 @@ class KernelsConfig:
 
 @dataclass
 class VideoEncoderConfig:
-    """Frames -> latents. `block_dct` is weight-free; `wan` is the real Wan2.1 VAE from local weights."""
+    """Frames -> latents. `wan` is the real Wan2.1 VAE from local weights, `tiny_vae` a small learned codec for demos,
+    `block_dct` needs no weights."""
 
-    kind: str = setting("wan", one_of("wan", "block_dct"))  # which encoder
-    path: str | None = setting(None, path="exists")  # wan: Diffusers folder or original .pth
+    kind: str = setting("wan", one_of("wan", "tiny_vae", "block_dct"))  # which encoder
+    # wan: Diffusers folder or original .pth; tiny_vae: model.safetensors
+    path: str | None = setting(None, path="exists")
     sample_posterior: bool = False  # wan: sample the posterior; false takes its mode (ours)
 
 

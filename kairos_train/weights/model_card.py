@@ -68,8 +68,8 @@ def model_card(
         f"| weights' fingerprint | `{summary['fingerprint']}` |",
         "",
     ]
-    if encoders["video"] == "block_dct" or encoders["text"] == "hashed_ngrams":
-        lines += ["Trained on weight-free encoders: it cannot be used with the published ones.", ""]
+    if (encoders["video"], encoders["text"]) != ("wan", "qwen"):
+        lines += ["Trained on encoders of the demo: it cannot be used with the published ones.", ""]
     if "dit_config" not in described:
         lines += STANDALONE
     elif described["dit_config"] is None:

@@ -221,5 +221,5 @@ def _identity(wanted: EncodersConfig, indices: Sequence[ShardIndex], encoders: E
 
 def _weights_given(encoders: EncodersConfig) -> bool:
     """Whether the encoders can be built: weight-free ones always, real ones where their weights are named."""
-    real = [e for e in (encoders.video, encoders.text) if e.kind in ("wan", "qwen")]
+    real = [e for e in (encoders.video, encoders.text) if e.kind in ("wan", "tiny_vae", "qwen")]
     return all(e.path is not None for e in real)
