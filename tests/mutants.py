@@ -1423,6 +1423,39 @@ MUTANTS = (
             "test_a_run_goes_on_after_a_disk_that_spoilt_its_newest_checkpoint_an_old_one_and_its_logs",
         ),
     ),
+    *mutants(
+        "export",
+        "kairos_train/inference/export_files.py",
+        "tests/unit/weights/test_damaged_exports.py",
+        (
+            "exchanged weights are served",
+            'and sha256_of(file) == recorded.get("sha256")',
+            "and sha256_of(file)",
+            "test_weights_of_the_same_shape_are_exchanged_for_nobody",
+        ),
+    ),
+    *mutants(
+        "export",
+        "kairos_train/inference/load.py",
+        "tests/unit/weights/test_damaged_exports.py",
+        (
+            "weights are not among what is compared with the manifest",
+            "INDEX_FILE, *read_index(folder).values()}",
+            "INDEX_FILE}",
+            "test_weights_of_which_4_kilobytes_are_others_are_refused",
+        ),
+    ),
+    *mutants(
+        "export",
+        "kairos_train/model/public_keys.py",
+        "tests/unit/weights/test_damaged_exports.py",
+        (
+            "a model is built that no tensors are there for",
+            "if type(size) is not int or not 1 <= size <= most:",
+            "if size is None:",
+            "test_no_model_is_built_that_its_tensors_have_no_room_for",
+        ),
+    ),
     # --- settings ---
     *mutants(
         "settings",

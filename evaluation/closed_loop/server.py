@@ -13,7 +13,7 @@ from typing import Any
 
 from kairos_train.basics.errors import RunStopped, UserError
 from kairos_train.basics.files import read_json
-from kairos_train.inference.load import CONFIG_FILE, EXPORT, STATISTICS_FILE
+from kairos_train.inference.export_files import CONFIG_FILE, EXPORT, STATISTICS_FILE
 from kairos_train.serving.client import PolicyClient, PolicyLost
 
 GREET_SECONDS = 10.0  # in which a server must answer

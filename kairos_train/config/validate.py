@@ -83,6 +83,14 @@ def validate(config: Config, sections: Sequence[str] | None = None) -> None:
             rule(config)
 
 
+def validate_model(config: Config) -> None:
+    """Raise UserError for the first broken rule on the sizes of the model alone: of weights that are read, the rest of
+    the configuration is of the machine that trained them."""
+    values_are_legal(config.model, "model.")
+    for rule in MODEL_RULES:
+        rule(config)
+
+
 def value_of(config: Config, key: str) -> Any:
     """The value of a dotted key; None below a section that is null."""
     section, _, name = key.rpartition(".")
@@ -90,9 +98,13 @@ def value_of(config: Config, key: str) -> Any:
     return getattr(owner, name) if owner is not None else None
 
 
-def values_are_legal(config: Config) -> None:
-    """Every value keeps the rule that its field in the schema has."""
-    for key, section, field in walk(config):
+def values_are_legal(config: Any, prefix: str = "") -> None:
+    """Every value keeps the rule that its field in the schema has.
+
+    Args:
+        config: a configuration or, with the key that it has there as `prefix`, a section of one.
+    """
+    for key, section, field in walk(config, prefix):
         rule, value = field.metadata.get("rule"), getattr(section, field.name)
         missing = value == MISSING
         if rule is None or value is None or (missing and "[" not in key):  # in items of lists nobody asks for it later
@@ -210,18 +222,23 @@ def ema_forgets(config: Config) -> None:
         raise UserError("train.ema_decay=1 would keep the first weights for ever; give a fraction below 1, as 0.999")
 
 
-RULES: tuple[Callable[[Config], None], ...] = (
-    values_are_legal,
-    texts_are_lines,
+MODEL_RULES: tuple[Callable[[Config], None], ...] = (
     layer_kinds_are_known,
     layers_are_whole_cycles,
     heads_divide_the_width,
     rotary_splits_the_head,
     timestep_embedding_is_even,
-    latents_fit_the_encoders,
     patches_tile_the_latents,
     token_windows_have_no_history_rule,
     causal_history_is_restricted,
+)
+"""Those that look at `model` alone."""
+
+RULES: tuple[Callable[[Config], None], ...] = (
+    values_are_legal,
+    texts_are_lines,
+    *MODEL_RULES,
+    latents_fit_the_encoders,
     text_widths_agree,
     frames_are_4k_plus_1,
     some_clips_are_long_enough,

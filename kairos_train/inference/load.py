@@ -1,43 +1,47 @@
 """Reading an export folder: weights, configuration, sampler settings and statistics that belong together, or an error.
 
-An export folder holds `model.safetensors.index.json` with the files it names, `config.json` (the resolved run and the
-encoders' identity), `sampler.json` and `dataset_stats.json`. The header of each file of weights repeats the model's
-configuration, because layer order, windows and history rules leave no trace in keys and shapes, and the export's
-fingerprint (`kairos_train.inference.fingerprint`): files from elsewhere are found out by them.
+What an export folder holds, and how its files are held to each other: `kairos_train.inference.export_files`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
-from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import read_json, sha256_of
-from kairos_train.basics.foreign_files import refuse_lfs_pointer
 from kairos_train.basics.geometry import latent_frames
+from kairos_train.basics.log import logger
 from kairos_train.basics.plain import from_dict
-from kairos_train.config.schema import Config, ModelConfig
-from kairos_train.inference.fingerprint import fingerprint
+from kairos_train.config.schema import Config
+from kairos_train.config.validate import validate_model
+from kairos_train.inference.export_files import (
+    CONFIG_FILE,
+    EXPORT,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    SAMPLER_FILE,
+    STATISTICS_FILE,
+    check_bytes,
+    check_fingerprint,
+    check_fit,
+    read_described,
+    read_header,
+    read_index,
+)
 from kairos_train.inference.quantized import METHODS, replace_large
 from kairos_train.inference.robots import ROBOTS_FILE, Robot, named, robots_in
 from kairos_train.inference.sampler import SamplerConfig
 from kairos_train.model import WorldActionModel
+from kairos_train.model.public_keys import refuse_larger
 
-FORMAT = "kairos-export-2"
-INDEX_FILE = "model.safetensors.index.json"
-CONFIG_FILE = "config.json"
-SAMPLER_FILE = "sampler.json"
-STATISTICS_FILE = "dataset_stats.json"
-EXPORT = "write the folder again with `kairos-train export`"
-"""The remedy where a file of an export folder is unreadable."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -108,7 +112,12 @@ class Policy:
 
 
 def load(
-    folder: Path, device: str | torch.device = "cpu", dtype: str | None = None, *, robot: str | None = None
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtype: str | None = None,
+    *,
+    robot: str | None = None,
+    verify: bool = True,
 ) -> Policy:
     """Load an export folder.
 
@@ -117,24 +126,26 @@ def load(
         device: where the model goes.
         dtype: "bf16" or "fp32"; None: float32 on a CPU, where bfloat16 is slow, else the file's own precision.
         robot: name of one of several that it was trained on; None: the run's own, its first.
+        verify: compare the SHA-256 of every file that is read with `manifest.json`, which is reported where it is left
+            out: damaged weights are loaded then.
 
     Raises:
-        UserError: a file is missing or damaged, weights, configuration and sampler do not belong together, or there is
-            no such robot.
+        UserError: a file is missing, damaged or not the one that was exported; weights, configuration and sampler do
+            not belong together, or there is no such robot.
     """
     folder, device = Path(folder), torch.device(device)
-    described = read_json(folder / CONFIG_FILE, remedy=EXPORT)
-    if described.get("format") != FORMAT:
-        raise UserError(
-            f"{folder / CONFIG_FILE}: format is {described.get('format')!r}, not {FORMAT!r}; export again, standalone"
-        )
-    for key in ("run", "distilled", "dtype", "weights", "quantization", "fingerprint"):
-        if key not in described:
-            raise UserError(f"{folder / CONFIG_FILE}: has no {key!r}; export again")
+    described = read_described(folder)
     config = from_dict(Config, described["run"])
     name = dtype or ("fp32" if device.type == "cpu" else described["dtype"])
     if name not in DTYPES:
         raise UserError(f"dtype={name!r}: must be one of {', '.join(DTYPES)}")
+    acts = config.model.action is not None and config.stage.streams == "joint"
+    if verify:
+        files = {CONFIG_FILE, SAMPLER_FILE, INDEX_FILE, *read_index(folder).values()}
+        files |= {STATISTICS_FILE} if acts else set()
+        check_bytes(folder, files | ({ROBOTS_FILE} if acts and described.get("robots_sha256") else set()))
+    else:
+        logger.warning(f"{folder}: verify=False: its files are not compared with {MANIFEST_FILE}")
     sampler = read_sampler(folder, described)
     trained, configured = _cameras(config, described), _cameras(config, {})
     if configured and trained != configured:
@@ -143,7 +154,6 @@ def load(
             f"{','.join(configured)}; which order was trained is not known: train again with the cameras of "
             "the shards"
         )
-    acts = config.model.action is not None and config.stage.streams == "joint"
     statistics = read_statistics(folder, described) if acts else {}
     model = load_model(folder, config, described, device=device, dtype=DTYPES[name])
     about = {k: v for k, v in described.items() if k not in ("run", "encoders")}
@@ -201,6 +211,9 @@ def load_model(
     """
     files = [folder / name for name in sorted(set(read_index(folder).values()))]
     tables = {file: read_header(file) for file in files}
+    shapes = {key: shape for table in tables.values() for key, (_, shape) in table.tensors.items()}
+    refuse_larger(config.model, shapes, f"{folder / CONFIG_FILE}: run")
+    validate_model(config)
     # Built without storage and given the files' tensors: no time for initial values, one copy in memory.
     with torch.device("meta"):
         model = WorldActionModel(config.model, config.kernels)
@@ -221,93 +234,6 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-@dataclass(frozen=True)
-class Header:
-    """What stands at the beginning of a file of weights: name → (type as safetensors writes it, shape), and text."""
-
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
-    metadata: dict[str, str]
-
-
-def read_index(folder: Path) -> dict[str, str]:
-    """Tensor name → file, of an export's index.
-
-    Raises:
-        UserError: there is none, or it names files elsewhere.
-    """
-    names = read_json(folder / INDEX_FILE, remedy=EXPORT).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-        raise UserError(f"{folder / INDEX_FILE}: has no weight_map from tensors to files beside it; export again")
-    return names
-
-
-def read_header(file: Path) -> Header:
-    """The tensors and the text in the header of a file of weights.
-
-    Raises:
-        UserError: the file is missing, cut off or damaged.
-    """
-    if not file.is_file():
-        raise UserError(f"{file}: not found; write an export folder with `kairos-train export`")
-    refuse_lfs_pointer(file)
-    try:
-        with safe_open(file, "pt") as weights:
-            parts = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118, not a dict
-            tensors = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in parts.items()}
-            return Header(tensors, weights.metadata() or {})
-    except SafetensorError as error:
-        raise UserError(f"{file}: cannot be read as safetensors ({one_line(error)}); export again") from error
-
-
-def check_fit(
-    folder: Path, tables: Mapping[Path, Header], model: nn.Module, config: ModelConfig, described: Mapping[str, Any]
-) -> None:
-    """Compare files of weights with the model that a configuration describes: names, shapes, headers, fingerprint.
-
-    Args:
-        tables: of every file that the index names.
-        model: of `config`, without storage.
-
-    Raises:
-        UserError: names the first tensor, file or setting that does not fit.
-    """
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    tensors = {key: info for table in tables.values() for key, info in table.tensors.items()}
-    found = {key: shape for key, (_, shape) in tensors.items()}
-    for key in sorted(expected.keys() | found.keys()):
-        if expected.get(key) != found.get(key):
-            in_file, by_config = (list(s[key]) if key in s else "none" for s in (found, expected))
-            raise UserError(
-                f"{folder}: tensor {key!r} has shape {in_file} in the file and {by_config} by {CONFIG_FILE}"
-                f" (run.model, {config.name!r}); weights and configuration do not belong together"
-            )
-    for file, table in tables.items():
-        recorded = table.metadata.get("model_config")
-        if recorded is None:
-            raise UserError(f"{file}: its header has no model_config; only files of `kairos-train export` load here")
-        if difference := _first_difference(json.loads(recorded), described["run"]["model"]):
-            name, in_file, by_config = difference
-            raise UserError(
-                f"{file}: was written for run.model{name}={in_file!r}, {CONFIG_FILE} says {by_config!r};"
-                " weights and configuration do not belong together"
-            )
-    if fingerprint(described, tensors) != described["fingerprint"]:
-        raise UserError(
-            f"{folder / CONFIG_FILE}: is not as it was exported, or of other weights: what it says of model, data,"
-            " stage, encoders or precision has another fingerprint; export again"
-        )
-    for file, table in tables.items():
-        _check_fingerprint(file, table.metadata.get("fingerprint"), described)
-
-
-def _check_fingerprint(file: Path, found: Any, described: Mapping[str, Any]) -> None:
-    if found != described["fingerprint"]:
-        raise UserError(
-            f"{file}: is of another export than {CONFIG_FILE} (fingerprint {str(found)[:12]}, not"
-            f" {described['fingerprint'][:12]}); take all files from one export"
-        )
-
-
 def read_sampler(folder: Path, described: Mapping[str, Any]) -> SamplerConfig:
     """Sampler settings of an export.
 
@@ -323,7 +249,7 @@ def read_sampler(folder: Path, described: Mapping[str, Any]) -> SamplerConfig:
             f"{folder / SAMPLER_FILE}: schedule is {sampler.schedule!r} while {CONFIG_FILE} says distilled={distilled};"
             f" set schedule to {'distilled' if distilled else 'shifted'!r}"
         )
-    _check_fingerprint(folder / SAMPLER_FILE, whose, described)
+    check_fingerprint(folder / SAMPLER_FILE, whose, described)
     return sampler.check()
 
 
@@ -359,13 +285,3 @@ def read_robots(folder: Path, described: Mapping[str, Any]) -> list[Robot]:
             "actions would be in other units; export again"
         )
     return robots_in(content, str(file))
-
-
-def _first_difference(found: Any, expected: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """Dotted path and both values of the first leaf in which two plain trees differ."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in sorted(found.keys() | expected.keys()):
-            if difference := _first_difference(found.get(key), expected.get(key), f"{path}.{key}"):
-                return difference
-        return None
-    return None if found == expected else (path, found, expected)

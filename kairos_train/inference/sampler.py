@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,16 +58,19 @@ class SamplerConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(f"sampler.{name}={getattr(self, name)!r}: must be one of {', '.join(known)}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise UserError(f"sampler.steps={self.steps!r}: must be a whole number of at least 1")
+        if type(self.steps) is not int or not 1 <= self.steps <= schedule.TRAINING_STEPS:
+            raise UserError(
+                f"sampler.steps={str(self.steps)[:40]}: must be a whole number from 1 to {schedule.TRAINING_STEPS}, the"
+                " times that training knows"
+            )
         if self.schedule == "distilled":
             fixed = {"steps": len(schedule.DISTILLED_TIMES), "action_shift": schedule.DISTILLED_SHIFT, "guidance": 1.0}
             for name, value in fixed.items():
                 if getattr(self, name) != value:
                     raise UserError(f"sampler.{name}={getattr(self, name)}: a distilled schedule has {value}; set that")
-        if not self.action_shift > 0:
+        if not 0 < self.action_shift < math.inf:
             raise UserError(f"sampler.action_shift={self.action_shift}: must be above 0; the default is 5")
-        if not self.guidance >= 0:
+        if not 0 <= self.guidance < math.inf:
             raise UserError(f"sampler.guidance={self.guidance}: must be at least 0; 1 switches guidance off")
         return self
 

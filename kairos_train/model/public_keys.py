@@ -1,12 +1,20 @@
 """The public checkpoint layout as a table: every key and shape, from the configuration alone.
 
 Written from the release's key list, not from this project's modules, so that a renamed module is caught by comparison.
+
+The other way round, tensors bound the sizes that a configuration may state, before anything is built of them.
 """
 
+from collections.abc import Mapping
+
+from kairos_train.basics.errors import UserError
 from kairos_train.config.schema import ModelConfig
 from kairos_train.model.streams import layer_kinds
 
 Shapes = dict[str, tuple[int, ...]]
+
+PACKED = 2
+"""Columns of a weight in one column of its tensor, at most: two int4 values share a byte."""
 
 
 def public_keys(config: ModelConfig) -> Shapes:
@@ -81,3 +89,41 @@ def _gdn(name: str, config: ModelConfig) -> Shapes:
         f"{name}.v_conv1d.weight": (value, 1, conv),
         f"{name}.o_norm.weight": (video.gdn_value_dim,),
     }
+
+
+def refuse_larger(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Return if no size of a configuration is larger than the tensors of its weights have room for.
+
+    Whether the tensors are those of the model is compared when it is there, without storage.
+
+    Args:
+        shapes: of the tensors, by parameter name.
+        where: the file of the configuration, for messages.
+
+    Raises:
+        UserError: one is larger, or no size at all.
+    """
+    layers = len({name.split(".")[2] for name in shapes if name.startswith("video_dit.blocks.")})
+    widest = PACKED * max((size for shape in shapes.values() for size in shape), default=0)
+    for key, size in _sizes(config).items():
+        most = layers if key == "num_layers" else widest
+        if type(size) is not int or not 1 <= size <= most:
+            raise UserError(
+                f"{where}: model.{key}={str(size)[:40]}, but the tensors of the weights have"
+                f" {f'{layers} layers' if key == 'num_layers' else f'sizes from 1 to {most}'};"
+                " weights and configuration do not belong together"
+            )
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    """The settings by which tensors grow, by dotted key."""
+    video, action = config.video, config.action
+    sizes = {name: getattr(config, name) for name in ("num_layers", "num_heads", "text_dim", "freq_dim")}
+    sizes |= {f"video.{name}": getattr(video, name) for name in ("dim", "ffn_dim", "latent_channels")}
+    sizes |= {f"video.patch_size[{i}]": size for i, size in enumerate(video.patch_size)}
+    if "GATED" in video.layer_cycle:
+        sizes |= {f"video.{name}": getattr(video, name) for name in ("gdn_key_dim", "gdn_value_dim", "gdn_conv_size")}
+    if action is not None:
+        names = ("dim", "ffn_dim", "action_dim", "state_dim")
+        sizes |= {f"action.{name}": getattr(action, name) for name in names}
+    return sizes

@@ -21,7 +21,8 @@ from dataloaders.windows import action_offset, compose, picture_size
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import sha256_of
 from kairos_train.basics.geometry import video_frames
-from kairos_train.inference.load import STATISTICS_FILE, load
+from kairos_train.inference.export_files import STATISTICS_FILE
+from kairos_train.inference.load import load
 from kairos_train.inference.normalization import action_range
 from kairos_train.inference.predict import Predictor, Request
 from kairos_train.serving.observation import Observation, ObservationReader, layouts_of

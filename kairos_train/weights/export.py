@@ -36,11 +36,18 @@ from kairos_train.checkpoint.resolve import resolve_checkpoint
 from kairos_train.checkpoint.tensor_file import CODES, Stored, split_by_size, write_tensors
 from kairos_train.checkpoint.writing import FILE_BYTES
 from kairos_train.config.schema import Config, ModelConfig, stage_model
+from kairos_train.inference.export_files import (
+    CONFIG_FILE,
+    FORMAT,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    SAMPLER_FILE,
+    STATISTICS_FILE,
+)
 from kairos_train.inference.fingerprint import fingerprint
-from kairos_train.inference.load import CONFIG_FILE, FORMAT, INDEX_FILE, SAMPLER_FILE, STATISTICS_FILE
 from kairos_train.inference.quantized import METHODS, is_large
 from kairos_train.inference.robots import ROBOTS_FILE
-from kairos_train.model.public_keys import public_keys
+from kairos_train.model.public_keys import public_keys, refuse_larger
 from kairos_train.objective import schedule
 from kairos_train.weights.export_tensors import ExportTensors, WrittenTensors, computed_bytes
 from kairos_train.weights.model_card import model_card
@@ -246,7 +253,7 @@ class _Export:
         write_whole(folder / "README.md", model_card(described, summary, statistics, settings), durable=True)
         others = [path for path in folder.iterdir() if path.name not in files]
         contents = {**files, **{path.name: describe_file(path) for path in others}}
-        write_json(folder / "manifest.json", {"format": described["format"], "files": contents}, durable=True)
+        write_json(folder / MANIFEST_FILE, {"format": described["format"], "files": contents}, durable=True)
         return summary
 
     def _write_weights(self, folder: Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -301,8 +308,9 @@ def _read_config(reader: CheckpointReader) -> Config:
 
 def _check_fit(reader: MergedWeights, section: str, config: ModelConfig) -> None:
     """Names and shapes of a section against the model that the configuration describes."""
-    expected = public_keys(config)
     found = {name: reader.shape(section, name) for name in reader.names(section)}
+    refuse_larger(config, found, f"checkpoint {reader.path}: config.yaml")
+    expected = public_keys(config)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             stored, by_config = (list(s[name]) if name in s else "none" for s in (found, expected))

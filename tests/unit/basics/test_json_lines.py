@@ -5,14 +5,6 @@ import os
 import pytest
 
 from kairos_train.basics.json_lines import has_step, parse_json_line, read_json_lines
-from kairos_train.basics.log import logger
-
-
-@pytest.fixture
-def logged(caplog, monkeypatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logger, "propagate", True)
-    return caplog
-
 
 GOOD = b'{"step": 1, "loss": NaN}\n{"step": 3}\n'
 ODD = {
@@ -30,30 +22,30 @@ ODD = {
 
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
-def test_a_line_that_cannot_be_read_is_skipped_and_said(tmp_path, logged, odd):
+def test_a_line_that_cannot_be_read_is_skipped_and_said(tmp_path, caplog, odd):
     path, (first, second) = tmp_path / "x.jsonl", GOOD.splitlines(keepends=True)
     path.write_bytes(first + odd + b"\n" + second + odd + b"\n")
     lines = read_json_lines(path, has_step)
     assert [line.value["step"] for line in lines] == [1, 3]
     assert b"".join(line.text for line in lines) == GOOD, "to the byte"
-    assert logged.messages == [f"{path}: left out 2 lines that cannot be read"]
+    assert caplog.messages == [f"{path}: left out 2 lines that cannot be read"]
 
 
-def test_a_last_line_that_is_being_written_is_nothing_to_speak_of(tmp_path, logged):
+def test_a_last_line_that_is_being_written_is_nothing_to_speak_of(tmp_path, caplog):
     path = tmp_path / "x.jsonl"
     path.write_bytes(GOOD + b'{"step": 4, "lo')
     assert len(read_json_lines(path, has_step)) == 2
     path.write_bytes(GOOD + b'{"step": 4}')
     assert read_json_lines(path, has_step)[-1] == (b'{"step": 4}\n', {"step": 4})
     assert read_json_lines(tmp_path / "absent", has_step) == []
-    assert logged.messages == []
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink(path.name, path)])
-def test_a_file_that_cannot_be_read_has_no_lines_and_that_is_said(tmp_path, logged, make):
+def test_a_file_that_cannot_be_read_has_no_lines_and_that_is_said(tmp_path, caplog, make):
     make(tmp_path / "x.jsonl")
     assert read_json_lines(tmp_path / "x.jsonl", has_step) == []
-    (message,) = logged.messages
+    (message,) = caplog.messages
     assert message.startswith(f"{tmp_path / 'x.jsonl'}: cannot be read (")
 
 
