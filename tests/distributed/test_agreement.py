@@ -43,6 +43,11 @@ def test_too_little_room_for_the_checkpoints_is_an_error_that_counts_those_alrea
         assert f"need {needed} GB more; make room" in line
 
 
+def test_a_flag_of_any_rank_is_set_on_all(world):
+    flags = [[False, False, True], [False, True, True], [False, False, True]]
+    assert world(3).run(agreement_ranks.set_on_any_rank, flags) == [[False, True, True]] * 3
+
+
 @pytest.mark.parametrize(
     ("kind", "first", "others"),
     [

@@ -15,7 +15,8 @@ from kairos_train.config.compose import load_config
 from kairos_train.operations.preflight.agreement import agree
 from kairos_train.operations.preflight.collective import Collective, try_all_reduce
 from kairos_train.operations.preflight.health import check_health
-from parallel.consensus import first_does
+from parallel.consensus import any_rank, first_does
+from parallel.topology import Degrees, Topology
 
 
 def agreed(run_dir: str, overrides: list[list[str]], *, checkpoint_bytes: float, old_rank: int | None = None) -> Any:
@@ -31,6 +32,12 @@ def agreed(run_dir: str, overrides: list[list[str]], *, checkpoint_bytes: float,
         return type(error).__name__, str(error)
     finally:
         kairos_train.__version__ = version
+
+
+def set_on_any_rank(flags: list[list[bool]]) -> list[bool]:
+    """What `any_rank` makes of each rank's flags."""
+    size = dist.get_world_size()
+    return any_rank(flags[dist.get_rank()], Topology.build(Degrees(data=size), torch.device("cpu")))
 
 
 def first_raises(kind: str) -> tuple[str, str]:

@@ -75,6 +75,15 @@ def test_in_the_model_the_large_products_of_the_chosen_blocks_are_in_fp8_and_not
     assert {n: p.shape for n, p in model.state_dict().items()} == {n: p.shape for n, p in plain.state_dict().items()}
 
 
+@pytest.mark.parametrize("stream", ["video", "action"])
+def test_a_stream_that_is_not_named_has_no_fp8_layer(stream):
+    model = empty_model(small_config("current", streams=[stream]), Topology.single(torch.device("cpu")))
+    chosen = {
+        name.partition("_")[0] for name, module in model.named_modules() if type(module) is TransformerEngineLinear
+    }
+    assert chosen == {stream}
+
+
 def test_a_model_in_emulated_fp8_computes_the_plain_model_nearly():
     inputs = {
         "latents": torch.randn(1, 16, 5, 4, 4),
@@ -260,6 +269,15 @@ def test_layers_of_a_layout_reduce_over_its_tensor_ranks():
     assert column.complete is None
     assert row.complete.keywords == {"group": "the tensor group"}
     assert (row.complete.func.__name__, column.bias.shape, row.bias.shape) == ("reduce_from", (32,), (64,))
+
+
+def test_a_row_layer_leaves_each_tensor_rank_the_sums_of_its_own_tokens_under_sequence_parallelism():
+    config = small_config("current", streams=["video", "action"])
+    config.parallel.sequence = True
+    hooks = model_hooks(config, distinct_groups(tensor=2, context=2, data=2))
+    video, action = (stream.for_layer(1).row_linear(64, 64).complete for stream in (hooks.video, hooks.action))
+    assert (video.func.__name__, video.keywords) == ("scatter_sums", {"dim": 2, "group": "the tensor group"})
+    assert action.func.__name__ == "reduce_from", "no layout splits actions by tokens"
 
 
 def test_a_shard_is_a_plain_linear_layer_to_state_dicts_and_can_be_built_on_meta():

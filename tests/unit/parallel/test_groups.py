@@ -18,6 +18,7 @@ from kairos_train.objective.flow_matching import FlowMatching
 from kairos_train.training.engine.deepspeed_engine import _broadcast_first
 from kairos_train.training.step import LossMeter, global_counts
 from parallel.config import Fp8Config, ParallelConfig
+from parallel.exchange import state_exchange, state_passing
 from parallel.fp8 import Fp8Policy
 from parallel.gradient_sync import gradient_norm, sum_partial_gradients
 from parallel.hooks import action_hooks, video_hooks
@@ -153,6 +154,41 @@ def test_gradients_of_partial_copies_alone_are_summed_over_tensor_ranks(told):
     assert told == ["tensor"]
     assert [p.grad.tolist() for p in (net.split, net.whole, net.partial)] == [[1, 1], [1, 1], [2, 2]]
     assert sum_partial_gradients(net, table, place(tensor_group=None)) == []
+
+
+def test_partial_gradients_in_bfloat16_are_summed_in_float32(monkeypatch):
+    dtypes = []
+    monkeypatch.setattr(dist, "all_reduce", lambda x, group=None: dtypes.append(x.dtype))
+    net = nn.Linear(4, 4, bias=False).bfloat16()
+    table = ShardingTable.of([ShardingRule("weight", "replicated_partial")], ["weight"], tensor=2)
+    sum_partial_gradients(net, table, place())
+    net.weight.sum().backward()
+    assert (dtypes, net.weight.grad.dtype) == ([torch.float32], torch.bfloat16)
+
+
+def test_the_gradient_of_a_state_leaves_its_rank_in_float32(monkeypatch):
+    sent = []
+
+    def return_gradient(transition, later, own, group, method, traffic):
+        sent.append(own)
+        return torch.zeros_like(own)
+
+    monkeypatch.setattr(state_exchange, "return_gradient", return_gradient)
+    generator = torch.Generator().manual_seed(0)
+    base, reads = (torch.randn(1, 40, 2, width, generator=generator).bfloat16() for width in (5, 3))
+    own, transition, state_in = (torch.randn(1, 2, 3, width, generator=generator) for width in (5, 3, 5))
+    call = state_passing._Call(lambda *_: None, Group("context"), "ring", None)
+    out, after = state_passing._Compose.apply(
+        call, base.requires_grad_(), own.requires_grad_(), reads, transition, state_in, own.new_empty(0)
+    )
+    d_out, d_after = (
+        torch.randn(out.shape, generator=generator).bfloat16(),
+        torch.randn(after.shape, generator=generator),
+    )
+    torch.autograd.grad((out, after), (base, own), (d_out, d_after), allow_unused=True)
+    exact = torch.einsum("bshk,bshv->bhkv", reads.double(), d_out.double()) + transition.double().mT @ d_after.double()
+    assert sent[0].dtype == torch.float32
+    torch.testing.assert_close(sent[0].double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_of_the_first_are_given_to_all_that_hold_the_same(told):

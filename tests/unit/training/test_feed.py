@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny_export import TEMPLATE, WINDOW, feed_of, tiny_config, write_tiny_shards
+from support.tiny_export import TEMPLATE, WINDOW, feed_of, random_weights, tiny_config, write_tiny_shards
 
 from dataloaders.loading.batch import BatchSchema, Sample, collate
 from dataloaders.loading.loader import fixed_batches
@@ -14,8 +14,12 @@ from dataloaders.shards import ShardIndex, read_index
 from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.build import build_encoders
 from kairos_train.inference.normalization import from_statistics
+from kairos_train.model import WorldActionModel
+from kairos_train.training import validation
 from kairos_train.training.inputs.sources import check_sources, held_out_source, rates_of
 from kairos_train.training.measure.telemetry import drop_later_lines
+from kairos_train.training.step import LossMeter
+from parallel.topology import Degrees, Topology
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +245,49 @@ def test_held_out_windows_are_normalised_as_the_robot_that_they_are_of(sources):
     own = from_statistics(smaller.statistics(), group="action", key="action[0:2]", mode="minmax")
     assert torch.equal(given["actions"][..., :2], own.normalize(batch.actions))
     assert not given["actions"][..., 2].any()
+
+
+class Process:
+    """In place of an engine: the model itself, on one of several data ranks that nothing is sent between."""
+
+    def __init__(self, config, *, rank=0, ranks=1):
+        torch.manual_seed(0)
+        self.model = WorldActionModel(config.model)
+        self.model.load_state_dict(random_weights(config))
+        alone = Topology.single(torch.device("cpu"))
+        self.topology = replace(alone, data_rank=rank, degrees=Degrees(data=ranks))
+        self.training = []
+
+    def __call__(self, **inputs):
+        self.training.append(self.model.training)
+        return self.model(**inputs)
+
+
+def losses_of(process, feed, batches, *, source):
+    meter = LossMeter(process.topology)
+    for batch in batches:
+        given = feed.condition(batch, step=validation.FIXED_STEP, source=source)
+        with torch.no_grad():
+            output = process.model.eval()(**given.model_inputs())
+        meter.add(given, feed.objective.loss_sums(given, output.video, output.action), range(given.latents.shape[2]))
+    return {stream: meter.loss(stream) for stream in ("video", "action")}
+
+
+def test_validation_counts_each_batch_once_as_the_robot_that_it_is_of(sources):
+    robot, smaller, _ = sources
+    config = tiny_config()
+    config.data.validation_shards = str(smaller.folder)
+    config.train.micro_batch, config.train.validation_batches = 2, 3
+    feed = feed_of(config, [robot, smaller])
+    batches = list(fixed_batches(smaller.folder, batch_size=2, count=3))
+    for rank, mine in enumerate(([0, 2], [1])):  # the second rank runs a surplus round
+        process = Process(config, rank=rank, ranks=2)
+        found = validation.validate(process, feed, config.data, config.train)
+        assert process.training == [False, False]
+        assert process.model.training
+        expected = losses_of(process, feed, [batches[i] for i in mine], source=1)
+        assert found == pytest.approx(expected)
+    assert validation.FIXED_STEP < 0, "no training step draws that noise"
 
 
 def test_several_rates_of_one_mixture_are_said(sources):

@@ -45,6 +45,31 @@ def test_the_meter_divides_sums_by_counts_and_sorts_by_sigma():
     assert LossMeter(ALONE).loss("video") == 0
 
 
+def test_bins_are_half_open_and_the_last_one_has_sigma_1():
+    sigmas = [0.0, 0.19, 0.2, 0.39, 0.6, 0.79, 0.8, 1.0]
+    found = []
+    for sigma in sigmas:
+        meter, alone = LossMeter(ALONE), replace(batch(), video_sigma=torch.full((2,), sigma))
+        meter.add(alone, LossSums(torch.ones(2), None), range(3))
+        found.append(meter.bins["video"][:, 0].nonzero().flatten().tolist())
+    assert found == [[0], [0], [1], [1], [3], [3], [4], [4]]
+
+
+def test_the_meter_adds_in_float64():
+    """A sum that float32 holds does not swallow the next sample's."""
+    meter = LossMeter(ALONE)
+    for sums in ([2.0**24, 1.0], [1.0, 1.0]):
+        meter.add(replace(batch(), video_sigma=torch.zeros(2)), LossSums(torch.tensor(sums), None), range(3))
+    assert meter.bins["video"][0, 0].item() == 2**24 + 3
+
+
+def test_tokens_and_flops_are_those_of_all_samples():
+    meter, sums = LossMeter(ALONE), LossSums(torch.ones(2), None)
+    meter.add(replace(batch(), tokens=7, flops=3e12), sums, range(3))
+    meter.add(replace(batch(), tokens=5, flops=1e12), sums, range(3))
+    assert meter.work.tolist() == [4, 2 * 7 + 2 * 5, 2 * 3e12 + 2 * 1e12]
+
+
 def test_context_ranks_count_their_own_frames_and_actions_once():
     sums = LossSums(torch.tensor([8.0, 12.0]), torch.tensor([2.0, 3.0]))
     meters = [LossMeter(replace(ALONE, context_rank=rank)) for rank in range(2)]
