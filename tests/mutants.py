@@ -325,6 +325,18 @@ MUTANTS = (
             "test_what_is_drawn_for_one_thing_says_nothing_of_another_and_depends_on_the_seed",
         ),
         (
+            "noise is uniform",
+            "video_noise=torch.randn(video_shape, generator=generator),",
+            "video_noise=torch.rand(video_shape, generator=generator),",
+            "test_noise_is_standard_normal_and_timesteps_are_uniform_over_the_whole_table",
+        ),
+        (
+            "the last timestep of the table is never drawn",
+            "torch.randint(TRAINING_STEPS, (2,), generator=generator)",
+            "torch.randint(TRAINING_STEPS - 1, (2,), generator=generator)",
+            "test_noise_is_standard_normal_and_timesteps_are_uniform_over_the_whole_table",
+        ),
+        (
             "both streams have one timestep",
             "action_index=indices[1],",
             "action_index=indices[0],",

@@ -220,6 +220,23 @@ def test_what_is_drawn_for_one_thing_says_nothing_of_another_and_depends_on_the_
     assert not set(other) & set(draws[:20])
 
 
+def test_noise_is_standard_normal_and_timesteps_are_uniform_over_the_whole_table():
+    noise = [
+        draw_sample(StageConfig(), seed=0, step=0, key=str(i), video_shape=(4, 5, 20, 20), action_shape=(200, 10))
+        for i in range(4)
+    ]
+    for name in ("video_noise", "action_noise"):
+        drawn = torch.cat([getattr(draw, name).flatten() for draw in noise])
+        quantiles = torch.quantile(drawn, torch.tensor([0.0228, 0.1587, 0.5, 0.8413, 0.9772]))
+        torch.testing.assert_close(quantiles, torch.tensor([-2.0, -1, 0, 1, 2]), atol=0.08, rtol=0)
+    draws = [choose(StageConfig(), seed=0, step=0, key=str(i), frames=2) for i in range(10000)]
+    for name in ("video_index", "action_index"):
+        counts = torch.tensor([getattr(draw, name) for draw in draws]).bincount(minlength=1000)
+        assert len(counts) == 1000
+        assert 0 < counts[-1] < 40
+        assert counts.view(10, 100).sum(1).sub(1000).abs().max() < 120
+
+
 @pytest.mark.parametrize(("condition", "zeroed"), [("ti2v", False), ("i2v", False), ("null2v", True)])
 def test_a_dropped_context_is_the_empty_prompts_by_option(condition, zeroed):
     """Zeros remain what null2v means."""
