@@ -7,6 +7,7 @@ import math
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,6 +295,38 @@ def test_losses_are_those_of_the_checkpoint_whatever_the_disk_made_of_the_file(t
     telemetry.close()
     open_telemetry(tmp_path / "run").close()
     assert path.read_text() == "", "a run that begins has none"
+
+
+def test_a_report_is_of_what_was_done_since_the_last_one(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0, time=time.time)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr("kairos_train.training.measure.telemetry.time", clock)
+    telemetry = open_telemetry(tmp_path / "run", world=2, peak_flops=1e12)
+    every = {"samples": 4, "tokens": 100, "flops": 2e12}
+    for step, (loss, video, action, stepped) in enumerate(
+        [(1.0, 0.5, 0.25, True), (100.0, 90.0, 80.0, False), (3.0, 1.5, 0.75, True)], 1
+    ):
+        bins = {"video": torch.tensor([[video, 2.0], [0, 0], [0, 0], [0, 0], [4 * video, 4.0]])}
+        done = report(loss=loss, video_loss=video, action_loss=action, stepped=stepped, bins=bins, **every)
+        telemetry.step(step, done, lr=0.1, data_wait=1.0)
+    clock.now = 10.0
+    given = {"corrupt": 0, "epochs": [0.5, 2.0], "totals": {"samples": 12, "tokens": 300}}
+    values = telemetry.report(3, share=0.1, **given)
+    expected = {
+        **{"loss/total": 2.0, "loss/video": 1.0, "loss/action": 0.5, "optimizer/skipped_steps": 1},
+        **{"loss_by_sigma/video_0.0-0.2": 2.0 / 4, "loss_by_sigma/video_0.8-1.0": 8.0 / 8},
+        **{"speed/seconds_per_step": 10 / 3, "speed/samples_per_second": 1.2, "speed/tokens_per_second": 30},
+        **{"speed/model_tflops_per_second": 0.6, "speed/mfu": 0.3, "speed/data_wait_share": 0.3},
+        **{"data/epochs_of_source_0": 0.5, "data/epochs_of_source_1": 2.0, "progress/stage_share": 0.1},
+    }
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    assert [name for name in values if name.startswith("loss_by")] == [n for n in expected if n.startswith("loss_by")]
+    telemetry.step(4, report(stepped=False, **every), lr=0.1, data_wait=0.0)
+    clock.now = 610.0
+    again = telemetry.report(4, share=0.3, **given)
+    assert (again["speed/seconds_per_step"], math.isnan(again["loss/total"])) == (600.0, True)
+    assert telemetry._seconds_left(0.3) == pytest.approx(600 * 0.7 / 0.2), "at the pace since the first report"
+    telemetry.close()
 
 
 def test_a_pause_is_not_the_time_of_steps_nor_taken_off_twice_by_a_report_within(tmp_path):
