@@ -1761,6 +1761,42 @@ MUTANTS = (
             "begin",
             "test_a_pause_is_not_the_time_of_steps_nor_taken_off_twice_by_a_report_within",
         ),
+        (
+            "MFU is of one device, whose FLOPs are those of all",
+            "(self.world * self.peak_flops)",
+            "self.peak_flops",
+            "test_a_report_is_of_what_was_done_since_the_last_one",
+        ),
+        (
+            "reported losses are averaged over dropped steps",
+            "return self._sums[name] / self._losses_of if self._losses_of else math.nan",
+            "return self._sums[name] / self._count if self._losses_of else math.nan",
+            "test_a_report_is_of_what_was_done_since_the_last_one",
+        ),
+        (
+            "a dropped step's loss is reported",
+            "        if report.stepped:  # a dropped",
+            "        if True:  # a dropped",
+            "test_a_report_is_of_what_was_done_since_the_last_one",
+        ),
+        (
+            "the time left is at the pace since before the attempt",
+            "(now - first[0]) * (1 - share) / (share - first[1])",
+            "(now - first[0]) * (1 - share) / share",
+            "test_a_report_is_of_what_was_done_since_the_last_one",
+        ),
+        (
+            "the wait for data is per step, not a share of the time",
+            'self._sums["data_wait"] / seconds',
+            'self._sums["data_wait"] / self._count',
+            "test_a_report_is_of_what_was_done_since_the_last_one",
+        ),
+        (
+            "TFLOPs are GFLOPs",
+            'self._sums["flops"] / seconds / 1e12',
+            'self._sums["flops"] / seconds / 1e9',
+            "test_a_report_is_of_what_was_done_since_the_last_one",
+        ),
     ),
     # --- the watch ---
     *mutants(
