@@ -26,7 +26,7 @@ $(STAMP): constraints.txt pyproject.toml
 	$(PIP) setuptools wheel ninja packaging
 	$(PIP) torch
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed megatron-core
-	$(PIP) --no-build-isolation --editable '.[sim,serve,dev]'
+	$(PIP) --no-build-isolation --editable '.[train,sim,serve,dev]'
 	$(PIP) --no-deps openpi-client
 	@touch $(STAMP)
 

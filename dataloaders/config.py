@@ -127,3 +127,7 @@ class DataConfig:
     log_wait: float = setting(30.0, SECONDS, on_resume="free")
     # every step, compare the batches of processes that share samples (ours)
     check_peers: bool = setting(False, on_resume="free")
+
+
+READING = ("data.window", "data.clips", "data.prompt_template", "data.believe", "data.timestamp_tolerance")
+"""What decides how a source is read, of the settings of a run."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from kairos_train import __version__
 from kairos_train.basics.errors import EXIT_CODES, MachineFault, UserError
+from kairos_train.basics.extras import missing_extra
 from kairos_train.basics.log import log_to_stderr
 from kairos_train.commands import (
     benchmarks,
@@ -47,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in FULL:
             raise
         return _fail(MachineFault(f"{error.filename or 'the disk'}: {error.strerror}; make room and start again"), 4)
+    except ModuleNotFoundError as error:
+        told = missing_extra(error)
+        if told is None:
+            raise
+        return _fail(told, 2)
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130

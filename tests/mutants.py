@@ -1857,6 +1857,30 @@ MUTANTS = (
             "test_nobody_is_accused_who_does_nothing_and_one_who_does_is_named_by_all",
         ),
     ),
+    # --- what users import ---
+    *mutants(
+        "python",
+        "kairos_train/api.py",
+        "tests/unit/api/test_facade.py",
+        (
+            "a seed that is given to a policy is not used",
+            'message["seed"] = seed',
+            "pass",
+            "test_a_seed_gives_the_same_actions_again_and_none_gives_others",
+        ),
+        (
+            "a policy remembers the frames of the episode before",
+            "self._history.clear()",
+            "pass",
+            "test_earlier_frames_are_remembered_until_reset",
+        ),
+        (
+            "the instruction is lost on the way",
+            'message["prompt"] = message.pop(TASK)',
+            'message["prompt"] = "" * len(message.pop(TASK))',
+            "test_actions_are_those_of_the_server",
+        ),
+    ),
 )
 
 

@@ -23,14 +23,15 @@ def parse_episodes(text: str) -> list[tuple[int, int]]:
     """Episodes as the command line names them, `0-89` or `0-9,12`: (first, end) of each range.
 
     Raises:
-        ValueError: says what is no range.
+        UserError: says what is no range.
     """
     ranges = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
-            raise ValueError(f"{part.strip()!r} is no episode or range of episodes; write them as 0-89 or 0-9,12")
+            fault = f"{part.strip()!r} is no episode or range of episodes; write them as 0-89 or 0-9,12"
+            raise UserError(f"only_episodes={text!r}: {fault}")
         ranges.append((first, last + 1))
     return ranges
 

@@ -50,7 +50,8 @@ class MetaWorld:
             from metaworld.policies import ENV_POLICY_MAP
         except ImportError as error:
             raise UserError(
-                f"env metaworld: {error}; install kairos-train[sim], or use --env push2d, which needs none of it"
+                f"env metaworld: {error}; run `pip install 'kairos-train[sim]'`, or use --env push2d, which needs no "
+                "such package"
             ) from error
         benchmark = metaworld.MT1(task, seed=42)
         self._env = benchmark.train_classes[task]()

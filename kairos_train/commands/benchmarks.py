@@ -8,8 +8,9 @@ from typing import Any
 
 from evaluation.benchmarks.interface import VideoBenchmark
 from evaluation.benchmarks.registry import VIDEO_BENCHMARKS
+from kairos_train.basics.device import device_of
 from kairos_train.basics.errors import UserError
-from kairos_train.commands.parsing import command, count, device_of, group, print_json
+from kairos_train.commands.parsing import command, count, group, print_json
 
 
 def run_write(args: argparse.Namespace) -> int:

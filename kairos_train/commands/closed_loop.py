@@ -7,18 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kairos_train.basics.errors import UserError
 from kairos_train.commands.parsing import command, count, print_json
 
 POLICIES = "model,random,hold,replay,expert,wrong"
 
 
 def run_closed_loop(args: argparse.Namespace) -> int:
-    try:
-        import msgpack  # noqa: F401
-        import websockets  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"closed-loop: {error.name} is not installed; run `pip install kairos-train[serve]`") from error
+    import msgpack  # noqa: F401, before anything is played
+    import websockets  # noqa: F401
+
     from evaluation.closed_loop.report import format_table
     from evaluation.closed_loop.run import PolicySource, Protocol, closed_loop
     from evaluation.report import write_page

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kairos_train.basics.errors import UserError
-from kairos_train.commands.parsing import (
-    command,
-    config_of,
-    count,
-    device_of,
-    group,
-    location,
-    print_json,
-    split_words,
-    with_overrides,
-)
-
-READING = ("data.window", "data.clips", "data.prompt_template", "data.believe", "data.timestamp_tolerance")
-"""What decides how a source is read."""
+from dataloaders.config import READING
+from kairos_train.commands.parsing import command, config_of, count, group, location, print_json, with_overrides
 
 
 def run_data_simulate(args: argparse.Namespace) -> int:
@@ -45,57 +30,27 @@ def run_data_simulate(args: argparse.Namespace) -> int:
 
 
 def run_data_prepare(args: argparse.Namespace) -> int:
+    from kairos_train.launch.prepare import prepare
+
     prepare(config_of(args, sections=()).prepare)
     return 0
 
 
-def prepare(commands: Sequence[str]) -> None:
-    """Make what is missing of an experiment's data; in the one process that is there before a run begins.
-
-    Args:
-        commands: of `kairos-train`, each with `--out DIR`; one whose DIR exists has been done.
-
-    Raises:
-        UserError: a command without `--out`, one that fails, or data that is missing in a run of many processes.
-    """
-    for line in commands:
-        words = split_words(line, "prepare")
-        if "--out" not in words[:-1]:
-            raise UserError(f"prepare: {line!r} has no --out DIR, by which to see whether it is done; add it")
-        if Path(words[words.index("--out") + 1]).expanduser().exists():
-            continue
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                f"prepare: {line!r} is still to be done; run `kairos-train data prepare` with the same settings"
-            )
-        print(f"$ kairos-train {line}", file=sys.stderr, flush=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "kairos_train.cli", *words], stdout=subprocess.DEVNULL, check=False
-        )
-        if done.returncode:
-            raise UserError(f"prepare: {line!r} ended with exit code {done.returncode}; see the line above")
-
-
 def run_data_pack(args: argparse.Namespace) -> int:
     from dataloaders.consistency.report import announced
-    from dataloaders.packing.pack import pack
+    from kairos_train import api
 
-    config = config_of(args, sections=(*READING, "encoders"))
-    index = pack(
+    index = api.pack(
         args.source,
         args.out,
-        window=config.data.window,
-        clips=config.data.clips,
-        prompt_template=config.data.prompt_template,
-        captions=args.captions,
+        args.overrides,
+        encode=args.encode,
         only_episodes=args.only_episodes,
-        believe=config.data.believe,
-        timestamp_tolerance=config.data.timestamp_tolerance,
-        encoder=_sample_encoder(config) if args.encode else None,
-        processes=args.processes,
-        shard_samples=args.shard_samples,
+        captions=args.captions,
         on_bad=args.on_bad,
-        progress=_show_progress if sys.stderr.isatty() else None,
+        shard_samples=args.shard_samples,
+        processes=args.processes,
+        config_dirs=args.config_dir,
     )
     for line in announced(args.out):
         print(line)
@@ -148,24 +103,6 @@ def _verify_source(args: argparse.Namespace, progress: Callable[[int, int], None
     return 0 if good else 1
 
 
-def _sample_encoder(config: Any) -> Callable[[int], Any]:
-    """What makes the encoders in each process that packs."""
-    import functools
-
-    from kairos_train.conditioning.sample_encoder import load_sample_encoder
-
-    return functools.partial(load_sample_encoder, config.encoders, device_of(config.train.device))
-
-
-def _episodes(text: str) -> list[tuple[int, int]]:
-    from dataloaders.lerobot.splits import parse_episodes
-
-    try:
-        return parse_episodes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def _show_progress(done: int, total: int) -> None:
     print(f"\rpacked {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
@@ -206,7 +143,6 @@ def _add_makers(data: Any) -> None:
     pack.add_argument("--captions", type=Path, metavar="FILE", help="LeRobot: JSON lines with captions of episodes")
     pack.add_argument(
         "--only-episodes",
-        type=_episodes,
         default=None,
         metavar="RANGES",
         help="LeRobot: as 0-89 or 0-9,12; none: the split train of meta/info.json, where it has splits",

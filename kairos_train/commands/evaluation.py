@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kairos_train.commands.parsing import command, count, device_of, print_json, with_robot
+from kairos_train.basics.device import device_of
+from kairos_train.commands.parsing import command, count, print_json, with_robot
 
 
 def run_evaluate(args: argparse.Namespace) -> int:

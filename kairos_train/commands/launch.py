@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kairos_train.basics.errors import UserError
-from kairos_train.commands.parsing import command, count, split_words, with_overrides
+from kairos_train.commands.parsing import command, count, with_overrides
+from kairos_train.launch.prepare import split_words
 
 if TYPE_CHECKING:
     from kairos_train.config.curriculum import Curriculum

@@ -7,12 +7,11 @@ import difflib
 import json
 import os
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kairos_train.basics.errors import UserError, one_line, shown
+from kairos_train.basics.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,21 +69,6 @@ def location(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def split_words(text: str, name: str) -> list[str]:
-    """The words of a line, as the shell splits it.
-
-    Args:
-        name: for messages: where the line is given.
-
-    Raises:
-        UserError: a quote that is not closed, or a \\ at the end.
-    """
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"{name}: {shown(text)!r} cannot be split into words ({one_line(error)}); fix it") from error
-
-
 def nearest(word: str, legal: Sequence[str]) -> str:
     """ "did you mean X? ", or nothing."""
     close = difflib.get_close_matches(word, legal, n=1)
@@ -96,17 +80,6 @@ def config_of(args: argparse.Namespace, *, sections: Sequence[str] | None = None
     from kairos_train.config.compose import load_config
 
     return load_config(args.overrides, config_dirs=args.config_dir, sections=sections)
-
-
-def device_of(name: str) -> str:
-    """`auto` resolved; a GPU that is asked for must be there."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda is asked for but torch sees no GPU; use cpu or auto")
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
 
 
 def print_json(summary: dict[str, Any]) -> int:

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kairos_train.basics.errors import UserError
-from kairos_train.commands.parsing import command, count, device_of, print_json, with_overrides, with_robot
+from kairos_train.basics.device import device_of
+from kairos_train.commands.parsing import command, count, print_json, with_overrides, with_robot
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -63,13 +63,7 @@ def run_rollout(args: argparse.Namespace) -> int:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    try:
-        from kairos_train.serving.run import run
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if package not in ("websockets", "msgpack"):
-            raise
-        raise UserError(f"serve: {package} is not installed; run `pip install kairos-train[serve]`") from error
+    from kairos_train.serving.run import run
 
     run(
         args.export,

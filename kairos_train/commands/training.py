@@ -6,20 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kairos_train.commands.data import prepare
-from kairos_train.commands.parsing import command, config_of, count, device_of, group, with_overrides
+from kairos_train.basics.device import device_of
+from kairos_train.commands.parsing import command, config_of, count, group, with_overrides
 
 
 def run_train(args: argparse.Namespace) -> int:
-    from kairos_train.config.curriculum import load_curriculum
+    from kairos_train import api
 
-    curriculum = load_curriculum(args.overrides, config_dirs=args.config_dir)
-    prepare(curriculum.prepare)  # before the heavy import: an error shows at once
-    from kairos_train.training.curriculum import train_curriculum
-    from kairos_train.training.engine.deepspeed_engine import stop_processes
-
-    print(f"last checkpoint: {train_curriculum(curriculum)}")
-    stop_processes()
+    print(f"last checkpoint: {api.train(args.overrides, config_dirs=args.config_dir)}")
     return 0
 
 

@@ -118,7 +118,7 @@ class ServedPolicy:
     ) -> None:
         policy = load(folder, device=device, robot=robot)
         if not policy.acts:
-            raise UserError(f"{folder}: was trained without actions; a server needs a joint model")
+            raise UserError(f"{folder}: was trained without actions; a policy needs a joint model")
         self._policy, self._data = policy, policy.config.data
         self._predictor = Predictor(policy, sampler=policy.sampler.replaced(steps=steps))
         self._window = self._data.window
@@ -192,7 +192,7 @@ def _cameras(folder: Path, known: Sequence[str], told: Sequence[str]) -> tuple[s
     if not cameras:
         raise UserError(
             f"{folder}: data.window.cameras is empty, which means every camera of its dataset in name order; name them"
-            " in this order with --cameras KEY,KEY"
+            " in this order, with --cameras KEY,KEY or kt.load(…, cameras=[KEY, KEY])"
         )
     if len(set(cameras)) < len(cameras):
         raise UserError(f"cameras={','.join(cameras)}: names one twice; name each once")

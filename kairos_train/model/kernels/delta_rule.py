@@ -38,7 +38,7 @@ def select_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         raise UserError(f"kernels.gated_delta=fla needs a CUDA device, not {device.type}; use auto or torch")
     if importlib.util.find_spec("fla") is None:
         raise UserError(
-            "kernels.gated_delta: flash-linear-attention is not installed; `pip install kairos-train[cuda]`, "
+            "kernels.gated_delta: flash-linear-attention is not installed; `pip install 'kairos-train[cuda]'`, "
             "or kernels.gated_delta=torch for the slower plain implementation"
         )
     return "fla"

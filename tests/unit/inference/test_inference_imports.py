@@ -5,46 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from support.alone import ALONE, installed_with
 from support.tiny_export import write_tiny_checkpoint
 
 from kairos_train.weights.export import export
-
-ALONE = """
-import importlib.metadata, re, sys
-
-def plain(name):
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-def needed(name, seen):
-    "Distributions that `name` cannot be installed without."
-    try:
-        requires = importlib.metadata.requires(name) or []
-    except importlib.metadata.PackageNotFoundError:
-        return seen
-    seen.add(name)
-    for line in requires:
-        other = plain(re.match(r"[\\w.-]+", line)[0])
-        if "extra ==" not in line and other not in seen:
-            needed(other, seen)
-    return seen
-
-distributions = needed("torch", set()) | {"numpy", "safetensors"}
-provided = importlib.metadata.packages_distributions()
-allowed = {package for package, names in provided.items() if distributions & set(map(plain, names))}
-allowed |= set(sys.stdlib_module_names) | {"kairos_train", "parallel", "dataloaders"}
-
-class Alone:
-    "Every package but the allowed ones is not installed."
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in allowed:
-            refused.add(name.partition(".")[0])
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-refused = set()
-for name in [name for name in sys.modules if name.partition(".")[0] not in allowed | {"__main__"}]:
-    del sys.modules[name]
-sys.meta_path.insert(0, Alone())
-"""
 
 PREDICT = """
 import torch
@@ -63,7 +27,8 @@ print(sorted({".".join(n.split(".")[:2]) for n in sys.modules if n.partition("."
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    alone = ALONE.format(distributions=installed_with(["torch", "numpy", "safetensors"]))
+    return subprocess.run([sys.executable, "-c", alone + code, *arguments], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +41,7 @@ def folders(tmp_path_factory, shards):
 
 
 def test_an_export_loads_and_predicts_with_torch_numpy_and_safetensors_alone(folders):
-    done = run(ALONE + PREDICT, *folders)
+    done = run(PREDICT, *folders)
     assert done.returncode == 0, done.stderr
     *chunks, modules = done.stdout.splitlines()
     assert chunks == ["action (8, 3)", "joint (8, 3)"] * 2
@@ -94,4 +59,4 @@ for name in {packages!r}:
     except ModuleNotFoundError as error:
         print(error.name)
 """
-    assert run(ALONE + code).stdout.split() == list(packages)
+    assert run(code).stdout.split() == list(packages)

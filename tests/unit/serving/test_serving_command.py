@@ -143,7 +143,7 @@ def test_a_missing_package_is_one_line(exported, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, f"kairos_train.serving.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "websockets.asyncio.server", None)  # as if it were not installed
     assert main(["serve", str(exported)]) == 2
-    assert "websockets is not installed; run `pip install kairos-train[serve]`" in capsys.readouterr().err
+    assert "websockets is not installed; run `pip install 'kairos-train[serve]'`" in capsys.readouterr().err
 
 
 def test_an_address_in_use_is_one_line(exported, capsys):

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from kairos_train.basics.errors import UserError
-from kairos_train.commands.data import prepare
 from kairos_train.config.compose import load_config
 from kairos_train.config.curriculum import load_curriculum
 from kairos_train.config.schema import TrainConfig
 from kairos_train.config.validate import validate
+from kairos_train.launch.prepare import prepare
 from kairos_train.training.budget import Budget, Progress
 from kairos_train.training.engine.optimizer import lr_at
 
