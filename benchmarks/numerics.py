@@ -23,7 +23,7 @@ from evaluation.open_loop import format_table
 from kairos_train.basics.files import write_whole
 from kairos_train.config.compose import load_config
 from kairos_train.model.golden import verify_files
-from kairos_train.model.summary import summarize
+from kairos_train.model.summary import numbers, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,7 +73,7 @@ def reference(args: argparse.Namespace) -> list[str]:
 
 def full_size(args: argparse.Namespace) -> list[str]:
     """Parameters, keys and FLOPs of the published sizes."""
-    text = summarize(load_config(["model=kairos_4b"], sections=("model",)))
+    text = table(numbers(load_config(["model=kairos_4b"], sections=("model",))))
     return ["`kairos-train model summary model=kairos_4b`:", "", *listing([text])]
 
 

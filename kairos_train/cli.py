@@ -28,6 +28,7 @@ from kairos_train.commands import (
     policies,
     training,
 )
+from kairos_train.commands.output import Result, Table, show
 from kairos_train.commands.parsing import Parser, command, nearest
 
 PROGRAM = "kairos-train"
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_stderr()
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
-        return args.run(args)
+        return show(args.run(args), as_json=args.json)
     except tuple(EXIT_CODES) as error:
         return _fail(error, next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)))
     except OSError as error:
@@ -63,18 +64,25 @@ def _fail(error: Exception, code: int) -> int:
     return code
 
 
-def run_demo(args: argparse.Namespace) -> int:
+def run_demo(args: argparse.Namespace) -> Result:
+    from evaluation.open_loop import format_table
     from kairos_train.demos.first import run
 
-    run(env=args.env, fresh=args.fresh)
-    return 0
+    found = run(env=args.env, fresh=args.fresh)
+    text = f"{format_table(found['open_loop'])}\n\nDone in {found['minutes']:.1f} minutes."
+    then = [f"kairos-train serve {found['places']['policy']}", f"kairos-train demo --env {args.env} --fresh"]
+    return Result(found, text, look=found["places"], then=then)
 
 
-def run_finetune_demo(args: argparse.Namespace) -> int:
+def run_finetune_demo(args: argparse.Namespace) -> Result:
     from kairos_train.demos.finetune import run
 
-    run(fresh=args.fresh)
-    return 0
+    found = run(fresh=args.fresh)
+    rows = [
+        (task, counts["successes"], counts["episodes"], counts["interval95"]) for task, counts in found["tasks"].items()
+    ]
+    table = Table(rows, ("task", "solved", "of", "95 % interval"))
+    return Result(found, table, look=found["places"], then=[f"kairos-train serve {found['places']['policy']}"])
 
 
 # --- the parser ---

@@ -1500,7 +1500,7 @@ MUTANTS = (
             "a setting is not explained",
             "keep_last: int = setting(3, POSITIVE)  # checkpoints (ours)",
             "keep_last: int = setting(3, POSITIVE)",
-            "test_every_setting_is_documented_where_it_stands",
+            "tests/unit/config/test_reference.py::test_every_setting_there_is_stands_on_it_and_says_what_it_is",
         ),
         (
             "the precision may change when a run is resumed",

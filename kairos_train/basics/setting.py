@@ -25,31 +25,39 @@ class ValueRule:
     Attributes:
         holds: value → whether it is legal.
         fault: what is wrong with any other one, and the remedy; messages put "KEY=VALUE " before it.
+        words: the legal ones, in words, behind "a number" and the like.
     """
 
     holds: Callable[[Any], bool]
     fault: str
+    words: str
 
 
 LARGEST = 2**53
 """Above it floating point numbers skip integers; no count and no size of a run is larger."""
 
-POSITIVE = ValueRule(lambda value: 0 < value <= LARGEST, "is not a positive number (of 2^53 at most); give one above 0")
-NOT_NEGATIVE = ValueRule(
-    lambda value: 0 <= value <= LARGEST, "is negative or not finite (2^53 at most); give 0 or more"
+POSITIVE = ValueRule(
+    lambda value: 0 < value <= LARGEST, "is not a positive number (of 2^53 at most); give one above 0", "above 0"
 )
-SECONDS = ValueRule(lambda value: 0 < value <= 10**9, "is no time above 0 and of 10^9 seconds at most; give one")
-FRACTION = ValueRule(lambda value: 0 <= value <= 1, "is outside [0, 1]; give a fraction")
+NOT_NEGATIVE = ValueRule(
+    lambda value: 0 <= value <= LARGEST, "is negative or not finite (2^53 at most); give 0 or more", "from 0 on"
+)
+SECONDS = ValueRule(
+    lambda value: 0 < value <= 10**9, "is no time above 0 and of 10^9 seconds at most; give one", "of seconds, above 0"
+)
+FRACTION = ValueRule(lambda value: 0 <= value <= 1, "is outside [0, 1]; give a fraction", "from 0 to 1")
 
 
 def up_to(largest: int, *, least: int = 1) -> ValueRule:
     """The rule of a count by which memory or processes grow before anything else could refuse it."""
-    return ValueRule(lambda value: least <= value <= largest, f"is outside [{least}, {largest}]; give a number in it")
+    fault = f"is outside [{least}, {largest}]; give a number in it"
+    return ValueRule(lambda value: least <= value <= largest, fault, f"from {least} to {largest:,}")
 
 
 def one_of(*choices: Any) -> ValueRule:
     """The rule of a setting that has one of a few values."""
-    return ValueRule(lambda value: value in choices, f"is unknown; use one of {', '.join(map(str, choices))}")
+    names = ", ".join(map(str, choices))
+    return ValueRule(lambda value: value in choices, f"is unknown; use one of {names}", f"one of {names}")
 
 
 def setting(

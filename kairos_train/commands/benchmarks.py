@@ -10,10 +10,11 @@ from evaluation.benchmarks.interface import VideoBenchmark
 from evaluation.benchmarks.registry import VIDEO_BENCHMARKS
 from kairos_train.basics.device import device_of
 from kairos_train.basics.errors import UserError
-from kairos_train.commands.parsing import command, count, group, print_json
+from kairos_train.commands.output import Result, Table
+from kairos_train.commands.parsing import command, count, group
 
 
-def run_write(args: argparse.Namespace) -> int:
+def run_write(args: argparse.Namespace) -> Result:
     from evaluation.benchmarks.generate import write
 
     summary = write(
@@ -28,23 +29,27 @@ def run_write(args: argparse.Namespace) -> int:
         out=args.out,
         **_set_of(args),
     )
-    return print_json(summary)
+    return Result(
+        summary,
+        look={"videos": args.out},
+        then=[f"kairos-train benchmark check {args.benchmark.name} {args.out} --prompts {args.prompts}"],
+    )
 
 
-def run_check(args: argparse.Namespace) -> int:
+def run_check(args: argparse.Namespace) -> Result:
     from evaluation.benchmarks.completeness import check
 
     return _verdict(check(args.benchmark, videos=args.videos, **_set_of(args)))
 
 
-def run_judge(args: argparse.Namespace) -> int:
+def run_judge(args: argparse.Namespace) -> Result:
     from evaluation.benchmarks.results import judge
 
     content = judge(args.benchmark, videos=args.videos, entry=args.judge, out=args.out, **_set_of(args))
-    return print_json({key: value for key, value in content.items() if key != "videos"})
+    return Result({key: value for key, value in content.items() if key != "videos"}, look={"scores": args.out})
 
 
-def run_import(args: argparse.Namespace) -> int:
+def run_import(args: argparse.Namespace) -> Result:
     from evaluation.benchmarks.results import import_results
 
     files: dict[str, Path] = {}
@@ -56,10 +61,10 @@ def run_import(args: argparse.Namespace) -> int:
         if kind in files:
             raise UserError(f"--results {word}: {kind} is given twice; give one file of each kind")
         files[kind] = Path(path)
-    return print_json(import_results(args.benchmark, files=files, out=args.out, **_set_of(args)))
+    return _imported(import_results(args.benchmark, files=files, out=args.out, **_set_of(args)), args.out)
 
 
-def run_write_robotwin(args: argparse.Namespace) -> int:
+def run_write_robotwin(args: argparse.Namespace) -> Result:
     from evaluation.benchmarks.robotwin import write_policy
 
     summary = write_policy(
@@ -70,41 +75,44 @@ def run_write_robotwin(args: argparse.Namespace) -> int:
         replan_steps=args.replan_steps,
         cameras=args.cameras,
     )
-    return print_json(summary)
+    return Result(summary, look={"policy": args.out})
 
 
-def run_check_robotwin(args: argparse.Namespace) -> int:
+def run_check_robotwin(args: argparse.Namespace) -> Result:
     from evaluation.benchmarks.robotwin import check_robotwin
 
     return _verdict(check_robotwin(args.results, policy=args.policy, setting=args.setting, configs=args.configs))
 
 
-def run_import_robotwin(args: argparse.Namespace) -> int:
+def run_import_robotwin(args: argparse.Namespace) -> Result:
     from evaluation.benchmarks.robotwin import import_robotwin
 
     content = import_robotwin(
         args.results, policy=args.policy, setting=args.setting, configs=args.configs, out=args.out
     )
-    return print_json(content)
+    return _imported(content, args.out)
 
 
-def run_check_libero(args: argparse.Namespace) -> int:
+def run_check_libero(args: argparse.Namespace) -> Result:
     from evaluation.benchmarks.libero import check_libero
 
     return _verdict(check_libero(args.results, benchmark=args.benchmark, classification=args.classification))
 
 
-def run_import_libero(args: argparse.Namespace) -> int:
+def run_import_libero(args: argparse.Namespace) -> Result:
     from evaluation.benchmarks.libero import import_libero
 
     content = import_libero(args.results, benchmark=args.benchmark, classification=args.classification, out=args.out)
-    return print_json(content)
+    return _imported(content, args.out)
 
 
-def _verdict(report: dict[str, Any]) -> int:
-    """Print what was found; exit code 1 unless it is complete."""
-    print_json(report)
-    return 0 if report["complete"] else 1
+def _verdict(report: dict[str, Any]) -> Result:
+    """What was found; exit code 1 unless it is complete."""
+    return Result(report, Table(list(report.items())), code=0 if report["complete"] else 1)
+
+
+def _imported(content: dict[str, Any], out: Path) -> Result:
+    return Result(content, look={"results": out})
 
 
 def _set_of(args: argparse.Namespace) -> dict[str, Any]:

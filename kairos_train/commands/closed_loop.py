@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from kairos_train.commands.parsing import command, count, print_json
+from kairos_train.commands.output import Result
+from kairos_train.commands.parsing import command, count
 
 POLICIES = "model,random,hold,replay,expert,wrong"
 
 
-def run_closed_loop(args: argparse.Namespace) -> int:
+def run_closed_loop(args: argparse.Namespace) -> Result:
     import msgpack  # noqa: F401, before anything is played
     import websockets  # noqa: F401
 
@@ -39,9 +39,9 @@ def run_closed_loop(args: argparse.Namespace) -> int:
     source = PolicySource(export=args.export, url=args.server, token=token, steps=args.steps, device=args.device)
     result = closed_loop(protocol, source, demos=args.demos, out=args.out)
     write_page(args.out)
-    print(format_table(result), file=sys.stderr)
     counts = {name: {"tasks": found["tasks"], "all": found["all"]} for name, found in result["policies"].items()}
-    return print_json({**result, "policies": counts, "out": str(args.out)})
+    found = {**result, "policies": counts, "out": args.out}
+    return Result(found, format_table(result), look={"page": args.out / "report.html"})
 
 
 def _words(text: str) -> list[str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
+import shlex
 from pathlib import Path
 from typing import Any
 
 from dataloaders.config import READING
-from kairos_train.commands.parsing import command, config_of, count, group, location, print_json, with_overrides
+from kairos_train.basics.log import logger
+from kairos_train.commands.output import Result, Table
+from kairos_train.commands.parsing import command, config_of, count, group, location, with_overrides
 
 
-def run_data_simulate(args: argparse.Namespace) -> int:
+def run_data_simulate(args: argparse.Namespace) -> Result:
     from dataloaders.simulators.collect import simulate
 
     summary = simulate(
@@ -26,17 +27,26 @@ def run_data_simulate(args: argparse.Namespace) -> int:
         codec=args.codec,
         processes=args.processes,
     )
-    return print_json(summary)
+    experiment = "demo" if args.env == "metaworld" else f"demo_{args.env}"
+    return Result(
+        {**summary, "out": args.out},
+        look={"dataset": args.out},
+        then=[
+            f"kairos-train data inspect {args.out} --out look experiment={experiment}",
+            f"kairos-train data pack {args.out} --out shards --encode experiment={experiment}",
+        ],
+    )
 
 
-def run_data_prepare(args: argparse.Namespace) -> int:
+def run_data_prepare(args: argparse.Namespace) -> Result:
     from kairos_train.launch.prepare import prepare
 
-    prepare(config_of(args, sections=()).prepare)
-    return 0
+    folders = prepare(config_of(args, sections=()).prepare)
+    table = Table([(folder,) for folder in folders] or [("nothing to make: the experiment lists no commands",)])
+    return Result({"folders": folders}, table, then=[f"kairos-train train {shlex.join(args.overrides)}"])
 
 
-def run_data_pack(args: argparse.Namespace) -> int:
+def run_data_pack(args: argparse.Namespace) -> Result:
     from dataloaders.consistency.report import announced
     from kairos_train import api
 
@@ -52,59 +62,63 @@ def run_data_pack(args: argparse.Namespace) -> int:
         processes=args.processes,
         config_dirs=args.config_dir,
     )
-    for line in announced(args.out):
-        print(line)
-    print(f"{args.out}: {index['samples']} samples in {len(index['shards'])} shards")
-    for note in index["source"].get("notes", []):
-        print(f"note: {note}", file=sys.stderr)
-    return 0
+    contradictions, notes = announced(args.out), index["source"].get("notes", [])
+    for line in [*contradictions, *(f"note: {note}" for note in notes)]:
+        logger.info(line)
+    names = ("samples", "action_dim", "state_dim", "fps")
+    found = {"out": args.out, "shards": len(index["shards"]), **{name: index[name] for name in names}}
+    table = Table(list(found.items()))
+    return Result(
+        {**found, "contradictions": contradictions, "notes": notes},
+        table,
+        look={"shards": args.out},
+        then=[
+            f"kairos-train data verify {args.out}",
+            f"kairos-train train {shlex.join(args.overrides)} data.shards={args.out} data.validation_shards=null",
+        ],
+    )
 
 
-def run_data_inspect(args: argparse.Namespace) -> int:
+def run_data_inspect(args: argparse.Namespace) -> Result:
     from dataloaders.packing.inspection import inspect
 
     config = config_of(args, sections=READING)
-    lines = inspect(args.source, args.out, data=config.data, samples=args.samples)
-    print("\n".join([*lines, f"page: {args.out / 'index.html'}"]))
-    return 0
+    facts = inspect(args.source, args.out, data=config.data, samples=args.samples)
+    page = args.out / "index.html"
+    return Result({"page": page, "facts": facts}, "\n".join(facts), look={"page": page})
 
 
-def run_data_verify(args: argparse.Namespace) -> int:
+def run_data_verify(args: argparse.Namespace) -> Result:
     from dataloaders.packing.verification import verify
     from dataloaders.sources.open import is_source
 
-    progress = _show_progress if sys.stderr.isatty() else None
     if is_source(args.shards):
-        return _verify_source(args, progress)
-    verdict = verify(args.shards, decode=not args.no_decode, processes=args.processes, progress=progress)
-    for fault in verdict.faults:
-        print(f"{fault.name}: {fault.reason}")
-    for note in verdict.notes:
-        print(f"its dataset: {note}")
-    state = f"{len(verdict.faults)} faults" if verdict.faults else "ok"
-    counts = f"{verdict.samples} samples in {verdict.shards} shards, {verdict.bytes / 1e6:.1f} MB"
-    print(f"{args.shards}: {counts}: {state}" if verdict.faults else f"{args.shards}: ok: {counts}")
-    return 1 if verdict.faults else 0
+        return _verify_source(args)
+    verdict = verify(args.shards, decode=not args.no_decode, processes=args.processes)
+    faults = [{"name": fault.name, "reason": fault.reason} for fault in verdict.faults]
+    counts = {"samples": verdict.samples, "shards": verdict.shards, "bytes": verdict.bytes}
+    found = {"location": args.shards, "ok": not faults, **counts, "faults": faults, "notes": verdict.notes}
+    said = f"{verdict.samples} samples in {verdict.shards} shards, {verdict.bytes / 1e6:.1f} MB"
+    lines = [f"{fault['name']}: {fault['reason']}" for fault in faults]
+    lines += [f"its dataset: {note}" for note in verdict.notes]
+    state = f"{said}: {len(faults)} faults" if faults else f"ok: {said}"
+    return Result(found, "\n".join([*lines, f"{args.shards}: {state}"]), code=1 if faults else 0)
 
 
-def _verify_source(args: argparse.Namespace, progress: Callable[[int, int], None] | None) -> int:
+def _verify_source(args: argparse.Namespace) -> Result:
     from dataloaders.packing.dataset_check import check_dataset
 
     data = config_of(args, sections=READING).data
-    found = check_dataset(args.shards, data, processes=args.processes, progress=progress)
-    for name, reason in found.faults:
-        print(f"{name}: {reason}")
-    for contradiction in found.contradictions:
-        print(contradiction)
-    told = len(found.contradictions)
-    counts = f"{told} contradictions, {found.unresolved} of them unresolved, {len(found.faults)} faults"
-    good = not told and not found.faults
-    print(f"{args.shards}: {'ok: no contradictions' if good else counts} in {found.units} units")
-    return 0 if good else 1
-
-
-def _show_progress(done: int, total: int) -> None:
-    print(f"\rpacked {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    checked = check_dataset(args.shards, data, processes=args.processes)
+    faults = [{"name": name, "reason": reason} for name, reason in checked.faults]
+    contradictions = [str(contradiction) for contradiction in checked.contradictions]
+    good = not contradictions and not faults
+    found = {"location": args.shards, "ok": good, "units": checked.units, "faults": faults}
+    found |= {"contradictions": contradictions, "unresolved": checked.unresolved}
+    counts = f"{len(contradictions)} contradictions, {checked.unresolved} of them unresolved, {len(faults)} faults"
+    lines = [*(f"{fault['name']}: {fault['reason']}" for fault in faults), *contradictions]
+    last = f"{args.shards}: {'ok: no contradictions' if good else counts} in {checked.units} units"
+    return Result(found, "\n".join([*lines, last]), code=0 if good else 1)
 
 
 def add(commands: Any) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.device import device_of
-from kairos_train.commands.parsing import command, count, print_json, with_robot
+from kairos_train.commands.output import Result, Table
+from kairos_train.commands.parsing import command, count, with_robot
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
+def run_evaluate(args: argparse.Namespace) -> Result:
     from evaluation.run import Settings, evaluate
     from evaluation.video import DriftSettings
 
@@ -32,13 +33,18 @@ def run_evaluate(args: argparse.Namespace) -> int:
         ),
         device=device_of(args.device),
     )
-    return print_json(summary(result, args.out))
+    found = summary(result, args.out)
+    rows = [(part, name, value) for part, numbers in found["parts"].items() for name, value in numbers.items()]
+    rows += [(part, f"left out: {why}", None) for part, why in found["left_out"].items()]
+    look = {"page": found["page"], "numbers": args.out / "evaluation.json"}
+    then = [f"kairos-train closed-loop {args.export} --env ENV --out {args.out}", f"kairos-train serve {args.export}"]
+    return Result(found, Table(rows, ("part", "number", "value")), look=look, then=then)
 
 
-def run_compare(args: argparse.Namespace) -> int:
+def run_compare(args: argparse.Namespace) -> Result:
     from evaluation.compare import compare
 
-    return print_json(compare(args.folders, out=args.out, mixed=args.mixed) | {"page": str(args.out)})
+    return Result(compare(args.folders, out=args.out, mixed=args.mixed) | {"page": args.out}, look={"page": args.out})
 
 
 def summary(result: dict[str, Any], out: Path) -> dict[str, Any]:

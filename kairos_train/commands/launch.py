@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.log import logger
+from kairos_train.commands.output import Result, Table
 from kairos_train.commands.parsing import command, count, with_overrides
 from kairos_train.launch.prepare import split_words
 
@@ -23,28 +25,36 @@ if TYPE_CHECKING:
 PACKING = ("data.window", "data.clips", "data.prompt_template", "encoders", "cluster", "train")
 
 
-def run_submit(args: argparse.Namespace) -> int:
+def run_submit(args: argparse.Namespace) -> Result:
     args.overrides += [f"cluster.nodes={args.nodes}"] if args.nodes else []
     jobs, cluster = {"train": _train, "pack": _pack}.get(args.job, _one_command)(args)
     from kairos_train.launch import submit
 
     workdir, after = Path.cwd(), args.after
+    scripts, sent = [], []
     for job in jobs:
         job_dir = submit.new_job_dir(cluster, job.name, workdir=workdir)
         where = {"workdir": workdir, "python": sys.executable}
         if args.print:
             needs = f"# after {after} has ended well\n" if after else ""
-            print(f"{needs}# {job_dir / submit.SCRIPT}")
-            print(submit.script_of(job, cluster, job_dir, **where))
+            scripts.append(f"{needs}# {job_dir / submit.SCRIPT}\n{submit.script_of(job, cluster, job_dir, **where)}")
             after = f"job {job.name}" if args.chain else after
             continue
         number = submit.submit(job, cluster, job_dir, **where, after=after)
-        print(f"job {number} {job.name}{f' after {after}' if after else ''}: {job_dir}")
+        logger.info(f"job {number} {job.name}{f' after {after}' if after else ''}: {job_dir}")
+        sent.append({"job": number, "name": job.name, "after": after, "folder": job_dir})
         after = number if args.chain else after
-    return 0
+    if args.print:
+        return Result({"scripts": scripts}, document="\n".join(scripts))
+    columns = ("job", "name", "after", "folder")
+    numbers = ",".join(str(job["job"]) for job in sent)
+    table = Table([[job[column] for column in columns] for job in sent], columns)
+    return Result(
+        {"jobs": sent}, table, look={"scripts and logs": sent[0]["folder"]}, then=[f"squeue --jobs {numbers}"]
+    )
 
 
-def run_launch(args: argparse.Namespace) -> int:
+def run_launch(args: argparse.Namespace) -> Result:
     from kairos_train.config.compose import load_config
     from kairos_train.launch.environment import derive
     from kairos_train.launch.node import run_node
@@ -62,7 +72,7 @@ def run_launch(args: argparse.Namespace) -> int:
         flush=True,
     )
     rank = [sys.executable, "-m", "kairos_train.cli", *words]
-    return run_node(node, rank, logs=args.logs)
+    return Result(code=run_node(node, rank, logs=args.logs))
 
 
 # --- the jobs ---

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.errors import UserError
-from kairos_train.commands.parsing import command, count, print_json
+from kairos_train.commands.output import Result, Table
+from kairos_train.commands.parsing import command, count
 
 
-def run_status(args: argparse.Namespace) -> int:
+def run_status(args: argparse.Namespace) -> Result:
     from kairos_train.operations.reports import status
     from kairos_train.operations.reports.history import read_histories
 
@@ -20,23 +22,26 @@ def run_status(args: argparse.Namespace) -> int:
         try:
             status.watch(args.runs, seconds=args.watch)
         except KeyboardInterrupt:  # that is how one ends it
-            return 0
+            return Result()
     histories = read_histories(args.runs)
+    look = {}
     if args.svg:
         status.write_svg(histories, args.svg)
-    if args.json:
-        return print_json({"runs": [status.summary(history) for history in histories]})
-    status.show(histories)
-    return 0
+        look["drawing"] = args.svg
+    found = {"runs": [status.summary(history) for history in histories]}
+    words = shlex.join(map(str, args.runs))
+    return Result(found, status.render(histories), look=look, then=[f"kairos-train report {words} --out runs.html"])
 
 
-def run_report(args: argparse.Namespace) -> int:
+def run_report(args: argparse.Namespace) -> Result:
     from kairos_train.operations.reports.history import read_histories
     from kairos_train.operations.reports.html_report import write_report
 
     histories = read_histories(args.runs)
     write_report(histories, args.out)
-    return print_json({"page": str(args.out), "runs": {history.name: history.health.level for history in histories}})
+    levels = {history.name: history.health.level for history in histories}
+    table = Table(list(levels.items()), ("run", "health"))
+    return Result({"page": args.out, "runs": levels}, table, look={"page": args.out})
 
 
 def add(commands: Any) -> None:
@@ -44,7 +49,6 @@ def add(commands: Any) -> None:
     about = "folder of a run, or of a curriculum's stages"
     status = command(commands, "status", run_status, "how runs go: progress, health, restarts, goodput")
     status.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=about)
-    status.add_argument("--json", action="store_true", help="for other programs")
     status.add_argument("--watch", type=count, default=None, metavar="SECONDS", help="show it again and again")
     status.add_argument("--svg", type=Path, default=None, metavar="FILE", help="draw it into a file as well")
 

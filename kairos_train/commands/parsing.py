@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from kairos_train.basics.errors import UserError
+from kairos_train.commands.output import Result
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and name the nearest legal word."""
+    """An ArgumentParser whose errors are one line and name the nearest legal word.
+
+    Attributes:
+        more: what stands below the help, made when it is shown, from the terminal's columns.
+    """
+
+    more: Callable[[int], str] | None = None
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(
             **{"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter, **settings}
         )
         self.register("type", Path, lambda text: Path(text).expanduser())  # where the shell left `~` alone
+
+    def format_help(self) -> str:
+        more = "" if self.more is None else f"\n{self.more(shutil.get_terminal_size().columns - 2)}\n"
+        return super().format_help() + more
 
     def error(self, message: str) -> NoReturn:
         if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
@@ -36,9 +47,12 @@ def group(commands: Any, name: str, text: str) -> Any:
     return parser.add_subparsers(metavar="COMMAND", required=True)
 
 
-def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    """A command that calls `run`."""
+def command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], Result], text: str
+) -> argparse.ArgumentParser:
+    """A command that calls `run`, whose result is shown by `kairos_train.commands.output.show`."""
     parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--json", action="store_true", help="one JSON object, as into a pipe")
     parser.set_defaults(run=run, parser=parser)
     return parser
 
@@ -80,9 +94,3 @@ def config_of(args: argparse.Namespace, *, sections: Sequence[str] | None = None
     from kairos_train.config.compose import load_config
 
     return load_config(args.overrides, config_dirs=args.config_dir, sections=sections)
-
-
-def print_json(summary: dict[str, Any]) -> int:
-    """Print a command's summary; its exit code."""
-    print(json.dumps(summary, indent=1, sort_keys=True, default=str))
-    return 0

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from kairos_train.basics.device import device_of
-from kairos_train.commands.parsing import command, count, print_json, with_overrides, with_robot
+from kairos_train.commands.output import Result, Table
+from kairos_train.commands.parsing import command, count, with_overrides, with_robot
 
 
-def run_import(args: argparse.Namespace) -> int:
+def run_import(args: argparse.Namespace) -> Result:
     from kairos_train.weights.import_public import import_weights
 
     summary = import_weights(
@@ -22,10 +23,17 @@ def run_import(args: argparse.Namespace) -> int:
         statistics=args.statistics,
         public_config=args.public_config,
     )
-    return print_json(summary)
+    return Result(
+        summary,
+        look={"checkpoint": args.out},
+        then=[
+            f"kairos-train train experiment=finetune_custom stage.init_from={args.out} data.shards=SHARDS",
+            f"kairos-train export {args.out} --out policy",
+        ],
+    )
 
 
-def run_export(args: argparse.Namespace) -> int:
+def run_export(args: argparse.Namespace) -> Result:
     from kairos_train.checkpoint.resolve import resolve_best
     from kairos_train.weights.export import export
 
@@ -37,10 +45,11 @@ def run_export(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         quantize=args.quantize,
     )
-    return print_json(summary)
+    then = [f"kairos-train evaluate {args.out} --input SHARDS --out report", f"kairos-train serve {args.out}"]
+    return Result(summary, look={"export": args.out}, then=then if args.format == "standalone" else [])
 
 
-def run_rollout(args: argparse.Namespace) -> int:
+def run_rollout(args: argparse.Namespace) -> Result:
     from evaluation.rollout import rollout
 
     summary = rollout(
@@ -59,10 +68,13 @@ def run_rollout(args: argparse.Namespace) -> int:
         robot=args.robot,
         device=device_of(args.device),
     )
-    return print_json(summary)
+    rows = [("windows", summary["count"]), *summary["mean"].items()]
+    look = {"pictures and numbers": args.out}
+    then = [f"kairos-train evaluate {args.export} --input {args.input} --out report"]
+    return Result(summary, Table(rows), look=look, then=then)
 
 
-def run_serve(args: argparse.Namespace) -> int:
+def run_serve(args: argparse.Namespace) -> Result:
     from kairos_train.serving.run import run
 
     run(
@@ -83,7 +95,7 @@ def run_serve(args: argparse.Namespace) -> int:
         clip_margin=args.clip_margin,
         device=device_of(args.device),
     )
-    return 0
+    return Result()
 
 
 def add(commands: Any) -> None:

@@ -7,13 +7,14 @@ state is cleared by every call. Whatever goes wrong while composing leaves this 
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import itertools
+import math
 import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from kairos_train.basics.errors import UserError, one_line, shown
 from kairos_train.basics.files import write_whole
 from kairos_train.basics.plain import MISSING, from_dict
 from kairos_train.basics.yaml_text import MAX_DEPTH, yaml_text
+from kairos_train.config.groups import SHIPPED, groups_of
 from kairos_train.config.keys import MAPPINGS, annotation_of, describe, nearest, type_of, walk
 from kairos_train.config.schema import ActionStreamConfig, Config, ModelConfig, StageConfig
 from kairos_train.config.texts import check_file, entries, kept, quoted
@@ -64,24 +66,35 @@ def load_config(
     Raises:
         UserError: unknown key or option, wrong type, malformed override, missing value, a broken rule of `validate`.
     """
-    shipped = Path(str(importlib.resources.files("configs")))
-    roots = [shipped, *_own_roots(config_dirs, shipped)]
-    texts = _overrides(overrides, _groups(roots))
+    with composing(overrides, config_dirs) as (_, texts):
+        config = _at_home(_to_config(compose(config_name, texts)))
+    check(config, sections)
+    return config
+
+
+@contextmanager
+def composing(
+    overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()
+) -> Iterator[tuple[list[Path], list[str]]]:
+    """Hydra, ready to compose these overrides: the folders of settings, the shipped one first, and the words for hydra.
+
+    Raises:
+        UserError: a folder or override that cannot be used, or whatever goes wrong while composing.
+    """
+    roots = [SHIPPED, *_own_roots(config_dirs, SHIPPED)]
+    texts = _overrides(overrides, groups_of(roots))
     searchpath = ",".join(quoted(f"file://{root}") for root in roots[1:])
     _store_schema()
     GlobalHydra.instance().clear()  # another caller may have initialised it; what follows leaves it as clean as this
     try:
-        with initialize_config_dir(config_dir=str(shipped), job_name="kairos-train", version_base="1.3"):
-            node = compose(config_name, [*texts, f"hydra.searchpath=[{searchpath}]"])
-        config = _at_home(_to_config(node))
+        with initialize_config_dir(config_dir=str(SHIPPED), job_name="kairos-train", version_base="1.3"):
+            yield roots, [*texts, f"hydra.searchpath=[{searchpath}]"]
     except UserError:
         raise
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise _one_line(error) from error
     except AssertionError as error:
         raise _below_null(texts, error) from error
-    check(config, sections)
-    return config
 
 
 def check(config: Config, sections: Sequence[str] | None = None) -> None:
@@ -104,6 +117,12 @@ def check(config: Config, sections: Sequence[str] | None = None) -> None:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, in the order of the schema."""
     return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def to_text(value: Any) -> str:
+    """A value as it stands in YAML, on one line."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n...\n").strip()
 
 
 class _Dumper(yaml.SafeDumper):
@@ -148,7 +167,7 @@ def load_saved(path: str | Path, *, sections: Sequence[str] | None = None) -> Co
     text = yaml_text(path)
     try:
         saved = _literal(yaml.load(text, Loader=get_yaml_loader()) or {})
-        config = _to_config(OmegaConf.merge(OmegaConf.structured(_schema()), saved))
+        config = _to_config(OmegaConf.merge(OmegaConf.structured(schema_of_files()), saved))
     except (UserError, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
     config.stage.image_conditions = config.stage.image_conditions or StageConfig().image_conditions
@@ -169,10 +188,10 @@ def _literal(value: Any) -> Any:
 @functools.cache
 def _store_schema() -> None:
     """Let hydra know the schema; once a process, for it is costly."""
-    ConfigStore.instance().store(name="schema", node=_schema())
+    ConfigStore.instance().store(name="schema", node=schema_of_files())
 
 
-def _schema() -> Config:
+def schema_of_files() -> Config:
     """What files are merged into: the defaults, less those that belong to one robot or dataset and a file must state.
 
     The conditions are emptied because mappings are merged, not replaced: each file states all of its own.
@@ -240,17 +259,6 @@ def _own_roots(config_dirs: Sequence[str | Path], shipped: Path) -> list[Path]:
             check_file(file, root)
         roots.append(root)
     return roots
-
-
-def _groups(roots: Sequence[Path]) -> dict[str, list[str]]:
-    """Group -> its options, over all folders."""
-    groups: dict[str, set[str]] = {}
-    for root in roots:
-        for file in root.rglob("*.yaml"):
-            group, *option = file.relative_to(root).with_suffix("").parts
-            if option:
-                groups.setdefault(group, set()).add("/".join(option))
-    return {group: sorted(options) for group, options in sorted(groups.items())}
 
 
 # --- overrides ---

@@ -49,10 +49,10 @@ PLANS = {
 
 
 def run(*, env: str, fresh: bool = False, root: Path | None = None) -> dict:
-    """Run the demo in `runs/<experiment>` (or `root`) of the working directory and print where everything is.
+    """Run the demo in `runs/<experiment>` (or `root`) of the working directory.
 
     Returns:
-        The open-loop evaluation.
+        "minutes", "open_loop": the evaluation, "places": what is where.
 
     Raises:
         UserError: a step refuses its input, such as a simulator that cannot render.
@@ -69,11 +69,10 @@ def run(*, env: str, fresh: bool = False, root: Path | None = None) -> dict:
     _export(checkpoint, root)
     result = _judge(root)
     minutes = (time.monotonic() - started) / 60
-    print(_closing(root, result, minutes))
     rows = {name: row["mse"] for name, row in result["rows"].items()}
     if rows["model"] >= min(rows[name] for name in ("blind", "mean", "hold")):
-        raise RunStopped(f"the policy's error {rows['model']:.3f} does not beat every baseline: {rows}")
-    return result
+        raise RunStopped(f"the policy's error {rows['model']:.3f} does not beat every baseline: {rows}; see {root}")
+    return {"minutes": minutes, "open_loop": result, "places": _places(root)}
 
 
 def _simulate(env: str, plan: DemoPlan, root: Path) -> None:
@@ -159,10 +158,8 @@ def _judge(root: Path) -> dict:
     return json.loads((root / "evaluation" / "open_loop.json").read_text())
 
 
-def _closing(root: Path, result: dict, minutes: float) -> str:
-    from evaluation.open_loop import format_table
-
-    places = {
+def _places(root: Path) -> dict[str, Path]:
+    return {
         "demonstrations (LeRobot v3.0)": root / "dataset",
         "unseen episodes": root / "dataset_unseen",
         "training shards": root / "shards",
@@ -171,5 +168,3 @@ def _closing(root: Path, result: dict, minutes: float) -> str:
         "rollouts beside ground truth": root / "rollout",
         "evaluation": root / "evaluation",
     }
-    lines = [f"  {name:<32}{place}" for name, place in places.items()]
-    return "\n".join(["", format_table(result), "", f"Done in {minutes:.1f} minutes.", *lines])

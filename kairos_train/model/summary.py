@@ -1,5 +1,7 @@
 """A model configuration in numbers: parameters per stream, keys, FLOPs. Allocates nothing (meta device)."""
 
+from typing import Any
+
 import torch
 
 from kairos_train.basics.errors import UserError
@@ -37,20 +39,37 @@ def check_keys(model: torch.nn.Module, expected: Shapes) -> int:
     return len(given)
 
 
-def summarize(config: Config) -> str:
-    """A table of sizes of `config.model`, every key checked against the public checkpoint layout."""
-    model = meta_model(config.model)
-    counts = parameter_counts(model)
-    lines = [
-        f"model {config.model.name}: {config.model.num_layers} layers of {'/'.join(config.model.video.layer_cycle)}"
-    ]
-    for stream, count in counts.items():
-        lines.append(f"  {stream:<11} {count / 1e9:8.3f} B parameters ({count:,})")
-    lines.append(f"  {'total':<11} {sum(counts.values()) / 1e9:8.3f} B parameters")
-    keys = check_keys(model, public_keys(config.model))
-    lines.append(f"  {keys:,} checkpoint keys, names and shapes as in the public layout")
-    video = config.model.video
+def numbers(config: Config) -> dict[str, Any]:
+    """The sizes of `config.model`, every key checked against the public checkpoint layout.
+
+    Returns:
+        "model", its "layers" and "layer_cycle", "parameters" by stream, checkpoint "keys", and "video_forward_tflop":
+        per sample, by the shape of its latents.
+
+    Raises:
+        UserError: a key that is missing, surplus or of another shape.
+    """
+    model, video = meta_model(config.model), config.model.video
+    flops = {}
     for frames, height, width in ((3, 16, 16), (21, 60, 104)):
-        flops = forward_flops(config.model, frames, height // video.patch_size[1] * width // video.patch_size[2], 128)
-        lines.append(f"  video forward, {frames}×{height}×{width} latents: {flops / 1e12:.4g} TFLOP per sample")
+        tokens = height // video.patch_size[1] * width // video.patch_size[2]
+        flops[f"{frames}×{height}×{width}"] = forward_flops(config.model, frames, tokens, 128) / 1e12
+    return {
+        "model": config.model.name,
+        "layers": config.model.num_layers,
+        "layer_cycle": video.layer_cycle,
+        "parameters": parameter_counts(model),
+        "keys": check_keys(model, public_keys(config.model)),
+        "video_forward_tflop": flops,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `numbers` gives, for people."""
+    counts = {**found["parameters"], "total": sum(found["parameters"].values())}
+    lines = [f"model {found['model']}: {found['layers']} layers of {'/'.join(found['layer_cycle'])}"]
+    lines += [f"  {stream:<11} {count / 1e9:8.3f} B parameters ({count:,})" for stream, count in counts.items()]
+    lines.append(f"  {found['keys']:,} checkpoint keys, names and shapes as in the public layout")
+    for shape, tflop in found["video_forward_tflop"].items():
+        lines.append(f"  video forward, {shape} latents: {tflop:.4g} TFLOP per sample")
     return "\n".join(lines)

@@ -1,9 +1,7 @@
-"""What `kairos-train plan` prints: a table for people, or one JSON object."""
+"""What `kairos-train plan` shows: the numbers of a plan, and a table of them for people."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from typing import Any
 
 from kairos_train.basics.errors import UserError
@@ -20,38 +18,28 @@ SECTIONS = (
 """What of a configuration a plan needs."""
 
 
-def run(
-    load: Callable[[], Config], *, gpus: int | None, searching: bool, context_tokens: int, as_json: bool
-) -> tuple[str, bool]:
-    """Plan what `load` gives.
+def run(config: Config, *, gpus: int | None, searching: bool, context_tokens: int) -> tuple[dict[str, Any], str]:
+    """Plan a configuration.
 
     Args:
-        load: composes the configuration.
         gpus: in all; None: as many as one sample takes.
         searching: find the cheapest layout for `gpus`.
         context_tokens: N text tokens of a sample.
-        as_json: give one JSON object in any case, a layout that is not legal included.
 
     Returns:
-        What to print, and whether the layout is legal.
+        The numbers, and a table for people.
 
     Raises:
-        UserError: without `as_json`: the configuration or its layout is not legal, or no layout fits.
+        UserError: the layout is not legal, or no layout fits.
     """
-    try:
-        config = load()
-        sample = SampleShape.of(config, context_tokens)
-        if not searching:
-            plan = Plan.of(config, sample, gpus=gpus)
-            return (_as_json(plan.numbers()) if as_json else table(plan)), True
-        if gpus is None:
-            raise UserError("--search needs the number of GPUs; give --gpus N")
-        found = search(config, sample, gpus=gpus)
-        return (_as_json(found_numbers(found)) if as_json else found_table(found)), True
-    except UserError as error:
-        if not as_json:
-            raise
-        return _as_json({"legal": False, "reason": str(error)}), False
+    sample = SampleShape.of(config, context_tokens)
+    if not searching:
+        plan = Plan.of(config, sample, gpus=gpus)
+        return plan.numbers(), table(plan)
+    if gpus is None:
+        raise UserError("--search needs the number of GPUs; give --gpus N")
+    found = search(config, sample, gpus=gpus)
+    return found_numbers(found), found_table(found)
 
 
 def found_numbers(found: Found) -> dict[str, Any]:
@@ -124,7 +112,3 @@ def _si(value: float) -> str:
     prefixes = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")]
     unit, prefix = next(((u, p) for u, p in prefixes if value >= u), (1.0, ""))
     return f"{value / unit:.{2 if prefix else 0}f} {prefix}".strip()
-
-
-def _as_json(numbers: dict[str, Any]) -> str:
-    return json.dumps(numbers, indent=1)

@@ -52,11 +52,6 @@ def watch(folders: Sequence[Path], *, seconds: float) -> None:
             time.sleep(seconds)
 
 
-def show(histories: Sequence[RunHistory]) -> None:
-    """Print the status."""
-    Console().print(render(histories))
-
-
 def write_svg(histories: Sequence[RunHistory], path: Path) -> None:
     """Draw the status as it looks in a terminal."""
     console = Console(record=True, file=io.StringIO(), width=WIDTH, force_terminal=True, color_system="truecolor")

@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and with which exit code."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -101,9 +102,9 @@ def test_config_shows_what_is_still_missing(capsys):
 
 def test_model_summary_counts_the_published_parameters(capsys):
     assert cli.main(["model", "summary", "model=kairos_4b"]) == 0
-    out = capsys.readouterr().out
-    assert "4,046,680,960" in out
-    assert "955,849,742" in out
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == {"video_dit": 4_046_680_960, "action_dit": 955_849_742}
+    assert found["keys"] == 1785
 
 
 @pytest.mark.parametrize(("model", "least", "most"), [("tiny", 1e6, 2e6), ("small", 90e6, 115e6)])
@@ -117,13 +118,16 @@ def test_the_small_models_have_the_sizes_they_claim(model, least, most):
 
 def test_golden_file_within_its_tolerances_passes(shared, capsys):
     assert cli.main(["verify", "golden", str(shared / "golden" / GOLDEN)]) == 0
-    assert capsys.readouterr().out.startswith(f"ok   {GOLDEN}: outputs ")
+    (found,) = json.loads(capsys.readouterr().out)["files"].values()
+    assert found["ok"]
+    assert 0 < found["outputs"] < 1e-5
 
 
 @pytest.mark.parametrize("tolerance", ["--tolerance-outputs", "--tolerance-gradients"])
 def test_golden_file_beyond_a_tolerance_fails_with_exit_code_1(tolerance, shared, capsys):
     assert cli.main(["verify", "golden", str(shared / "golden" / GOLDEN), tolerance, "1e-12"]) == 1
-    assert capsys.readouterr().out.startswith(f"FAIL {GOLDEN}: outputs ")
+    (found,) = json.loads(capsys.readouterr().out)["files"].values()
+    assert found["ok"] is False
 
 
 def test_pack_stores_the_windows_of_the_configuration(shared, tmp_path, capsys):
@@ -134,7 +138,8 @@ def test_pack_stores_the_windows_of_the_configuration(shared, tmp_path, capsys):
     words += ["data.window.cameras=[]", "data.window.stride=16", "data.window.height=32", "data.window.width=32"]
     assert cli.main(words) == 0
     index = read_index(out)
-    assert capsys.readouterr().out == f"{out}: {index.samples} samples in {len(index.shards)} shards\n"
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["samples"], printed["shards"], printed["out"]) == (index.samples, len(index.shards), str(out))
     assert index.window.frames == 5
     assert index.encoders["text"]["kind"] == "hashed_ngrams"
     assert (out / "empty_context.npy").is_file()

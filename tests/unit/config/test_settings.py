@@ -1,10 +1,7 @@
 """A setting's one line in the schema: the rule of its values, what a resumed run may do with it, what it is."""
 
-import ast
-import inspect
 import re
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import get_type_hints
 
 import pytest
 from support.settings import changed
@@ -80,48 +77,3 @@ def test_words_that_nobody_reads_are_refused():
         setting(1, POSITIVE, on_resume="fre")
     with pytest.raises(AssertionError, match="exist"):
         setting("a", path="exist")
-
-
-# --- every setting says what it is ---
-
-
-def schema_classes(kind: Any = Config) -> set[type]:
-    """The dataclass and those of its fields, of lists and alternatives too."""
-    found = {kind}
-    for hint in get_type_hints(kind).values():
-        for inner in {hint, *get_args(hint)}:
-            found |= schema_classes(inner) if is_dataclass(inner) else set()
-    return found
-
-
-def undocumented(kind: type, source: str) -> list[str]:
-    """The settings of a class that no comment explains, behind them or on the lines above; sections have docstrings."""
-    lines, hints = source.splitlines(), get_type_hints(kind)
-    silent = [] if ast.get_docstring(ast.parse(source).body[0]) else [kind.__name__]
-    for node in ast.parse(source).body[0].body:
-        if not isinstance(node, ast.AnnAssign):
-            continue
-        above = lines[node.lineno - 2].strip().startswith("#")
-        behind = any("  # " in line for line in lines[node.lineno - 1 : node.end_lineno])
-        section = any(is_dataclass(k) for k in {hints[node.target.id], *get_args(hints[node.target.id])})
-        if not (above or behind or section):
-            silent.append(f"{kind.__name__}.{node.target.id}")
-    return silent
-
-
-@pytest.mark.parametrize("kind", sorted(schema_classes(), key=str), ids=lambda kind: kind.__name__)
-def test_every_setting_is_documented_where_it_stands(kind):
-    assert undocumented(kind, inspect.getsource(kind)) == []
-
-
-@dataclass
-class Example:
-    # above
-    one: int = setting(1, POSITIVE)
-    two: int = 2  # behind
-    three: int = 3
-
-
-def test_a_setting_without_a_comment_is_found():
-    assert undocumented(Example, inspect.getsource(Example)) == ["Example", "Example.three"]
-    assert [field.name for field in fields(Example)] == ["one", "two", "three"]

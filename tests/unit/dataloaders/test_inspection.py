@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from support.terminal import on_a_terminal
 from support.toy_datasets import CAMERA, WINDOW, write_dataset
 from support.toy_videos import counting, mp4, write_manifest
 
@@ -121,12 +122,11 @@ def test_videos_of_a_manifest_are_looked_at_with_what_cannot_be_used(tmp_path):
     assert "3.mp4" in (tmp_path / "page/index.html").read_text()
 
 
-def test_the_command_prints_the_facts_and_where_the_page_is(dataset, tmp_path, capsys):
+def test_the_command_prints_the_facts_and_where_the_page_is(dataset, tmp_path, capsys, monkeypatch):
     words = ["data", "inspect", str(dataset), "--out", str(tmp_path / "page"), "data=custom", "--samples", "2"]
-    assert cli.main(words) == 0
-    out = capsys.readouterr().out
-    assert "length: 4 episodes" in out
-    assert out.endswith(f"page: {tmp_path / 'page/index.html'}\n")
+    screen = on_a_terminal(monkeypatch, *words)
+    assert "length: 4 episodes" in screen
+    assert screen.endswith(f"where to look\n  page  {tmp_path / 'page/index.html'}")
     assert cli.main(words) == 2
     assert "exists; remove it" in capsys.readouterr().err
 

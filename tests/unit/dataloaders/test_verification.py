@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.http_server import Habits, serving
+from support.terminal import on_a_terminal
 from support.toy_datasets import WINDOW, toy_encoder, write_dataset
 
 from dataloaders.config import DataConfig
@@ -216,15 +217,19 @@ def test_without_decoding_the_clips_are_not_looked_into(shards):
     assert names == ["shard-000001.tar"]
 
 
-def test_what_the_commands_say_and_return(shards, tmp_path, capsys):
+def test_what_the_commands_say_and_return(shards, tmp_path, capsys, monkeypatch):
     assert cli.main(["data", "verify", str(shards)]) == 0
-    assert capsys.readouterr().out.startswith(f"{shards}: ok: {read_index(shards).samples} samples in ")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["samples"], found["faults"]) == (True, read_index(shards).samples, [])
     rewrite(shards, replaced("state.npy", None))
     key = second_sample(shards)
     assert cli.main(["data", "verify", str(shards), "--processes", "2"]) == 1
-    out = capsys.readouterr().out
-    assert f"shard-000001.tar/{key}: lacks state.npy\n" in out
-    assert out.endswith(" faults\n")
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"]
+    assert {"name": f"shard-000001.tar/{key}", "reason": "lacks state.npy"} in found["faults"]
+    screen = on_a_terminal(monkeypatch, "data", "verify", shards, code=1)
+    assert f"shard-000001.tar/{key}: lacks state.npy\n" in screen
+    assert screen.endswith(f"{len(found['faults'])} faults")
     assert cli.main(["data", "verify", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

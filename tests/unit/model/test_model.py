@@ -13,7 +13,7 @@ from kairos_train.model.hooks import ModelHooks, SingleDevice
 from kairos_train.model.kernels.windows import WindowSpec, frames_read
 from kairos_train.model.passes import ActionPass
 from kairos_train.model.public_keys import public_keys
-from kairos_train.model.summary import check_keys, meta_model, parameter_counts, summarize
+from kairos_train.model.summary import check_keys, meta_model, numbers, parameter_counts, table
 
 GOLDEN = [
     "action_with_video_cache",
@@ -218,7 +218,7 @@ def test_full_size_has_the_published_parameters_and_keys(shared):
 
 
 def test_summary_prints_counts_and_a_renamed_key_is_caught():
-    text = summarize(Config())
+    text = table(numbers(Config()))
     assert "4.047 B" in text
     assert "0.956 B" in text
     assert "1,785 checkpoint keys" in text

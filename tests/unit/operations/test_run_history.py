@@ -9,6 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 from support.run_folders import PACE, STALL, START, STARTING, VALIDATION, WAIT, RunFolder
+from support.terminal import on_a_terminal
 
 from kairos_train import cli
 from kairos_train.basics.errors import UserError
@@ -380,7 +381,7 @@ def test_what_a_life_is_going_to_do_again_is_counted_before_it_starts(run):
 # --- the command ---
 
 
-def test_status_shows_a_run_and_gives_it_as_data(run, capsys):
+def test_status_shows_a_run_and_gives_it_as_data(run, capsys, monkeypatch):
     run.start()
     run.go(57)
     run.time += 100
@@ -388,8 +389,7 @@ def test_status_shows_a_run_and_gives_it_as_data(run, capsys):
     run.go(80)
     run.event("skipped", step=80, why="a loss spike", loss=9.0, grad_norm=3.0)
     run.stop("interrupted", "asked to stop (SIGUSR1)")
-    assert cli.main(["status", str(run.folder)]) == 0
-    text = capsys.readouterr().out
+    text = on_a_terminal(monkeypatch, "status", run.folder)
     for part in (
         "interrupted",
         "step 80 of 200  40.0%",

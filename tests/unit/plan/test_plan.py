@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.terminal import on_a_terminal
 
 from kairos_train import cli
 from kairos_train.config.compose import load_config
@@ -80,18 +81,16 @@ def test_search_finds_a_layout_for_long_720p_clips_on_64_gpus(capsys):
     assert seconds[0] == pytest.approx(numbers["seconds_per_step"] / numbers["samples_per_step"])
 
 
-def test_the_table_says_the_same_for_people(capsys):
-    assert cli.main(["plan", *ACCEPTANCE]) == 0
-    out = capsys.readouterr().out
+def test_the_table_says_the_same_for_people(monkeypatch):
+    out = on_a_terminal(monkeypatch, "plan", *ACCEPTANCE)
     assert out.startswith("kairos_4b on 8 × h200: tensor 1 × context 8 × data 1, ZeRO 1, bf16, recompute none\n")
     assert "5 × 4,680, 3 × 3,120" in out
     assert "884.83 T per sample" in out
 
 
-def test_the_search_of_a_small_model_prints_its_best_layouts(capsys):
+def test_the_search_of_a_small_model_prints_its_best_layouts(monkeypatch):
     words = "model=tiny encoders=weight_free data=demo stage=physical cluster=a100 --search --gpus 4"
-    assert cli.main(["plan", *words.split()]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = on_a_terminal(monkeypatch, "plan", *words.split()).splitlines()
     assert re.fullmatch(r"\d+ of \d+ legal layouts fit; the cheapest:", lines[0])
     assert sum("s/sample" in line for line in lines) == 5
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.quirky_datasets import FRONT, WINDOW, numbered, rows, samples_of, write_lines, write_v21, write_v30
+from support.terminal import on_a_terminal
 from support.toy_videos import jpg, mp4, write_manifest, write_tar
 
 from dataloaders.config import BelieveConfig, ClipConfig, DataConfig
@@ -258,8 +259,11 @@ def clips(folder: Path, name: str) -> Path:
 def pack_command(source: Path, out: Path, capsys, *more: str) -> list[str]:
     settings = ["data.clips.short_side=32", "data.clips.aspects=[1.0]", "data.clips.fps=10", "data.clips.most_frames=9"]
     assert cli.main(["data", "pack", str(source), "--out", str(out), "experiment=custom", *settings, *more]) == 0
-    said = capsys.readouterr()  # what was packed; notes
-    return [*said.out.splitlines(), *said.err.splitlines()]
+    said = capsys.readouterr()
+    printed = json.loads(said.out)
+    noted = [line for line in said.err.splitlines() if not line.startswith("packed")]
+    assert noted == [*printed["contradictions"], *(f"note: {note}" for note in printed["notes"])]
+    return noted
 
 
 def test_captions_are_found_or_missed_aloud(tmp_path, capsys):
@@ -267,7 +271,7 @@ def test_captions_are_found_or_missed_aloud(tmp_path, capsys):
     texts = clips(tmp_path, "texts")
     (texts / "a.mp4").write_bytes(video)
     write_manifest(texts, [{"path": "a.mp4", "text": "pick"}])
-    assert len(pack_command(texts, tmp_path / "out1", capsys)) == 1
+    assert pack_command(texts, tmp_path / "out1", capsys) == []
     assert read_index(tmp_path / "out1").captions == ["caption"]
 
     tars = clips(tmp_path, "tars")
@@ -275,7 +279,7 @@ def test_captions_are_found_or_missed_aloud(tmp_path, capsys):
     write_tar(tars / "0.tar", [("0.mp4", video), ("0.json", fields), ("1.mp4", video), ("1.json", b'{"caption": "x"}')])
     said = pack_command(tars, tmp_path / "out2", capsys)
     left_out = "fields left out: description, prompt (a caption is called caption)"
-    assert said[1] == f"note: 1 of 2 samples have no caption; {left_out}"
+    assert said[0] == f"note: 1 of 2 samples have no caption; {left_out}"
     source = read_index(tmp_path / "out2").source
     assert (source["without_caption"], source["columns_left_out"]) == (1, ["description", "prompt"])
     assert source["left_out"] == {}
@@ -364,7 +368,7 @@ def test_pointers_among_shards_are_named(tmp_path, name, capsys):
 # ---- data verify
 
 
-def test_every_contradiction_of_a_dataset_is_listed(tmp_path, capsys):
+def test_every_contradiction_of_a_dataset_is_listed(tmp_path, capsys, monkeypatch):
     bad = rows(12, 1, 9, timestamp=pa.array(np.float32(1.7e9 + np.arange(12) / 10)))
     root = write_v21(tmp_path / "set", [rows(9), bad, rows(12, 2, 21)], shown=range(12), total_tasks=2)
     os.truncate(root / f"videos/chunk-000/{FRONT}/episode_000002.mp4", 300)
@@ -377,15 +381,18 @@ def test_every_contradiction_of_a_dataset_is_listed(tmp_path, capsys):
     assert [name for name, _ in found.faults] == ["episode 2"]
     assert (found.units, found.unresolved) == (3, 2)
     assert cli.main(["data", "verify", str(root), "--processes", "2"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"{root}: 3 contradictions, 2 of them unresolved, 1 faults in 3 units"
-    assert any(line.startswith("episode 1: frames: timestamp is float32 near 1.7e+09") for line in lines)
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["ok"], printed["unresolved"], printed["units"], len(printed["faults"])) == (False, 2, 3, 1)
+    told = "episode 1: frames: timestamp is float32 near 1.7e+09"
+    assert any(line.startswith(told) for line in printed["contradictions"])
+    screen = on_a_terminal(monkeypatch, "data", "verify", root, code=1)
+    assert screen.endswith(f"{root}: 3 contradictions, 2 of them unresolved, 1 faults in 3 units")
 
 
-def test_a_clean_dataset_verifies(tmp_path, capsys):
+def test_a_clean_dataset_verifies(tmp_path, monkeypatch):
     root = write_v30(tmp_path / "set")
-    assert cli.main(["data", "verify", str(root)]) == 0
-    assert capsys.readouterr().out == f"{root}: ok: no contradictions in 3 units\n"
+    screen = on_a_terminal(monkeypatch, "data", "verify", root)
+    assert screen == f"{root}: ok: no contradictions in 3 units"
 
 
 def test_inspection_lists_contradictions_and_shows_the_rest(tmp_path, capsys):
