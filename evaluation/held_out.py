@@ -16,6 +16,7 @@ from dataloaders.shards import CorruptData, ShardIndex, read_index, read_shard
 from dataloaders.windows import POLICY_FIELDS
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import video_frames
+from kairos_train.basics.progress import progress
 from kairos_train.conditioning.interfaces import identities_match
 from kairos_train.inference.load import Policy, for_robot, load
 from kairos_train.inference.predict import Predictor
@@ -72,8 +73,13 @@ def open_shards(shards: Path, policy: Policy) -> ShardIndex:
     return index
 
 
-def spread_batches(index: ShardIndex, *, count: int, batch_size: int, with_frames: bool) -> Iterator[Batch]:
+def spread_batches(
+    index: ShardIndex, *, count: int, batch_size: int, with_frames: bool, what: str = "windows"
+) -> Iterator[Batch]:
     """`count` windows evenly spread over all shards (all of them when there are fewer), the same at every call.
+
+    Args:
+        what: is done with them, for the report of how far that is.
 
     Raises:
         UserError: `count` or `batch_size` below 1; a shard or sample is damaged.
@@ -81,9 +87,11 @@ def spread_batches(index: ShardIndex, *, count: int, batch_size: int, with_frame
     for name, value in (("samples", count), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name}={value}: must be at least 1")
-    samples = _spread(index, count, with_frames)
-    while chunk := list(itertools.islice(samples, batch_size)):
-        yield collate(chunk)
+    samples, done = _spread(index, count, with_frames), 0
+    with progress(what, min(count, index.samples), "windows") as advance:
+        while chunk := list(itertools.islice(samples, batch_size)):
+            yield collate(chunk)
+            advance(done := done + len(chunk))
 
 
 def window_seed(seed: int, key: str) -> int:

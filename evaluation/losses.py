@@ -94,7 +94,8 @@ def measure(
     if draws < 1:
         raise ValueError(f"draws={draws}: must be at least 1")
     objective, rows, keys = objective_of(predictor, seed=seed), {"video": [], "action": []}, []
-    for batch in spread_batches(index, count=samples, batch_size=batch_size, with_frames=index.encoders is None):
+    sizes, with_frames = {"count": samples, "batch_size": batch_size}, index.encoders is None
+    for batch in spread_batches(index, **sizes, with_frames=with_frames, what="losses"):
         keys += batch.keys
         whose = [
             (meta.get("dataset") or "unnamed", meta.get("episode", key)) for key, meta in zip(batch.keys, batch.meta)

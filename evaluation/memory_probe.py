@@ -79,7 +79,8 @@ def measure(predictor: Predictor, index: ShardIndex, *, samples: int, seed: int,
     objective, policy = objective_of(predictor, seed=seed), predictor.policy
     found: dict[str, list[MemoryMeasurement]] = {}
     frames = tokens = windows = 0
-    for batch in spread_batches(index, count=samples, batch_size=batch_size, with_frames=index.encoders is None):
+    sizes, with_frames = {"count": samples, "batch_size": batch_size}, index.encoders is None
+    for batch in spread_batches(index, **sizes, with_frames=with_frames, what="memory"):
         noisy = conditioned(predictor, objective, batch, draw=0)
         with capture_recurrences(
             policy.model, lambda name, k, g, beta: found.setdefault(name, []).append(contraction(k, g, beta))

@@ -84,7 +84,7 @@ def measure(predictor: Predictor, index: ShardIndex, *, samples: int, seed: int,
     chunks: dict[str, list[Tensor]] = {name: [] for name in (*ROWS, "recorded", "valid")}
     episodes: list[tuple[Any, Any]] = []
     policy, with_frames = predictor.policy, index.encoders is None
-    for batch in spread_batches(index, count=samples, batch_size=batch_size, with_frames=with_frames):
+    for batch in spread_batches(index, count=samples, batch_size=batch_size, with_frames=with_frames, what="open loop"):
         for name, chunk in _predictions(predictor, batch, seed).items():
             chunks[name].append(chunk)
         chunks["recorded"].append(batch.actions)

@@ -85,7 +85,7 @@ def rollout(
     out.mkdir(parents=True, exist_ok=True)
     fps = index.fps / index.window.action_video_freq_ratio
     entries: list[dict[str, Any]] = []
-    for batch in spread_batches(index, count=count, batch_size=BATCH, with_frames=True):
+    for batch in spread_batches(index, count=count, batch_size=BATCH, with_frames=True, what="rollout"):
         entries += _roll(predictor, batch, out, mode=mode, seed=seed, fps=fps, first=len(entries), onward=onward)
     summary = {
         "mode": mode,

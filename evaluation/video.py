@@ -31,6 +31,7 @@ from evaluation.quality import QualityModel, frechet, ssim
 from evaluation.rollout import psnr
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import TIME_STRIDE
+from kairos_train.basics.progress import track
 from kairos_train.inference.predict import Predictor
 
 BATCH = 8
@@ -137,7 +138,7 @@ def _clips(
 ) -> list[ComparedClip]:
     """Roll out from the first window of every recording, BATCH at a time."""
     found = []
-    for first in range(0, len(recordings), BATCH):
+    for first in track(range(0, len(recordings), BATCH), "video", -(-len(recordings) // BATCH), "batches"):
         some = recordings[first : first + BATCH]
         pairs = read(index, some)
         predicted = _rolled(predictor, collate([sample for sample, _ in pairs]), settings, seed)

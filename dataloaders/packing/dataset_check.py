@@ -18,6 +18,7 @@ from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector
 from dataloaders.sources.base import Bad, SourceSettings
 from dataloaders.sources.open import kind_of, open_source
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.progress import track
 
 
 @dataclass
@@ -44,19 +45,12 @@ def source_settings(data: DataConfig) -> SourceSettings:
     )
 
 
-def check_dataset(
-    location: Path | str,
-    data: DataConfig,
-    *,
-    processes: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> DatasetCheck:
+def check_dataset(location: Path | str, data: DataConfig, *, processes: int = 1) -> DatasetCheck:
     """Look at all of a source that could be packed.
 
     Args:
         data: clips, `believe` and `timestamp_tolerance`.
         processes: units at the same time.
-        progress: called with (units done, units in all).
 
     Raises:
         UserError: no source, or tables without which nothing can be read.
@@ -69,10 +63,8 @@ def check_dataset(
         found, units = DatasetCheck(), open_source(location, source_settings(data)).units
         make = functools.partial(_unit_checker, location, data)
     parts: dict[int, DatasetCheck] = {}
-    for unit, part in spread(make, range(units), processes):
+    for unit, part in track(spread(make, range(units), processes), "verify", units, "units"):
         parts[unit] = part
-        if progress:
-            progress(len(parts), units)
     for unit in sorted(parts):
         found.units += 1
         found.contradictions += parts[unit].contradictions

@@ -51,6 +51,7 @@ from dataloaders.sources.open import open_source
 from dataloaders.sources.rows import FIELD
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import locked, sha256_of, write_json, write_whole
+from kairos_train.basics.progress import progress, track
 
 QUARANTINE = "quarantine.jsonl"
 LoadEncoder = Callable[[int], MemberEncoder]
@@ -84,7 +85,6 @@ def pack(
     processes: int = 1,
     seed: int = 0,
     on_bad: str = "stop",
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write a source's samples as shards; `out` appears when everything is in it.
 
@@ -104,7 +104,6 @@ def pack(
         processes: units packed at the same time.
         seed: of the permutation that mixes the units.
         on_bad: "stop" raises for what cannot be used; "skip" leaves it out, lists it in quarantine.jsonl and counts it.
-        progress: called with (units done, units in all).
 
     Returns:
         The content of index.json.
@@ -137,7 +136,7 @@ def pack(
         empty = None if encoders is None else half("empty context", encoders.context("", None))
         if processes > 1:
             encoders = None  # every process has its own: these would be in their way
-        records = _pack_units(job, opened, encoders, processes, progress)
+        records = _pack_units(job, opened, encoders, processes)
         shards = work / "shards"
         index = _write_folder(shards, job, opened, records, shard_samples, seed)
         index |= {"encoders": identity, "recipe": recipe, "files_sha256": files_digest(opened)}
@@ -197,9 +196,7 @@ def _sweep(work: Path) -> bool:
 # --- units ---
 
 
-def _pack_units(
-    job: _Job, source: Source, encoders: MemberEncoder | None, processes: int, progress: Callable | None
-) -> list[SpoolRecord]:
+def _pack_units(job: _Job, source: Source, encoders: MemberEncoder | None, processes: int) -> list[SpoolRecord]:
     """The records of all units, in their order; those that an earlier call left are taken as they are."""
     spool = Spool(job.work / "units")
     records = {unit: record for unit in range(source.units) if (record := spool.record(unit)) is not None}
@@ -208,12 +205,12 @@ def _pack_units(
         make = functools.partial(_packer, job, source=source, encoders=encoders)
     else:
         make = functools.partial(_packer, job)
-    for unit, _ in spread(make, todo, processes):
-        records[unit] = spool.record(unit)
-        if records[unit] is None:
-            raise UserError(f"{source.name}: unit {unit}: its files changed while they were read; run again")
-        if progress:
-            progress(len(records), source.units)
+    with progress("pack", source.units, "units" if source.sizes_differ else "episodes", done=len(records)) as advance:
+        for unit, _ in spread(make, todo, processes):
+            records[unit] = spool.record(unit)
+            if records[unit] is None:
+                raise UserError(f"{source.name}: unit {unit}: its files changed while they were read; run again")
+            advance(len(records))
     return [records[unit] for unit in range(source.units)]
 
 
@@ -328,7 +325,7 @@ def _write_shards(
     bounds = [i * len(entries) // count for i in range(count + 1)]
     one_shape = (entries[:, 3:] == entries[0, 3:]).all()
     shards = []
-    for i in range(count):
+    for i in track(range(count), "write shards", count, "shards"):
         name = f"shard-{i:06d}.tar"
         note = notes / f"{name}.json"
         if not note.is_file():

@@ -22,6 +22,7 @@ from dataloaders.sources.tars import tar_samples
 from dataloaders.windows import action_count, picture_size
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import sha256_of
+from kairos_train.basics.progress import track
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,12 @@ class _ShardVerdict:
     faults: list[ShardFault]
 
 
-def verify(
-    folder: Path | str,
-    *,
-    decode: bool = True,
-    processes: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> VerificationResult:
+def verify(folder: Path | str, *, decode: bool = True, processes: int = 1) -> VerificationResult:
     """Look at everything in a shard folder.
 
     Args:
         decode: decode the clips too; without, all other members are still read.
         processes: shards at the same time.
-        progress: called with (shards done, shards in all).
 
     Raises:
         UserError: there is no index that can be read, hence nothing to compare with.
@@ -73,10 +67,9 @@ def verify(
     _add_report(verdict, folder, index)
     found: dict[int, _ShardVerdict] = {}
     make = functools.partial(_looker, folder, index, decode)
-    for number, shard in spread(make, range(len(index.shards)), processes):
+    shards = len(index.shards)
+    for number, shard in track(spread(make, range(shards), processes), "verify", shards, "shards"):
         found[number] = shard
-        if progress:
-            progress(len(found), len(index.shards))
     seen: dict[str, str] = {}
     for number, info in enumerate(index.shards):
         verdict.bytes += found[number].bytes

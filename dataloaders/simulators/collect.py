@@ -22,6 +22,7 @@ import numpy as np
 from dataloaders.simulators.base import CAMERA_KEY, DEFAULT_TASKS, TASKS, Simulator, check_task
 from dataloaders.simulators.make import make
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.progress import progress
 
 STEPS_AFTER_SUCCESS = 5
 _AHEAD = 2  # jobs handed to a worker at a time: it need not wait for the writer
@@ -99,8 +100,8 @@ def simulate(
     wanted = dict.fromkeys(tasks, episodes_per_task)
     next_seed = dict.fromkeys(tasks, seed_start)
     dropped = dict.fromkeys(tasks, 0)
-    frames = 0
-    with writer:
+    frames, total = 0, len(tasks) * episodes_per_task
+    with writer, progress("simulate", total, "episodes") as advance:
         while any(wanted.values()):
             jobs = []
             for task in tasks:
@@ -113,6 +114,7 @@ def simulate(
                 wanted[job.task] -= 1
                 frames += len(demonstration.action)
                 _write(writer, job, demonstration)
+                advance(total - sum(wanted.values()))
             _check_failures(env, dropped, episodes_per_task)
     return {
         "env": env,

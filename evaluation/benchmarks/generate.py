@@ -27,6 +27,7 @@ from evaluation.held_out import mean_of
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import sha256_of, write_json, write_whole
 from kairos_train.basics.geometry import TIME_STRIDE
+from kairos_train.basics.progress import track
 from kairos_train.inference.load import Policy, load
 from kairos_train.inference.predict import Predictor
 
@@ -84,7 +85,7 @@ def write(
     manifest = _manifest(benchmark, predictor, jobs, fps=fps, seed=seed, chunks=chunks)
     _claim(out, manifest, [job.name for job in jobs])
     written = 0
-    for job in jobs:
+    for job in track(jobs, "videos", len(jobs), "videos"):
         path = out / job.name
         if path.is_file() and not video_fault(path, manifest):
             continue

@@ -21,6 +21,7 @@ from evaluation.closed_loop.policies import POLICIES, SERVED, ServedKeys, served
 from evaluation.closed_loop.workers import Setup, play_all
 from kairos_train.basics.errors import RunStopped, UserError
 from kairos_train.basics.log import logger
+from kairos_train.basics.progress import track
 
 VALIDATION_SEEDS, EVALUATION_SEEDS = 5_000, 10_000  # first ones; demonstrations have those below
 SIZE = 128  # pixels, where neither demonstrations nor an export say
@@ -118,7 +119,8 @@ def closed_loop(protocol: Protocol, source: PolicySource, *, demos: Path | None,
         out.mkdir(parents=True, exist_ok=True)
         with _server(protocol, source, simulator, out, needed=needs_server) as (keys, url, about):
             setup = replace(setup, keys=keys, url=url, token=source.token)
-            played = list(_play(protocol, tasks, setup))
+            total = len(protocol.policies) * len(tasks) * protocol.episodes
+            played = list(track(_play(protocol, tasks, setup), "closed loop", total, "episodes"))
     finally:
         simulator.close()
     result = {

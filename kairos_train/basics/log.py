@@ -20,11 +20,22 @@ def log_to_stderr(*, dated: bool = False) -> None:
     Args:
         dated: with time and level, for programs that serve others for weeks.
     """
-    if not logger.handlers:
-        logger.addHandler(_ToStderr())
-    logger.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s" if dated else None))
+    handler = _to_stderr()
+    if handler is None:
+        logger.addHandler(handler := _ToStderr())
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s" if dated else None))
     logger.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
     logger.propagate = False  # libraries give the root logger handlers of their own
+
+
+def shows_on_terminal() -> bool:
+    """Whether what this process reports is seen on a terminal."""
+    return _to_stderr() is not None and logger.isEnabledFor(logging.INFO) and sys.stderr.isatty()
+
+
+def _to_stderr() -> logging.Handler | None:
+    """The handler of `log_to_stderr`, beside whatever others there are."""
+    return next((handler for handler in logger.handlers if isinstance(handler, _ToStderr)), None)
 
 
 class _ToStderr(logging.Handler):

@@ -16,6 +16,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,6 +151,20 @@ def split_by_size(tensors: Mapping[str, Stored], file_bytes: int) -> Iterator[di
         size += tensor.nbytes
     if group:
         yield group
+
+
+def counted(tensors: Mapping[str, Stored], report: Callable[[float], None]) -> dict[str, Stored]:
+    """The same tensors; each time one is loaded, `report` is called with all megabytes loaded so far."""
+    done = 0.0
+
+    def load(stored: Stored) -> Tensor:
+        nonlocal done
+        tensor = stored.load()
+        done += stored.nbytes / 1e6
+        report(done)
+        return tensor
+
+    return {name: stored._replace(load=partial(load, stored)) for name, stored in tensors.items()}
 
 
 def write_tensors(

@@ -30,7 +30,7 @@ def train(config: Config, place: StagePosition | None = None) -> Path:
         Interrupted: it was asked to stop and has written its checkpoint.
         MachineFault: a process, a disk or the data's file system failed.
     """
-    with open_run(config, place) as run:
+    with open_run(config, place) as run, run.progress() as advance:
         while not run.finished:
             with run.watched_step():
                 batches, data_wait = run.next_batches()
@@ -48,4 +48,5 @@ def train(config: Config, place: StagePosition | None = None) -> Path:
                     run.ema.update()
             run.record(report, batches, lr=lr, data_wait=data_wait)
             run.follow_up()
+            advance(run.done)
     return checkpoint_path(run.checkpointing.folder, run.step)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 from dataloaders.config import DataConfig
 from kairos_train.basics.errors import Interrupted, InterruptedAtTerminal, MachineFault, RunStopped
 from kairos_train.basics.log import logger
+from kairos_train.basics.progress import Advance, progress
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.config.schema import OptimizerConfig, TrainConfig
 from kairos_train.objective.flow_matching import ConditionedBatch
@@ -110,6 +111,15 @@ class Run:
     def step(self) -> int:
         """Optimiser steps done."""
         return self.state.progress.steps
+
+    @property
+    def done(self) -> int:
+        """Of the budget, in its unit."""
+        return getattr(self.state.progress, self.budget.unit)
+
+    def progress(self) -> AbstractContextManager[Advance]:
+        """How far the stage is, between the reports."""
+        return progress("train", self.budget.amount, self.budget.unit, done=self.done)
 
     @property
     def finished(self) -> bool:

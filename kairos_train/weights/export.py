@@ -30,10 +30,11 @@ import torch
 import kairos_train
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import describe_file, new_folder, write_json, write_whole
+from kairos_train.basics.progress import progress
 from kairos_train.checkpoint.adapters import MergedWeights
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.resolve import resolve_checkpoint
-from kairos_train.checkpoint.tensor_file import CODES, Stored, split_by_size, write_tensors
+from kairos_train.checkpoint.tensor_file import CODES, Stored, counted, split_by_size, write_tensors
 from kairos_train.checkpoint.writing import FILE_BYTES
 from kairos_train.config.schema import Config, ModelConfig, stage_model
 from kairos_train.inference.export_files import (
@@ -231,9 +232,12 @@ class _Export:
         described = self.described
         model = json.dumps(described["run"]["model"], sort_keys=True)
         metadata = {"format": "pt", "fingerprint": described["fingerprint"], "model_config": model}
-        files = self._write_weights(folder, metadata)
-        written = WrittenTensors([folder / name for name in files], self.source.method)
-        written.compare(self.tensors)
+        megabytes = sum(tensor.nbytes for tensor in self.tensors.values()) / 1e6
+        with progress("export and read back", 2 * megabytes, "MB") as advance:
+            tensors = counted(self.tensors, advance)
+            files = self._write_weights(folder, metadata, tensors)
+            written = WrittenTensors([folder / name for name in files], self.source.method)
+            written.compare(tensors)
         summary = self._summarize(files)
         if self.source.method is not None:
             described["quantization_error"] = self._error(written)
@@ -256,12 +260,14 @@ class _Export:
         write_json(folder / MANIFEST_FILE, {"format": described["format"], "files": contents}, durable=True)
         return summary
 
-    def _write_weights(self, folder: Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
+    def _write_weights(
+        self, folder: Path, metadata: dict[str, str], tensors: dict[str, Stored]
+    ) -> dict[str, dict[str, Any]]:
         """Write the weights; returns size and digest by file."""
         if self.form == "public":
-            groups = {PUBLIC_FILE: self.tensors}
+            groups = {PUBLIC_FILE: tensors}
         else:
-            parts = list(split_by_size(self.tensors, self.file_bytes))
+            parts = list(split_by_size(tensors, self.file_bytes))
             groups = {f"model-{n:05d}-of-{len(parts):05d}.safetensors": part for n, part in enumerate(parts, 1)}
             weight_map = {key: name for name, part in groups.items() for key in part}
             total = sum(tensor.nbytes for tensor in self.tensors.values())

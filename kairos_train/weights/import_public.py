@@ -28,8 +28,9 @@ from torch import Tensor
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import new_folder
 from kairos_train.basics.plain import MISSING, from_dict
+from kairos_train.basics.progress import progress
 from kairos_train.checkpoint.canonical import TEMPORARY, checkpoint_path
-from kairos_train.checkpoint.tensor_file import Stored, split_by_size, write_tensors
+from kairos_train.checkpoint.tensor_file import Stored, counted, split_by_size, write_tensors
 from kairos_train.checkpoint.writing import FILE_BYTES, publish
 from kairos_train.config.schema import Config, ModelConfig
 from kairos_train.weights import statistics as stats
@@ -213,12 +214,13 @@ def _write(
         folder = parent / f"{TEMPORARY}{target.name}"
         folder.mkdir()
         described, files = {}, {}
-        for number, group in enumerate(split_by_size(tensors, FILE_BYTES), 1):
-            name = f"model-00000-{number:05d}.safetensors"
-            files[name] = write_tensors(folder / name, group)
-            for key, tensor in group.items():
-                piece = {"file": name, "key": key, "offset": [0] * len(tensor.shape), "shape": list(tensor.shape)}
-                described[key] = {"dtype": _name(tensor.dtype), "shape": list(tensor.shape), "pieces": [piece]}
+        with progress("import", sum(tensor.nbytes for tensor in tensors.values()) / 1e6, "MB") as advance:
+            for number, group in enumerate(split_by_size(counted(tensors, advance), FILE_BYTES), 1):
+                name = f"model-00000-{number:05d}.safetensors"
+                files[name] = write_tensors(folder / name, group)
+                for key, tensor in group.items():
+                    piece = {"file": name, "key": key, "offset": [0] * len(tensor.shape), "shape": list(tensor.shape)}
+                    described[key] = {"dtype": _name(tensor.dtype), "shape": list(tensor.shape), "pieces": [piece]}
         texts = {"config.yaml": to_yaml(config)} | ({} if statistics is None else {stats.FILE: json.dumps(statistics)})
         part = {"sections": {"model": described, "ema": copy.deepcopy(described)}, "files": files}
         publish(folder, target, [part], state=state, files=texts)

@@ -29,6 +29,13 @@ def test_lines_are_shown_once_as_they_are_however_often_a_program_asks(capsys):
     assert capsys.readouterr() == ("", "100 % of 3 steps\n")
 
 
+def test_lines_are_shown_beside_another_handler(capsys):
+    logger.addHandler(logging.NullHandler())
+    log_to_stderr()
+    logger.info("step 1")
+    assert capsys.readouterr().err == "step 1\n"
+
+
 def test_other_ranks_show_warnings_alone(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     log_to_stderr()

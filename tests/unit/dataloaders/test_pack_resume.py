@@ -16,6 +16,7 @@ from support.packed_samples import folder_bytes, packed_samples
 from support.toy_datasets import WINDOW, toy_encoder, write_dataset
 
 from dataloaders.files.workers import spread
+from dataloaders.packing import pack as packing
 from dataloaders.packing.pack import QUARANTINE, pack
 from dataloaders.shards import read_index, verify
 from kairos_train.basics.errors import UserError
@@ -27,7 +28,7 @@ from dataloaders.packing import pack as packing
 from dataloaders.config import WindowConfig
 window = WindowConfig(frames=5, action_video_freq_ratio=1, stride=2, height=32, width=32)
 source, out, processes, what, halt = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
-write, written = packing.write_shard, itertools.count()
+write, written, spread = packing.write_shard, itertools.count(), packing.spread
 
 def stand_at(here, done):
     if (here, done) == (what, halt):
@@ -38,9 +39,14 @@ def blocks_of(blocks, number):
         yield block
         stand_at("shards", number)
 
+def units_of(make, todo, processes):
+    for number, unit in enumerate(spread(make, todo, processes), 1):
+        yield unit
+        stand_at("units", number)
+
 packing.write_shard = lambda path, blocks: write(path, blocks_of(blocks, next(written)))
-packing.pack(source, out, window=window, prompt_template="Do: {task}", shard_samples=9, processes=processes,
-             progress=lambda done, total: stand_at("units", done))
+packing.spread = units_of
+packing.pack(source, out, window=window, prompt_template="Do: {task}", shard_samples=9, processes=processes)
 """
 
 
@@ -106,7 +112,21 @@ def test_killed_again_and_again_it_gives_each_sample_once_and_the_same_bytes(dat
     assert [p.name for p in tmp_path.iterdir()] == ["shards"]
 
 
-def test_units_that_are_done_are_not_packed_again(dataset, whole, tmp_path):
+@pytest.fixture
+def packed_units(monkeypatch) -> list[int]:
+    """The units that are packed from here on."""
+    units, spread = [], packing.spread
+
+    def noted(make, todo, processes):
+        for unit, result in spread(make, todo, processes):
+            units.append(unit)
+            yield unit, result
+
+    monkeypatch.setattr(packing, "spread", noted)
+    return units
+
+
+def test_units_that_are_done_are_not_packed_again(dataset, whole, tmp_path, packed_units):
     out = tmp_path / "shards"
     process = start(dataset, out, 1, "units", 3)
     records = lambda: sorted(tmp_path.glob(".shards.*.packing/units/*/*.json"))  # noqa: E731
@@ -114,9 +134,8 @@ def test_units_that_are_done_are_not_packed_again(dataset, whole, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = len(records())
-    seen = []
-    pack(dataset, out, window=WINDOW, progress=lambda done, total: seen.append((done, total)), **ARGUMENTS)
-    assert seen == [(n, 12) for n in range(before + 1, 13)]
+    pack(dataset, out, window=WINDOW, **ARGUMENTS)
+    assert packed_units == list(range(before, 12))
     assert folder_bytes(out) == whole
 
 
@@ -141,12 +160,13 @@ def test_what_a_kill_after_the_last_rename_left_is_removed_by_the_next_call(data
     assert folder_bytes(out) == whole
 
 
-def test_a_finished_folder_is_given_back_and_another_is_not_overwritten(dataset, whole, tmp_path):
-    out, seen = tmp_path / "shards", []
+def test_a_finished_folder_is_given_back_and_another_is_not_overwritten(dataset, whole, tmp_path, packed_units):
+    out = tmp_path / "shards"
     first = pack(dataset, out, window=WINDOW, **ARGUMENTS)
-    again = pack(dataset, out, window=WINDOW, progress=lambda *n: seen.append(n), **ARGUMENTS)
+    assert len(packed_units) == 12
+    again = pack(dataset, out, window=WINDOW, **ARGUMENTS)
     assert again == first == json.loads((out / "index.json").read_text())
-    assert seen == []
+    assert len(packed_units) == 12
     with pytest.raises(UserError, match="was packed from another source or with other settings; remove it"):
         pack(dataset, out, window=WINDOW, prompt_template="{task}")
     assert folder_bytes(out) == whole
