@@ -7,30 +7,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kairos_train.commands.parsing import command, count, group, print_json
+from kairos_train.commands.output import Result, Table
+from kairos_train.commands.parsing import command, count, group
 from kairos_train.config.codec_recipe import CodecRecipe
 
 
-def run_codec_train(args: argparse.Namespace) -> int:
+def run_codec_train(args: argparse.Namespace) -> Result:
     from kairos_train.training.codec import train_codec
 
     names = ("steps", "batch", "crop", "lr", "seed", "workers")
     recipe = CodecRecipe(**{name: getattr(args, name) for name in names})
-    return print_json(train_codec(args.shards, args.out, recipe, say=lambda line: print(line, file=sys.stderr)))
+    about = train_codec(args.shards, args.out, recipe, say=lambda line: print(line, file=sys.stderr))
+    weights = args.out / "model.safetensors"
+    return Result(
+        about,
+        look={"weights": weights},
+        then=[
+            f"kairos-train codec evaluate UNSEEN_SHARDS --weights {weights}",
+            f"kairos-train data pack DATASET --out NEW --encode encoders=tiny_vae encoders.video.path={weights}",
+        ],
+    )
 
 
-def run_codec_evaluate(args: argparse.Namespace) -> int:
+def run_codec_evaluate(args: argparse.Namespace) -> Result:
     from evaluation.codec import reconstruction
     from kairos_train.conditioning.block_dct import BlockDCT
     from kairos_train.conditioning.tiny_vae import TinyVAE
 
     codecs = {"block_dct": BlockDCT(), "tiny_vae": TinyVAE(args.weights)}
-    return print_json(
-        {
-            str(folder): {name: reconstruction(codec, folder, windows=args.windows) for name, codec in codecs.items()}
-            for folder in args.shards
-        }
-    )
+    found = {
+        str(folder): {name: reconstruction(codec, folder, windows=args.windows) for name, codec in codecs.items()}
+        for folder in args.shards
+    }
+    rows = [
+        (folder, name, entry["windows"], entry["db"], entry["moving_db"])
+        for folder, entries in found.items()
+        for name, entry in entries.items()
+    ]
+    return Result(found, Table(rows, ("shards", "codec", "windows", "dB", "dB, moving pixels")))
 
 
 def add(commands: Any) -> None:
