@@ -47,6 +47,39 @@ class ClipConfig:
     least_frames: int = setting(5, up_to(MAX_FRAMES))
 
 
+@dataclass
+class LimitsConfig:
+    """What files of others may hold and name; others are refused, and left out with `--on-bad skip` (ours).
+
+    With the defaults no file takes more than a gigabyte of memory, whatever it says of itself.
+    """
+
+    image_pixels: int = setting(8192 * 8192, POSITIVE)  # of an image
+    video_pixels: int = setting(4096 * 4096, POSITIVE)  # of a frame of a video, stored and as it is shown
+    frames: int = setting(2_000_000, POSITIVE)  # of a video file; at 30 fps, 18 hours
+    member_mb: float = setting(512.0, POSITIVE)  # of a sample's members in a tar, and of a video or image by URL
+    table_mb: float = setting(480.0, POSITIVE)  # of a parquet file in memory, of a manifest, of a file of JSON lines
+    episodes: int = setting(500_000, POSITIVE)  # of a LeRobot dataset
+    text_characters: int = setting(20_000, POSITIVE)  # of a caption
+    json_mb: float = setting(16.0, POSITIVE)  # of one JSON value, like a line of a manifest
+    json_depth: int = setting(32, POSITIVE)  # of its objects and lists in each other
+    # folders, or beginnings of URLs, in which a dataset may name files beside its own folder
+    allowed_roots: list[str] = field(default_factory=list)
+
+    @property
+    def member_bytes(self) -> int:
+        return int(self.member_mb * 1e6)
+
+    @property
+    def table_bytes(self) -> int:
+        return int(self.table_mb * 1e6)
+
+    @property
+    def json(self) -> dict[str, int]:
+        """As `parse_json` takes them."""
+        return {"most_bytes": int(self.json_mb * 1e6), "depth": self.json_depth}
+
+
 BELIEVABLE: dict[str, tuple[str, ...]] = {
     "episodes": ("table",),
     "fps": ("info", "timestamps"),
@@ -102,6 +135,7 @@ class DataConfig:
     clips: ClipConfig = field(default_factory=ClipConfig)
     # seconds a row's timestamp may lie from its frame, as LeRobot has it
     timestamp_tolerance: float = setting(1e-4, POSITIVE, on_resume="silent")
+    limits: LimitsConfig = setting(factory=LimitsConfig, on_resume="free")  # of what files of others may do
     # which side is right where a LeRobot dataset contradicts itself
     believe: BelieveConfig = setting(factory=BelieveConfig, on_resume="silent")
     prompt_template: str = "{task}"  # of the text a sample is conditioned on; {task} is its instruction
@@ -129,5 +163,8 @@ class DataConfig:
     check_peers: bool = setting(False, on_resume="free")
 
 
-READING = ("data.window", "data.clips", "data.prompt_template", "data.believe", "data.timestamp_tolerance")
+READING = (
+    *("data.window", "data.clips", "data.prompt_template"),
+    *("data.believe", "data.timestamp_tolerance", "data.limits"),
+)
 """What decides how a source is read, of the settings of a run."""

@@ -13,8 +13,6 @@ The same content always gives the same bytes: members are sorted, owners, modes 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -24,25 +22,41 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.config import ClipConfig, WindowConfig
+from dataloaders.config import ClipConfig, LimitsConfig, WindowConfig
+from dataloaders.files.npy import read_npy
+from dataloaders.files.tar_samples import tar_samples
 from dataloaders.files.urls import is_url, join, open_url, read_url, size_of
 from kairos_train.basics.errors import UserError
-from kairos_train.basics.foreign_files import holds_lfs_pointer, is_lfs_pointer, pointer_fault
+from kairos_train.basics.foreign_files import (
+    finite,
+    holds_lfs_pointer,
+    is_lfs_pointer,
+    one_plain_line,
+    parse_json,
+    pointer_fault,
+    shown,
+    whole,
+)
 from kairos_train.basics.plain import from_dict
+from kairos_train.basics.secrets import redacted
 
 FORMAT = "kairos-shards-1"
 INDEX, STATISTICS, EMPTY_CONTEXT = "index.json", "dataset_stats.json", "empty_context.npy"
+MOST_BYTES = 32_000_000
+"""Of each file beside the shards."""
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
+_LONGEST_REASON, _LONGEST_MEMBER = 400, 100  # characters; the second as tars have it
 MEMBER_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_]+)+")
 
 
 class CorruptData(Exception):
     """A shard or sample that cannot be used. `name` says which, `reason` why; the loader's policy decides the rest.
 
-    `samples` is how many are lost with it.
+    `samples` is how many are lost with it. Neither text holds secrets of URLs.
     """
 
     def __init__(self, name: str, reason: str, *, samples: int = 1):
+        name, reason = redacted(name), one_plain_line(redacted(reason), _LONGEST_REASON)
         super().__init__(f"{name}: {reason}")
         self.name, self.reason, self.samples = name, reason, samples
 
@@ -90,6 +104,11 @@ class ShardIndex:
         return hashlib.sha256("\n".join(f"{s.name} {s.sha256}" for s in self.shards).encode()).hexdigest()[:16]
 
     @property
+    def place(self) -> str:
+        """The folder as messages and lists show it: without the secrets of a URL."""
+        return redacted(str(self.folder))
+
+    @property
     def cameras(self) -> tuple[str, ...]:
         """Of the pictures of windows, in their order; empty for clips, and where an earlier version told none."""
         return () if self.clips is not None else tuple(self.source.get("cameras") or self.window.cameras)
@@ -119,10 +138,10 @@ class ShardIndex:
         """Context of the empty prompt, float32 (N, C); None when the shards were packed without one."""
         path = join(self.folder, EMPTY_CONTEXT)
         try:
-            data = read_url(path)
+            data = read_url(path, most_bytes=MOST_BYTES)
             if is_lfs_pointer(data):
                 raise UserError(pointer_fault(path))
-            return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32)
+            return read_npy(data).astype(np.float32)
         except FileNotFoundError:
             return None
         except UserError:
@@ -149,15 +168,18 @@ def read_index(folder: Path | str) -> ShardIndex:
         clips = from_dict(ClipConfig, values["clips"]) if values.get("clips") else None
         given = {k: v for k, v in values.items() if k not in ("format", "shards", "window", "clips")}
         index = ShardIndex(folder=folder, shards=shards, window=window, clips=clips, **given)
-    except (KeyError, TypeError) as error:
+        _check_counts(index)
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: incomplete or unknown entry ({error}); pack the dataset again") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; pack the dataset again") from error
     names = [shard.name for shard in index.shards]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{path}: names shard {twice} twice; pack the dataset again")
     for shard in index.shards:
-        if not isinstance(shard.samples, int) or shard.samples < 0:
-            raise UserError(f"{path}: shard {shard.name} with samples={shard.samples}; pack the dataset again")
         if not _SHARD_NAME.fullmatch(shard.name):  # names come from a file: they must not lead out of the folder
             raise UserError(f"{path}: shard name {shard.name!r} is not a plain file name ending in .tar")
     if not index.shards or index.samples != sum(shard.samples for shard in index.shards):
@@ -165,13 +187,37 @@ def read_index(folder: Path | str) -> ShardIndex:
     return index
 
 
+def _check_counts(index: ShardIndex) -> None:
+    """Raise ValueError unless all that is counted by, and that memory is reserved for, is a number that can be."""
+    limits = LimitsConfig()
+    for name in ("action_dim", "state_dim"):
+        whole(getattr(index, name), name)
+    if finite(index.fps, "fps") <= 0:
+        raise ValueError(f"fps is {index.fps}")
+    for shard in index.shards:
+        if not isinstance(shard.name, str):
+            raise ValueError(f"a shard is called {shown(shard.name)}")
+        for name in ("samples", "bytes"):
+            if not isinstance(count := getattr(shard, name), int) or count < 0:
+                raise ValueError(f"shard {shard.name} with {name}={shown(count)}")
+    shapes = [[shape[name] for name in ("frames", "height", "width")] for shape in index.shapes]
+    for frames, height, width in [*shapes, *(run[:3] for shard in index.shards for run in shard.shapes or ())]:
+        sizes = [whole(value, "a shape's size") for value in (frames, height, width)]
+        if not 0 < sizes[0] <= limits.frames or not 0 < sizes[1] * sizes[2] <= limits.video_pixels:
+            raise ValueError(f"samples of {frames} frames of {height}x{width} are none that are packed")
+
+
 def sample_block(key: str, members: dict[str, bytes]) -> bytes:
-    """The tar entries of one sample, to be stringed together by `write_shard`. `members`: extension -> content."""
+    """The tar entries of one sample, to be stringed together by `write_shard`. `members`: extension -> content.
+
+    Raises:
+        UserError: a name that shards cannot hold.
+    """
     out = []
     for extension in sorted(members):
         name, data = f"{key}.{extension}", members[extension]
-        if not MEMBER_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is not a plain member name")
+        if len(name) > _LONGEST_MEMBER or not MEMBER_NAME.fullmatch(name):
+            raise UserError(f"{shown(name)}: is no plain name of up to {_LONGEST_MEMBER} characters for a tar's member")
         info = tarfile.TarInfo(name)
         info.size, info.mode = len(data), 0o644
         out += [info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
@@ -214,7 +260,7 @@ def check_size(folder: Path | str, shard: ShardInfo) -> None:
 
 
 def read_shard(folder: Path | str, shard: ShardInfo) -> Iterator[dict[str, Any]]:
-    """Raw samples of one shard in order: `{"__key__": …, "mp4": bytes, "action.npy": bytes, …}`, through webdataset.
+    """Raw samples of one shard in order: `{"__key__": …, "mp4": bytes, "action.npy": bytes, …}`.
 
     A shard that is missing or has not the indexed size gives nothing; one with damage inside gives the samples before
     the damage. Either way what is lost depends on the bytes alone, never on timing.
@@ -222,21 +268,16 @@ def read_shard(folder: Path | str, shard: ShardInfo) -> Iterator[dict[str, Any]]
     Raises:
         CorruptData: naming the shard; always after the samples that could be read.
     """
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    path, seen = join(folder, shard.name), 0
-    try:
-        check_size(folder, shard)
-        with open_url(path) as stream:
-            # opened here, not by webdataset, whose opener would also run commands and fetch addresses
-            source = iter([{"url": shard.name, "stream": stream}])
-            for sample in group_by_keys(tar_file_expander(source, rename_files=_plain)):
-                seen += 1
-                yield sample
-    except (OSError, ValueError, tarfile.TarError, EOFError) as error:
-        text = str(error.args[0] if error.args and isinstance(error.args[0], str) else error)
-        reason = text.split(" @ ")[0]  # webdataset appends the file object
-        raise CorruptData(shard.name, f"cannot be read after {seen} samples ({reason})") from error
+    seen = 0
+    check_size(folder, shard)
+    for key, members in tar_samples(join(folder, shard.name), unfinished=True):
+        if isinstance(members, dict):
+            strange = [name for name in members if not MEMBER_NAME.fullmatch(f"{key}.{name}")]
+            members = f"member name {strange[0]!r} is not plain" if strange else members
+        if isinstance(members, str):
+            raise CorruptData(shard.name, f"cannot be read after {seen} samples ({key}: {members})")
+        seen += 1
+        yield {"__key__": key, **members}
     if seen != shard.samples:
         raise CorruptData(shard.name, f"holds {seen} samples, the index says {shard.samples}")
 
@@ -256,15 +297,9 @@ def verify(folder: Path | str) -> list[tuple[str, str]]:
     return bad
 
 
-def _plain(name: str) -> str:
-    if not MEMBER_NAME.fullmatch(name):
-        raise ValueError(f"member name {name!r} is not plain")
-    return name
-
-
 def _read(path: Path | str) -> bytes:
     try:
-        data = read_url(path)
+        data = read_url(path, most_bytes=MOST_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist; data.shards must be a folder written by `data pack`") from None
     except OSError as error:
@@ -276,6 +311,6 @@ def _read(path: Path | str) -> bytes:
 
 def _parsed(path: Path | str, content: bytes) -> Any:
     try:
-        return json.loads(content)
+        return parse_json(content, most_bytes=MOST_BYTES)
     except ValueError as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); pack the dataset again") from error

@@ -31,7 +31,7 @@ POLICY_FIELDS = (
 """Fields of a window that decide what a policy sees and what its actions mean."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Window:
     """One window of an episode: first raw frame, and how much of it lies inside the episode."""
 
@@ -202,13 +202,20 @@ def picture_size(window: WindowConfig, cameras: int) -> tuple[int, int]:
     return (window.height, window.width * (cameras if window.layout == "side_by_side" else 1))
 
 
+def camera_places(window: WindowConfig, cameras: int) -> list[tuple[int, int]]:
+    """(height, width) in pixels of each camera's part of a window's picture, in the order of the layout."""
+    if window.layout == "side_by_side":
+        return [(window.height, window.width)] * cameras
+    third, half = window.height // 3, window.width // 2
+    return [(2 * third, window.width)] + [(third, half)] * (cameras - 1)
+
+
 def compose(pictures: Sequence[np.ndarray], window: WindowConfig) -> np.ndarray:
     """One uint8 (n, h, w, 3) array per camera (sizes may differ) -> (n, *picture_size, 3), in the order given.
 
     `side_by_side`: H×W each, from left to right. `head_over_wrists`: 2H/3×W over two of H/3×W/2.
     """
+    parts = [cover(p, *place) for p, place in zip(pictures, camera_places(window, len(pictures)))]
     if window.layout == "side_by_side":
-        return np.concatenate([cover(p, window.height, window.width) for p in pictures], axis=2)
-    third, half = window.height // 3, window.width // 2
-    wrists = np.concatenate([cover(p, third, half) for p in pictures[1:]], axis=2)
-    return np.concatenate([cover(pictures[0], 2 * third, window.width), wrists], axis=1)
+        return np.concatenate(parts, axis=2)
+    return np.concatenate([parts[0], np.concatenate(parts[1:], axis=2)], axis=1)

@@ -188,6 +188,7 @@ def pack(
         only_episodes=None if only_episodes is None else parse_episodes(only_episodes),
         believe=data.believe,
         timestamp_tolerance=data.timestamp_tolerance,
+        limits=data.limits,
         encoder=encoder,
         processes=processes,
         shard_samples=shard_samples,

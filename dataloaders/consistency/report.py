@@ -9,7 +9,6 @@ reported with what was believed. DIR/consistency.json, beside the index of a fol
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,17 +17,18 @@ from typing import Any
 from dataloaders.config import BELIEVABLE, BelieveConfig
 from dataloaders.files.urls import join, read_url
 from kairos_train.basics.errors import UserError, one_line
-from kairos_train.basics.foreign_files import decode_text
+from kairos_train.basics.foreign_files import JSON_BYTES, decode_text, one_plain_line, parse_json
 
 CONSISTENCY = "consistency.json"
 FORMAT = "kairos-consistency-1"
+_LONGEST = 300  # characters of what is said, which datasets may make of any length
 LEFT_OUT = "neither: left out"
 
 
 class Contradicted(UserError):
     """Refused for contradictions that nothing resolves."""
 
-    def __init__(self, message: str, contradictions: Sequence[Contradiction]) -> None:
+    def __init__(self, message: str, contradictions: Sequence[Contradiction] = ()) -> None:
         super().__init__(message)
         self.contradictions = list(contradictions)
 
@@ -52,6 +52,11 @@ class Contradiction:
     believed: str | None = None
     remedy: str = ""
     tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        says = {one_plain_line(source, _LONGEST): one_plain_line(text, _LONGEST) for source, text in self.says.items()}
+        object.__setattr__(self, "says", says)
+        object.__setattr__(self, "where", one_plain_line(self.where, _LONGEST))
 
     def __str__(self) -> str:
         said = "; ".join(f"{source} {text}" for source, text in self.says.items())
@@ -124,7 +129,7 @@ def read_report(folder: Path | str) -> dict[str, Any] | None:
     """
     path = join(folder, CONSISTENCY)
     try:
-        found = json.loads(decode_text(read_url(path), path))
+        found = parse_json(decode_text(read_url(path, most_bytes=JSON_BYTES), path))
     except FileNotFoundError:
         return None
     except UserError:

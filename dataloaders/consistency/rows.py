@@ -166,6 +166,8 @@ def check_tasks(
 
 def passing(needed: float, resolution: float, period: float) -> float | None:
     """The tolerance that lets a deviation of `needed` seconds pass, in two digits; None where frames would be mixed."""
+    if not math.isfinite(needed):
+        return None
     needed = max(needed - resolution, 1e-9)
     scale = 10.0 ** (math.floor(math.log10(needed)) - 1)
     value = float(f"{(math.floor(needed / scale) + 1) * scale:.3g}")

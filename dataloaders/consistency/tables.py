@@ -95,7 +95,7 @@ def check_picture_size(camera: str, feature: Mapping[str, Any], size: tuple[int,
 
 def _splits(splits: Any, episodes: int) -> list[Contradiction]:
     for name, text in splits.items() if isinstance(splits, dict) else ():
-        match = re.fullmatch(r"(\d+):(\d+)", str(text))
+        match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", text if isinstance(text, str) else "")
         if match and int(match[2]) > episodes:
             said = {INFO: f"gives split {name} the episodes {text}", EPISODES: f"has {episodes}"}
             return [Contradiction("splits", "meta", said, "the table of episodes")]

@@ -13,9 +13,14 @@ from pathlib import Path
 import av
 import numpy as np
 
-from kairos_train.basics.errors import UserError
+from dataloaders.config import LimitsConfig
+from kairos_train.basics.errors import UserError, one_line
 from kairos_train.basics.foreign_files import holds_lfs_pointer, is_lfs_pointer, pointer_fault
 
+IMAGES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
+"""What a file is called -> Pillow's name of the only format that it is read as."""
+
+_UNNAMED = sorted({*IMAGES.values(), "TIFF"})  # depth is stored in the last
 _TURNS = {  # (a, b, c, d) of a display matrix, x' = a x + c y and y' = b x + d y -> what shows the picture so
     (1, 0, 0, 1): lambda p: p,
     (0, 1, -1, 0): lambda p: np.rot90(p, 3),
@@ -28,23 +33,41 @@ _TURNS = {  # (a, b, c, d) of a display matrix, x' = a x + c y and y' = b x + d 
 }
 
 
-def read_image(source: bytes | Path, *, name: str, scale_16_bits: bool = True) -> np.ndarray:
+def read_image(
+    source: bytes | Path,
+    *,
+    name: str,
+    suffix: str | None = None,
+    scale_16_bits: bool = True,
+    limits: LimitsConfig | None = None,
+) -> np.ndarray:
     """An encoded image, upright by its EXIF orientation.
 
     Args:
         source: the bytes of a file, or its path.
         name: what errors call it.
+        suffix: of the name that bytes come with, one of `IMAGES`; None: they may be any of these, or TIFF.
         scale_16_bits: show 16 bits of grey as 8, as a viewer does; False refuses them.
+        limits: of what it may hold.
 
     Raises:
-        UserError: it cannot be decoded, or has more bits per pixel than can be shown.
+        UserError: it cannot be decoded, is not what its name says, has more pixels than allowed or more bits per pixel
+            than can be shown.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if is_lfs_pointer(source) if isinstance(source, bytes) else holds_lfs_pointer(source):
         raise UserError(pointer_fault(name))
+    most = (limits or LimitsConfig()).image_pixels
+    form = _format(source, suffix, name)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=[form] if form else _UNNAMED) as image:
+            if image.width * image.height > most:
+                raise UserError(
+                    f"{name}: has {image.width}x{image.height} pixels, more than data.limits.image_pixels={most}; "
+                    "scale it down or raise that"
+                )
             deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
             bits = 16 if deep else 32 if image.mode in ("I", "F") else 8
             if bits > (16 if scale_16_bits else 8):
@@ -59,23 +82,42 @@ def read_image(source: bytes | Path, *, name: str, scale_16_bits: bool = True) -
             return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
     except (UserError, MemoryError, ImportError):
         raise
+    except UnidentifiedImageError as error:
+        told = f"no {form} file, as its name says: restore or rename it" if form else f"none of {', '.join(_UNNAMED)}"
+        raise UserError(f"{name}: cannot be decoded: it is {told}") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name}: has more pixels than data.limits.image_pixels={most}; scale it down") from error
     except Exception as error:  # decoders raise whatever they like on damaged bytes
-        raise UserError(f"{name}: cannot be decoded ({' '.join(str(error).split())}); restore it") from error
+        raise UserError(f"{name}: cannot be decoded ({one_line(error)}); restore it") from error
 
 
-def frame_pixels(frame: av.VideoFrame, aspect: Fraction | None, *, name: str) -> np.ndarray:
+def _format(source: bytes | Path, suffix: str | None, name: str) -> str | None:
+    """Pillow's name of the format that a file's name says; None for bytes that have no name."""
+    suffix = source.suffix if isinstance(source, Path) else suffix
+    if suffix is not None and suffix.lower() not in IMAGES:
+        raise UserError(f"{name}: is no image by its name; use one of {', '.join(IMAGES)}")
+    return None if suffix is None else IMAGES[suffix.lower()]
+
+
+def frame_pixels(frame: av.VideoFrame, aspect: Fraction | None, *, name: str, most_pixels: int) -> np.ndarray:
     """A decoded frame as it is meant to be shown; more than 8 bits per channel are scaled.
 
     Args:
         aspect: width over height of a stored pixel; None: square. The shorter side is stretched.
         name: what errors call the video.
+        most_pixels: of the picture that is shown.
 
     Raises:
-        UserError: it is to be shown at an angle that is no multiple of 90 degrees.
+        UserError: it has more pixels, or is to be shown at an angle that is no multiple of 90 degrees.
     """
     width, height = frame.width, frame.height
     if aspect and aspect != 1:
         width, height = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+    if width * height > most_pixels:
+        raise UserError(
+            f"{name}: is shown at {width}x{height}, more than data.limits.video_pixels={most_pixels}; scale it down or "
+            "raise that"
+        )
     picture = frame.to_ndarray(format="rgb24", width=width, height=height)
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:

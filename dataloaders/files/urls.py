@@ -12,21 +12,24 @@ import io
 import os
 import shutil
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dataloaders.files.http_files import BUFFER, ChangedFile, http_system
 from kairos_train.basics.errors import UserError, one_line
 from kairos_train.basics.files import replacing
+from kairos_train.basics.secrets import redacted
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 """Package by scheme, for the remedy of an error."""
+REMOTE = ("https", "http", *PACKAGES)
+"""Schemes of files that lie on other machines."""
+LOCAL = ("file", "local")
+"""Schemes of files of this machine."""
 
-_BUFFER = 1 << 20
 _LONGEST_PAUSE_S = 8.0
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)  # waiting does not help
 
@@ -43,13 +46,24 @@ class Patience:
 PATIENT = Patience()
 
 
-class ChangedFile(OSError):
-    """A remote file is not the one it was when reading began."""
+class TooLarge(UserError):
+    """A file has more bytes than it may."""
 
 
 def is_url(path: str | Path) -> bool:
     """Whether `path` has a scheme, like https:// or s3://."""
     return "://" in str(path)
+
+
+def scheme_of(url: str | Path) -> str:
+    """What stands before ://, in small letters."""
+    return str(url).partition("://")[0].lower()
+
+
+def on_this_machine(location: str | Path) -> str | Path:
+    """A location, as a path where it is the URL of a local one."""
+    local = is_url(location) and scheme_of(location) in LOCAL
+    return Path(str(location).partition("://")[2]) if local else location
 
 
 def join(base: str | Path, name: str) -> str | Path:
@@ -105,13 +119,25 @@ def open_url(path: str | Path, patience: Patience = PATIENT) -> BinaryIO:
     """
     if not is_url(path):
         return open(path, "rb")
-    return io.BufferedReader(_Reader(str(path), patience), _BUFFER)
+    return io.BufferedReader(_Reader(str(path), patience), BUFFER)
 
 
-def read_url(path: str | Path, patience: Patience = PATIENT) -> bytes:
-    """The whole file. Raises as `open_url` does."""
+def read_url(path: str | Path, patience: Patience = PATIENT, *, most_bytes: int | None = None) -> bytes:
+    """The whole file.
+
+    Raises (beside what `open_url` raises):
+        TooLarge: it has more than `most_bytes`.
+    """
     with open_url(path, patience) as file:
-        return file.read()
+        return file.read(_checked_size(path, file, most_bytes))
+
+
+def _checked_size(path: str | Path, file: BinaryIO, most_bytes: int | None) -> int:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if most_bytes is not None and size > most_bytes:
+        raise TooLarge(f"{path}: has {size} bytes, more than the {most_bytes} that are taken")
+    return size
 
 
 def read_range(path: str | Path, start: int, end: int, patience: Patience = PATIENT) -> bytes:
@@ -126,7 +152,7 @@ def read_range(path: str | Path, start: int, end: int, patience: Patience = PATI
     with _Reader(str(path), patience, end) as reader:
         reader.seek(start)
         out = bytearray()
-        while data := reader.read(min(end - start - len(out), _BUFFER)):
+        while data := reader.read(min(end - start - len(out), BUFFER)):
             out += data
         return bytes(out)
 
@@ -142,10 +168,11 @@ def size_of(path: str | Path, patience: Patience = PATIENT) -> int:
         reader.close()
 
 
-def download(path: str | Path, target: Path, patience: Patience = PATIENT) -> None:
-    """Copy a file to `target`, which appears when it is complete. Raises as `open_url` does."""
+def download(path: str | Path, target: Path, patience: Patience = PATIENT, *, most_bytes: int | None = None) -> None:
+    """Copy a file to `target`, which appears when it is complete. Raises as `read_url` does."""
     with replacing(target) as part, open_url(path, patience) as source, part.open("wb") as file:
-        shutil.copyfileobj(source, file, _BUFFER)
+        _checked_size(path, source, most_bytes)
+        shutil.copyfileobj(source, file, BUFFER)
 
 
 class _Reader(io.RawIOBase):
@@ -198,19 +225,17 @@ class _Reader(io.RawIOBase):
                 return action()
             except (*_FINAL, ChangedFile) as error:
                 self._drop()
-                raise type(error)(f"{_shown(self._url)}: {error}") from None
+                raise type(error)(f"{redacted(self._url)}: {one_line(error)}") from None
             except (OSError, http.client.HTTPException, EOFError) as error:
                 self._drop()
                 failed, last = failed + 1, one_line(error)
-        place = f"{_shown(self._url)}: cannot be read at byte {self._position}"
+        place = f"{redacted(self._url)}: cannot be read at byte {self._position}"
         raise OSError(f"{place} after {failed} attempts ({last})")
 
     def _read(self, buffer: memoryview) -> int:
         if self._identity is not None and self._position >= self._limit():
             return 0
-        while (
-            self._file is not None and self._at < self._position <= self._at + _BUFFER
-        ):  # nearer than a new connection
+        while self._file is not None and self._at < self._position <= self._at + BUFFER:  # nearer than a new connection
             skipped = len(self._file.read(self._position - self._at))
             self._at += skipped
             if not skipped:
@@ -231,7 +256,7 @@ class _Reader(io.RawIOBase):
 
     def _open(self) -> None:
         self._drop()
-        file = self._system.open(self._path, "rb", block_size=_BUFFER)
+        file = self._system.open(self._path, "rb", block_size=BUFFER)
         try:
             file.seek(self._position)
             identity = (file.size, getattr(file, "tag", None))
@@ -251,9 +276,11 @@ class _Reader(io.RawIOBase):
 
 def _file_system(url: str, patience: Patience, end: int | None) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the file's name in it."""
-    scheme = url.partition("://")[0].lower()
+    scheme = scheme_of(url)
     if scheme in ("http", "https"):
-        return _http_system(patience.timeout_s, end), url
+        return http_system(patience.timeout_s, end), url
+    if "::" in url:
+        raise UserError(f"{url}: is an address made of several; give that of the file itself")
     from fsspec.core import url_to_fs
 
     options: dict[str, Any] = {}
@@ -265,90 +292,6 @@ def _file_system(url: str, patience: Patience, end: int | None) -> tuple[Any, st
     except ImportError as error:
         package = PACKAGES.get(scheme)
         remedy = f"pip install {package}" if package else "install the package that fsspec names"
-        raise UserError(
-            f"{_shown(url)}: {scheme}:// needs a package that is not installed ({error}); {remedy}"
-        ) from error
+        raise UserError(f"{url}: {scheme}:// needs a package that is not installed ({error}); {remedy}") from error
     except ValueError as error:
-        raise UserError(f"{_shown(url)}: cannot be opened ({error}); use a path, https:// or s3://") from error
-
-
-def _http_system(timeout_s: float, end: int | None) -> Any:
-    """An fsspec file system of HTTP files on the standard library: fsspec's own needs aiohttp."""
-    from fsspec import AbstractFileSystem
-
-    class HttpFileSystem(AbstractFileSystem):
-        protocol = ("http", "https")
-        cachable = False
-
-        def _open(self, path: str, mode: str = "rb", **ignored: Any) -> _HttpFile:
-            return _HttpFile(path, timeout_s, end)
-
-        @classmethod
-        def _strip_protocol(cls, path: str) -> str:
-            return path
-
-    return HttpFileSystem()
-
-
-class _HttpFile:
-    """One answer to a GET from a byte on, up to `end`; `size` and `tag` are the whole file's."""
-
-    def __init__(self, url: str, timeout_s: float, end: int | None) -> None:
-        self._url, self._timeout_s, self._last = url, timeout_s, "" if end is None else end - 1
-        self._response: Any = None
-
-    def seek(self, position: int) -> None:
-        """Ask for the file from `position` on."""
-        headers = {
-            "Range": f"bytes={position}-{self._last}",
-            "Accept-Encoding": "identity",
-            "User-Agent": "kairos-train",
-        }
-        request = urllib.request.Request(self._url, headers=headers)
-        try:
-            self._response = urllib.request.urlopen(request, timeout=self._timeout_s)
-        except urllib.error.HTTPError as error:
-            error.close()
-            total = error.headers.get("Content-Range", "").rpartition("/")[2]
-            if error.code == 416 and total == str(position):  # nothing behind the last byte
-                self.size, self.tag = position, error.headers.get("ETag")
-                return
-            raise _http_error(error) from None
-        whole = self._response.headers.get("Content-Range", "").rpartition("/")[2]
-        if self._response.status != 206:  # a server without ranges sends everything
-            whole = self._response.headers.get("Content-Length", "")
-            self._skip(position)
-        if not whole.isdigit():
-            raise FileNotFoundError("the server does not say how long the file is")
-        self.size, self.tag = int(whole), self._response.headers.get("ETag")
-
-    def read(self, count: int) -> bytes:
-        return self._response.read1(count) if self._response is not None else b""
-
-    def close(self) -> None:
-        if self._response is not None:
-            self._response.close()
-
-    def _skip(self, count: int) -> None:
-        while count:
-            data = self._response.read(min(count, _BUFFER))
-            if not data:
-                raise EOFError("the connection ended early")
-            count -= len(data)
-
-
-def _http_error(error: urllib.error.HTTPError) -> OSError:
-    text = f"the server answers {error.code} {error.reason}"
-    if error.code in (404, 410):
-        return FileNotFoundError(text)
-    if error.code in (401, 403):
-        return PermissionError(text)
-    if 400 <= error.code < 500 and error.code not in (408, 425, 429):
-        return ChangedFile(text) if error.code == 416 else FileNotFoundError(text)
-    return OSError(text)
-
-
-def _shown(url: str) -> str:
-    """A URL without its query and user: these may hold secrets."""
-    split = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit(split._replace(query="", fragment="", netloc=split.netloc.rpartition("@")[2]))
+        raise UserError(f"{url}: cannot be opened ({error}); use a path, https:// or s3://") from error

@@ -1,7 +1,9 @@
 """Videos decoded (PyAV): frames looked up by index or by time, on the video's own clock.
 
+One picture at a time has its full size; what is kept of it is the caller's.
+
 What is given is what a player shows: frames that an edit list hides do not count, pictures are upright and their pixels
-square. What a player would guess is refused: several video streams, frames without times, times out of order.
+square. What a player would guess is refused: several video streams, times out of order.
 
 What follows a key frame may refer to frames before it (open groups of pictures), which a decoder that seeks has not
 seen. So an error behind a seek is tried again from an earlier key frame on, and counts if it comes again.
@@ -11,19 +13,16 @@ Shapes: T frames, H height, W width; frames are uint8 RGB.
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 import av
 import numpy as np
 
-from dataloaders.files.images import frame_pixels
+from dataloaders.config import LimitsConfig
+from dataloaders.files.video_file import BehindSeek, Fit, Video, check_frames, opened
 from kairos_train.basics.errors import UserError
-from kairos_train.basics.foreign_files import is_lfs_pointer, pointer_fault, refuse_lfs_pointer
 
 TOLERANCE_S = 1e-4  # farthest a frame may lie from the asked time, as LeRobot has it
 _RUN_UPS = (0, 1, None)  # key frames that decoding starts before the needed one, in each attempt; None: all
@@ -37,7 +36,10 @@ def decode_mp4(
     timestamps: Sequence[float] | None = None,
     tolerance_s: float = TOLERANCE_S,
     name: str | None = None,
+    suffix: str | None = None,
     out: np.ndarray | None = None,
+    fit: Fit | None = None,
+    limits: LimitsConfig | None = None,
 ) -> np.ndarray:
     """Frames of a video as uint8 (n, H, W, 3): all of them, those at `indices`, or those nearest to `timestamps`.
 
@@ -48,16 +50,19 @@ def decode_mp4(
         file: a path or the bytes of a file.
         tolerance_s: farthest the nearest frame may lie from an asked timestamp.
         name: what errors call the file; the path by default.
+        suffix: of the name that bytes come with, one of `VIDEOS`; None: they may be any of these.
         out: uint8 (n, H, W, 3) that takes all of the frames and is returned; the file must hold exactly these.
+        fit: what is kept of a picture, as soon as it is decoded.
+        limits: of what the file may hold.
 
     Raises:
-        UserError: file missing, truncated or undecodable; several video streams; pictures of different sizes; an index
-            outside of it; no frame within the tolerance.
+        UserError: file missing, truncated or undecodable, or not what its name says; beyond a limit; several video
+            streams; pictures of different sizes; an index outside of it; no frame within the tolerance.
     """
     if indices is not None and timestamps is not None:
         raise TypeError("give indices or timestamps, not both")
 
-    def found(video: _Video) -> np.ndarray:
+    def found(video: Video) -> np.ndarray:
         if timestamps is not None:
             return _at_times(video, np.asarray(timestamps, np.float64), tolerance_s)
         if indices is None:
@@ -68,107 +73,60 @@ def decode_mp4(
             raise UserError(f"{video.name}: frame {bad} asked of {len(times)}")
         return _at_times(video, times[wanted], TOLERANCE_S)
 
+    given = {"suffix": suffix, "limits": limits or LimitsConfig(), "fit": fit}
     for run_up in _RUN_UPS:
-        with suppress(_BehindSeek), _opened(file, name, run_up=run_up) as video:
+        with suppress(BehindSeek), opened(file, name, run_up=run_up, **given) as video:
             return found(video)
     raise AssertionError("the last attempt gives frames or an error")
 
 
-def frame_times(file: Path | bytes, *, name: str | None = None) -> np.ndarray:
+def frame_times(
+    file: Path | bytes, *, name: str | None = None, suffix: str | None = None, limits: LimitsConfig | None = None
+) -> np.ndarray:
     """Seconds of every frame of a video on its own clock, in presentation order, float64 (T,); nothing is decoded.
 
+    Args: as for `decode_mp4`.
+
     Raises:
-        UserError: file missing or unreadable.
+        UserError: file missing, unreadable, not what its name says, or beyond a limit.
     """
-    with _opened(file, name) as video:
+    with opened(file, name, suffix=suffix, limits=limits or LimitsConfig()) as video:
         return _frame_times(video)
 
 
-class _BehindSeek(Exception):
-    """An error behind a seek, that may come from what was not decoded."""
+def read_through(file: Path) -> tuple[str, tuple[int, int, int]]:
+    """(codec, (frames, height, width)) of a video, every frame decoded and dropped.
 
-
-@dataclass(frozen=True)
-class _Video:
-    """An open file.
-
-    Attributes:
-        counted: its frames' own times mean nothing; the k-th frame that is decoded has the k-th time of the packets.
-        run_up: key frames that are decoded before the needed one; None: all. With any, one thread decodes, so that an
-            error belongs to the packet that was given.
+    Raises:
+        UserError: as `decode_mp4` does.
     """
-
-    container: av.container.InputContainer
-    stream: av.VideoStream
-    name: str
-    counted: bool
-    run_up: int | None
-
-    def seconds(self, pts: int) -> float:
-        return float(pts * self.stream.time_base)
-
-    def pixels(self, frame: av.VideoFrame) -> np.ndarray:
-        return frame_pixels(frame, self.stream.sample_aspect_ratio, name=self.name)
+    with opened(file, None, limits=LimitsConfig(), fit=lambda picture: picture[:1, :1].copy()) as video:
+        count = len(_all_frames(video))
+        return video.stream.codec_context.name, (count, *video.size)
 
 
-@contextmanager
-def _opened(file: Path | bytes, name: str | None, *, run_up: int | None = 0) -> Iterator[_Video]:
-    """An open file; its video stream refuses damage. FFmpeg's errors become ours, with the file's name."""
-    name = name or (str(file) if isinstance(file, Path) else "video")
-    if isinstance(file, Path) and not file.is_file():
-        raise UserError(f"{name}: no such video file")
-    if isinstance(file, Path):
-        refuse_lfs_pointer(file)
-    elif is_lfs_pointer(file):
-        raise UserError(pointer_fault(name))
-    try:
-        # The whole path: in a name like 12:30.mp4, FFmpeg would take what is before the colon for a protocol.
-        with av.open(os.path.abspath(file) if isinstance(file, Path) else io.BytesIO(file)) as container:
-            stream = _video_stream(container, name)
-            stream.thread_type = "AUTO"
-            if run_up != 0:
-                stream.codec_context.thread_count = 1
-            stream.codec_context.options = {"err_detect": "explode"}  # else damage is painted over in silence
-            # AVI knows the rate and the order of decoding alone: what FFmpeg makes of them is wrong with B-frames.
-            counted = container.format.name == "avi" and not stream.codec_context.codec.intra_only
-            yield _Video(container, stream, name, counted=counted, run_up=run_up)
-    except (UserError, _BehindSeek, MemoryError, ImportError):
-        raise
-    except Exception as error:  # decoders raise whatever they like on damaged bytes
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{name}: cannot be decoded ({reason}); the file is truncated or damaged: restore it"
-        ) from error
+def stored_shape(file: bytes) -> tuple[int, int, int]:
+    """(frames, height, width) of an MP4 file, by its own word; nothing is decoded.
+
+    Raises:
+        UserError: as `frame_times` does.
+    """
+    with opened(file, None, suffix=".mp4", limits=LimitsConfig()) as video:
+        return video.stream.frames, video.stream.height, video.stream.width
 
 
-def _video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
-    """The one video stream; cover pictures and thumbnails are none."""
-    still = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
-    streams = [stream for stream in container.streams.video if not stream.disposition & still]
-    if not streams:
-        raise UserError(f"{name}: holds no video; it is truncated or no video file: restore it")
-    if len(streams) > 1:
-        sizes = ", ".join(f"{stream.width}x{stream.height}" for stream in streams)
-        raise UserError(f"{name}: holds {len(streams)} video streams ({sizes}); write each into a file of its own")
-    return streams[0]
-
-
-def _frame_times(video: _Video) -> np.ndarray:
+def _frame_times(video: Video) -> np.ndarray:
     """Seconds of every frame in presentation order, float64 (T,), from the packets' headers alone."""
     times, packets = [], 0
     for packet in video.container.demux(video.stream):
         packets += packet.size > 0
         if _is_shown(packet, video.stream):
             times.append(packet.dts if video.counted else packet.pts)
+            check_frames(len(times), video.name, video.limits)
     if "mp4" in video.container.format.name and packets < (indexed := len(video.stream.index_entries)):
         raise _truncated(video, packets, indexed)
     if not times:
         raise UserError(f"{video.name}: holds no frames")
-    if None in times:
-        raise UserError(
-            f"{video.name}: frames have no times; write the video into a container that has them, with its frame rate "
-            "(ffmpeg -r FPS -i FILE -c copy NEW.mp4)"
-        )
     return np.sort(np.array(times, np.float64)) * float(video.stream.time_base)
 
 
@@ -179,7 +137,7 @@ def _is_shown(packet: av.Packet, stream: av.VideoStream) -> bool:
     return stream.codec_context.name not in ("vp8", "libvpx") or bool(bytes(packet)[0] >> 4 & 1)
 
 
-def _decoded(video: _Video, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+def _decoded(video: Video, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
     """(seconds, frame) in presentation order, from a key frame at or before `start` on."""
     if video.counted:
         video.container.seek(0, stream=video.stream)
@@ -196,7 +154,7 @@ def _decoded(video: _Video, start: float) -> Iterator[tuple[float, av.VideoFrame
             if not needed:
                 continue
             if sought and video.run_up is not None:
-                raise _BehindSeek from None
+                raise BehindSeek from None
             raise
         for frame in frames:
             if frame.pts is None or (time := video.seconds(frame.pts)) < before:
@@ -208,14 +166,14 @@ def _decoded(video: _Video, start: float) -> Iterator[tuple[float, av.VideoFrame
             before = time
 
 
-def _frames_of(packet: av.Packet, video: _Video) -> list[av.VideoFrame]:
+def _frames_of(packet: av.Packet, video: Video) -> list[av.VideoFrame]:
     if packet.is_corrupt:
         where = "an unknown time" if packet.pts is None else f"{video.seconds(packet.pts):.3f} s"
         raise UserError(f"{video.name}: is truncated or damaged at {where}: restore it")
     return packet.decode()
 
 
-def _packets(video: _Video, start: float) -> Iterator[tuple[av.Packet, bool, bool]]:
+def _packets(video: Video, start: float) -> Iterator[tuple[av.Packet, bool, bool]]:
     """(packet, whether it is needed or only run-up, whether reading began behind the file's first key frame)."""
     key = _seek(video, start)
     first = key
@@ -229,7 +187,7 @@ def _packets(video: _Video, start: float) -> Iterator[tuple[av.Packet, bool, boo
             yield packet, needed, first is not None
 
 
-def _seek(video: _Video, start: float) -> int | None:
+def _seek(video: Video, start: float) -> int | None:
     """Go to a key frame that is shown at or before `start`; its pts, None for the start of the file.
 
     Files are searched by the times of decoding, which come before those of showing.
@@ -246,19 +204,22 @@ def _seek(video: _Video, start: float) -> int | None:
     return None
 
 
-def _all_frames(video: _Video) -> np.ndarray:
-    found = [(time, video.pixels(frame)) for time, frame in _decoded(video, 0.0)]
+def _all_frames(video: Video) -> np.ndarray:
+    found = []
+    for time, frame in _decoded(video, 0.0):
+        found.append(video.picture(time, frame))
+        check_frames(len(found), video.name, video.limits)
     if not found or len(found) < video.stream.frames:  # which counts hidden ones, too
         video.container.seek(0, stream=video.stream)
         if len(found) < (promised := len(_frame_times(video))):
             raise _truncated(video, len(found), promised)
-    return _stack([picture for _, picture in found], [time for time, _ in found], video.name)
+    return np.stack(found)
 
 
-def _fill(out: np.ndarray, video: _Video) -> np.ndarray:
+def _fill(out: np.ndarray, video: Video) -> np.ndarray:
     count = 0
-    for _, frame in _decoded(video, 0.0):
-        picture = video.pixels(frame)
+    for time, frame in _decoded(video, 0.0):
+        picture = video.picture(time, frame)
         if count == len(out) or picture.shape != out.shape[1:]:
             raise UserError(
                 f"{video.name}: frame {count} has shape {picture.shape}, expected {len(out)} of {out.shape[1:]}"
@@ -270,33 +231,21 @@ def _fill(out: np.ndarray, video: _Video) -> np.ndarray:
     return out
 
 
-def _truncated(video: _Video, count: int, promised: int) -> UserError:
+def _truncated(video: Video, count: int, promised: int) -> UserError:
     return UserError(f"{video.name}: holds {count} readable frames of {promised}; it is truncated: restore it")
 
 
-def _stack(pictures: Sequence[np.ndarray], times: Sequence[float], name: str) -> np.ndarray:
-    """Pictures of one size in one array."""
-    first = pictures[0].shape
-    for picture, time in zip(pictures, times):
-        if picture.shape != first:
-            raise UserError(
-                f"{name}: the picture changes from {first[1]}x{first[0]} to {picture.shape[1]}x{picture.shape[0]} at "
-                f"{time:.3f} s; cut the video there"
-            )
-    return np.stack(pictures)
-
-
-def _at_times(video: _Video, times: np.ndarray, tolerance_s: float) -> np.ndarray:
+def _at_times(video: Video, times: np.ndarray, tolerance_s: float) -> np.ndarray:
     """The frames nearest to `times` (n,), each wanted frame decoded and converted once."""
     if not len(times):
         return np.zeros((0, video.stream.height, video.stream.width, 3), np.uint8)
     wanted, inverse = np.unique(times, return_inverse=True)
     runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > _RESEEK_S) + 1)
     pictures = [picture for run in runs for picture in _run(video, run, tolerance_s)]
-    return _stack(pictures, wanted, video.name)[inverse]
+    return np.stack([pictures[i] for i in inverse])
 
 
-def _run(video: _Video, wanted: np.ndarray, tolerance_s: float) -> Iterator[np.ndarray]:
+def _run(video: Video, wanted: np.ndarray, tolerance_s: float) -> Iterator[np.ndarray]:
     """One picture per ascending `wanted` time, decoding once through all of them."""
     before: tuple[float, av.VideoFrame] | None = None
     position = 0
@@ -317,10 +266,10 @@ def _run(video: _Video, wanted: np.ndarray, tolerance_s: float) -> Iterator[np.n
         yield _picture(video, before, time, tolerance_s)
 
 
-def _picture(video: _Video, found: tuple[float, av.VideoFrame], wanted: float, tolerance_s: float) -> np.ndarray:
+def _picture(video: Video, found: tuple[float, av.VideoFrame], wanted: float, tolerance_s: float) -> np.ndarray:
     if abs(found[0] - wanted) > tolerance_s:
         raise UserError(
             f"{video.name}: the frame nearest to {wanted:.4f} s lies at {found[0]:.4f} s, farther than the tolerance "
             f"of {tolerance_s:g} s; the timestamps and the video do not belong together"
         )
-    return video.pixels(found[1])
+    return video.picture(*found)

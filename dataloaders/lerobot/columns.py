@@ -18,19 +18,19 @@ def numbers(column: pa.ChunkedArray, where: str) -> np.ndarray | None:
     Raises:
         UserError: rows without a value, or vectors of different lengths.
     """
+    if not _of_numbers(column.type):
+        return None
     array = _plain(column)
     length, kind = len(array), array.type
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    while _is_list(kind):
         if array.null_count:
             raise UserError(f"{where} has rows without a value; every frame needs one")
-        if not pa.types.is_fixed_size_list(kind) and len(set(array.value_lengths().to_pylist())) > 1:
+        if not pa.types.is_fixed_size_list(kind) and len(pc.unique(array.value_lengths())) > 1:
             raise UserError(f"{where} has vectors of different lengths; every frame needs the same")
         array = array.flatten()
         kind = array.type
     if pa.types.is_decimal(kind):
         array, kind = array.cast(pa.float64()), pa.float64()
-    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        return None
     if array.null_count:
         raise UserError(f"{where} has missing values; every frame needs one")
     values = array.to_numpy(zero_copy_only=False)
@@ -47,7 +47,8 @@ def whole_numbers(table: pa.Table, name: str, where: str) -> np.ndarray | None:
     if name not in table.column_names:
         return None
     values = numbers(table[name], f"{where}: column {name!r}")
-    if values is None or values.shape[1:] != (1,) or not (np.isfinite(values) & (values == np.floor(values))).all():
+    fits = values is not None and values.shape[1:] == (1,)
+    if not fits or not (np.isfinite(values) & (np.abs(values) < 2.0**63) & (values == np.floor(values))).all():
         raise UserError(f"{where}: column {name!r} is {table[name].type}; every row needs one whole number: restore it")
     return values[:, 0].astype(np.int64)
 
@@ -85,8 +86,19 @@ def text_of(value: object) -> str | None:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _of_numbers(kind: pa.DataType) -> bool:
+    """Whether a column holds numbers, or lists of them."""
+    while _is_list(kind):
+        kind = kind.value_type
+    number = pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)
+    return number or pa.types.is_boolean(kind)
+
+
 def _plain(column: pa.ChunkedArray) -> pa.Array:
-    """One array; dictionaries decoded."""
+    """One array."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
-    return pc.cast(array, array.type.value_type) if pa.types.is_dictionary(array.type) else array
+    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array

@@ -5,6 +5,7 @@ Shapes: T frames of the episode, n frames asked for, H height, W width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dataloaders.config import LimitsConfig
 from dataloaders.consistency.pictures import Pairing
 from dataloaders.consistency.report import Contradiction, refuse
 from dataloaders.files.images import read_image
-from dataloaders.files.urls import join
+from dataloaders.files.places import place_of
 from dataloaders.files.video import decode_mp4
+from dataloaders.files.video_file import Fit
 from dataloaders.lerobot.layout import VideoPlace
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import shown
 
 
 @dataclass
@@ -51,6 +55,7 @@ class DatasetEpisode:
     _videos: dict[str, VideoPlace] = field(default_factory=dict, repr=False)
     _images: dict[str, pa.ChunkedArray] = field(default_factory=dict, repr=False)
     _root: Path = field(default_factory=Path, repr=False)
+    _limits: LimitsConfig = field(default_factory=LimitsConfig, repr=False)
     _row_tasks: list[str] | None = field(default=None, repr=False)
     _pair: Callable[[str, VideoPlace], Pairing] | None = field(default=None, repr=False)
     _pairings: dict[str, Pairing] = field(default_factory=dict, repr=False)
@@ -80,8 +85,11 @@ class DatasetEpisode:
         """
         return [] if camera in self._images else self._pairing(camera).contradictions
 
-    def frames(self, camera: str, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    def frames(self, camera: str, indices: Sequence[int] | np.ndarray, *, fit: Fit | None = None) -> np.ndarray:
         """Pictures of one camera at the rows `indices` (in any order, repeats allowed), uint8 (n, H, W, 3).
+
+        Args:
+            fit: what is kept of a picture, as soon as it is decoded.
 
         Raises:
             UserError: no such camera, a missing or damaged file, or a contradiction between rows and video.
@@ -92,10 +100,11 @@ class DatasetEpisode:
             raise IndexError(f"rows {wanted.min()}..{wanted.max()} asked of an episode of {self.length}")
         if camera in self._images:
             column = self._images[camera]
-            return np.stack([_picture(column[int(row)].as_py(), self._root, camera) for row in wanted])
+            pictures = (self._picture(column[int(row)].as_py(), camera) for row in wanted)
+            return np.stack([picture if fit is None else fit(picture) for picture in pictures])
         pairing = self._pairing(camera)
         refuse(pairing.contradictions, self._root)
-        return decode_mp4(self._videos[camera].path, timestamps=pairing.times[wanted])
+        return decode_mp4(self._videos[camera].path, timestamps=pairing.times[wanted], fit=fit, limits=self._limits)
 
     def _pairing(self, camera: str) -> Pairing:
         if camera not in self._videos:
@@ -105,11 +114,11 @@ class DatasetEpisode:
             self._pairings[camera] = self._pair(camera, self._videos[camera])
         return self._pairings[camera]
 
-
-def _picture(value: Any, root: Path, camera: str) -> np.ndarray:
-    """uint8 (H, W, 3) of an inline image: its encoded bytes, or else the path of its file."""
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
-    if data is None and not (path and Path(join(root, path)).is_file()):
-        raise UserError(f"{root}: a picture of {camera!r} has neither bytes nor a file (path {path!r}); restore it")
-    source = data if data is not None else Path(join(root, path))
-    return read_image(source, name=f"{root}: a picture of {camera!r}", scale_16_bits=False)
+    def _picture(self, value: Any, camera: str) -> np.ndarray:
+        """uint8 (H, W, 3) of an inline image: its encoded bytes, or else the path of its file."""
+        name = f"{self._root}: a picture of {camera!r}"
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
+        source = data if data is not None or not path else place_of(self._root, str(path), self._limits)
+        if source is None or (isinstance(source, Path) and not os.path.isfile(source)):
+            raise UserError(f"{name} has neither bytes nor a file (path {shown(path)}); restore it")
+        return read_image(source, name=name, scale_16_bits=False, limits=self._limits)

@@ -7,23 +7,32 @@ many episodes into one file and says in `meta/episodes/` which rows and seconds 
 from __future__ import annotations
 
 import itertools
-import json
-import math
+import re
+import string
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from dataloaders.config import LimitsConfig
 from dataloaders.consistency.pictures import VideoSpan
 from dataloaders.consistency.tables import EpisodeRow
+from dataloaders.files.places import refuse_linked_folders
+from dataloaders.files.tables import column_names, python_rows, read_table, refuse_many
 from dataloaders.files.urls import join
 from dataloaders.lerobot.columns import text_of
 from kairos_train.basics.errors import UserError, one_line
 from kairos_train.basics.files import read_json
-from kairos_train.basics.foreign_files import read_text, refuse_lfs_pointer
+from kairos_train.basics.foreign_files import (
+    finite,
+    is_lfs_pointer,
+    json_lines,
+    one_plain_line,
+    pointer_fault,
+    read_bytes,
+    shown,
+    whole,
+)
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 INFO_PATH = "meta/info.json"
@@ -40,6 +49,9 @@ FRAME_FEATURES = {  # the columns that every row has beside its own features
     "index": "int64",
     "task_index": "int64",
 }
+_FASTEST = 1e9  # frames per second that there could be
+_LONGEST_TYPE = 100  # characters of the robot's type that are shown
+_FORM = re.compile(r"0?\d{0,2}d?")  # of a number in a template
 EPISODE_COLUMNS = ("episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index")
 
 
@@ -57,6 +69,7 @@ class Info:
     video_path: str | None
     chunks_size: int
     raw: dict[str, Any] = field(default_factory=dict)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class EpisodeEntry(EpisodeRow):
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def read_info(root: Path) -> Info:
+def read_info(root: Path, limits: LimitsConfig | None = None) -> Info:
     """Read and check `meta/info.json`.
 
     Raises:
@@ -92,29 +105,36 @@ def read_info(root: Path) -> Info:
     version = raw.get("codebase_version")
     if version not in VERSIONS:
         raise UserError(
-            f"{path}: codebase_version is {version!r}; it must be one of {', '.join(VERSIONS)}: convert the "
+            f"{path}: codebase_version is {shown(version)}; it must be one of {', '.join(VERSIONS)}: convert the "
             "dataset with the lerobot package"
         )
     fps, features, chunks_size = raw.get("fps"), raw.get("features"), raw.get("chunks_size", 1000)
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
-        raise UserError(f"{path}: fps is {fps!r}; it must be a positive number")
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < _FASTEST:
+        raise UserError(f"{path}: fps is {shown(fps)}; it must be a positive number")
     if not isinstance(features, dict) or not all(isinstance(f, dict) and "dtype" in f for f in features.values()):
         raise UserError(f"{path}: features must map every column to its dtype and shape; restore the file")
     if not isinstance(raw.get("data_path"), str):
-        raise UserError(f"{path}: data_path is {raw.get('data_path')!r}; it must be the template of the data files")
-    if not isinstance(chunks_size, int) or chunks_size < 1:
-        raise UserError(f"{path}: chunks_size is {chunks_size!r}; it must be a positive whole number")
+        raise UserError(
+            f"{path}: data_path is {shown(raw.get('data_path'))}; it must be the template of the data files"
+        )
+    if not isinstance(chunks_size, int) or not 0 < chunks_size < 2**63:
+        raise UserError(f"{path}: chunks_size is {shown(chunks_size)}; it must be a positive whole number")
     return Info(
         root=root,
         version=version,
         fps=float(fps),
-        robot_type=raw.get("robot_type"),
+        robot_type=_robot_type(raw.get("robot_type")),
         features=features,
         data_path=raw["data_path"],
         video_path=raw.get("video_path"),
         chunks_size=chunks_size,
         raw=raw,
+        limits=limits or LimitsConfig(),
     )
+
+
+def _robot_type(value: Any) -> str | None:
+    return one_plain_line(value, _LONGEST_TYPE) if isinstance(value, str) else None
 
 
 def read_tasks(info: Info) -> dict[int, str]:
@@ -125,24 +145,24 @@ def read_tasks(info: Info) -> dict[int, str]:
     """
     if info.version != "v3.0":
         path = info.root / "meta/tasks.jsonl"
-        rows = _read_jsonl(path, ("task_index", "task"))
+        rows = _read_jsonl(path, ("task_index", "task"), info.limits)
     else:
         path = info.root / TASKS_PATH
-        table = read_table(path)
+        table = read_table(path, info.limits)
         # The writer stores a pandas frame indexed by the task; only in some of its versions has that column a name.
         column = next((c for c in ("task", "__index_level_0__") if c in table.column_names), None)
         if column is None or "task_index" not in table.column_names:
             raise UserError(
                 f"{path}: has columns {table.column_names}; it needs task_index and task (or __index_level_0__)"
             )
-        rows = table.select(["task_index", column]).rename_columns(["task_index", "task"]).to_pylist()
+        renamed = table.select(["task_index", column]).rename_columns(["task_index", "task"])
+        rows = python_rows(renamed, path, info.limits)
     tasks: dict[int, str] = {}
     for row in rows:
         index, text = _whole(row, "task_index", path), _text(row["task"], path) or ""
         if tasks.setdefault(index, text) != text:
-            raise UserError(
-                f"{path}: task_index {index} is there twice, as {tasks[index]!r} and {text!r}; give each task its own"
-            )
+            both = f"{shown(tasks[index])} and {shown(text)}"
+            raise UserError(f"{path}: task_index {index} is there twice, as {both}; give each task its own")
     return tasks
 
 
@@ -150,7 +170,8 @@ def read_episodes(info: Info) -> list[EpisodeEntry]:
     """The table of episodes in the order of their index.
 
     Raises:
-        UserError: the table is missing or unreadable, lacks a column, or names an episode twice.
+        UserError: the table is missing or unreadable, lacks a column, names an episode twice, or files that lie
+            behind a linked folder.
     """
     video_keys = [key for key, feature in info.features.items() if feature["dtype"] == "video"]
     entries = (_entries_v3 if info.version == "v3.0" else _entries_v2)(info, video_keys)
@@ -158,29 +179,15 @@ def read_episodes(info: Info) -> list[EpisodeEntry]:
     for before, entry in itertools.pairwise(entries):
         if before.index == entry.index:
             raise UserError(f"{info.root}: the table of episodes holds episode {entry.index} twice; restore it")
+    files = [file for e in entries for file in (e.data, *(place.path for place in e.videos.values()))]
+    refuse_linked_folders(info.root, [*files, *info.root.glob("data/*/*.parquet")], info.limits)
     return entries
-
-
-def read_table(path: Path, **kwargs: Any) -> pa.Table:
-    """A whole parquet file.
-
-    Raises:
-        UserError: the file is missing or not readable.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: the file is missing; the dataset is incomplete: fetch or write it again")
-    refuse_lfs_pointer(path)
-    try:
-        # The file alone: a folder like `chunk-000` beside it must not be taken for a partition column.
-        return pq.ParquetFile(path).read(**kwargs)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is not a readable parquet file ({one_line(error)[:200]}); restore it") from error
 
 
 def _entries_v2(info: Info, video_keys: list[str]) -> list[EpisodeEntry]:
     path = info.root / "meta/episodes.jsonl"
     entries = []
-    for row in _read_jsonl(path, ("episode_index", "length")):
+    for row in _read_jsonl(path, ("episode_index", "length"), info.limits):
         index, length = _whole(row, "episode_index", path), _whole(row, "length", path)
         place = {"episode_chunk": index // info.chunks_size, "episode_index": index}
         videos = {
@@ -198,13 +205,13 @@ def _entries_v3(info: Info, video_keys: list[str]) -> list[EpisodeEntry]:
         raise UserError(f"{folder}: holds no parquet file; the dataset is incomplete: fetch or write it again")
     entries = []
     for path in paths:
-        names = pq_names(path)
+        names = column_names(path)
         needed = ("episode_index", "tasks", "length", "data/chunk_index", "data/file_index")
         if missing := [name for name in needed if name not in names]:
             raise UserError(f"{path}: lacks the column {missing[0]!r}; restore it")
-        table = read_table(path, columns=[name for name in names if not name.startswith("stats/")])
+        table = read_table(path, info.limits, columns=[name for name in names if not name.startswith("stats/")])
         cameras = [key for key in video_keys if info.video_path and f"videos/{key}/from_timestamp" in names]
-        for row in table.to_pylist():
+        for row in python_rows(table, path, info.limits, before=len(entries)):
             entries.append(_entry_v3(info, row, cameras, path))
     return entries
 
@@ -235,29 +242,34 @@ def _entry_v3(info: Info, row: dict[str, Any], cameras: list[str], path: Path) -
 
 
 def _extra(row: dict[str, Any]) -> dict[str, Any]:
-    """The values that are not LeRobot's own; pandas' NaN stands for none."""
+    """The values that are not LeRobot's own; pandas' NaN stands for none. Numbers are such as columns can hold."""
     own = {name: value for name, value in row.items() if "/" not in name and name not in EPISODE_COLUMNS}
-    return {name: v for name, v in own.items() if isinstance(v, bool | int | float | str) and v == v}
+    kept = {name: v for name, v in own.items() if isinstance(v, bool | int | float | str) and v == v}
+    return {name: float(v) if isinstance(v, int) and abs(v) >= 2**63 else v for name, v in kept.items()}
 
 
 def _whole(row: dict[str, Any], name: str, where: Path | str) -> int:
-    value = row[name]
-    real = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or value != int(value) or value < 0:
-        raise UserError(f"{where}: {name} is {value!r}; it must be a whole number of 0 or more: restore the file")
-    return int(value)
+    try:
+        return whole(row[name], name)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}: restore the file") from error
 
 
 def _seconds(row: dict[str, Any], name: str, where: str) -> float | None:
     value = row.get(name)
-    if value is not None and not (isinstance(value, int | float | Decimal) and math.isfinite(value)):
-        raise UserError(f"{where}: {name} is {value!r}; it must be a number of seconds: restore the file")
-    return None if value is None else float(value)
+    try:
+        return None if value is None else finite(None if isinstance(value, str) else value, name)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: {name} is {shown(value)}; it must be a number of seconds: restore the file"
+        ) from error
 
 
 def _texts(value: Any, where: Path | str) -> list[str]:
     """The tasks of an episode: a list, or in some sets one string."""
     cells = [value] if isinstance(value, str | bytes) else value or []
+    if not isinstance(cells, list):
+        raise UserError(f"{where}: tasks is {shown(value)}; it must be a list of texts: restore the file")
     return [text for text in (_text(cell, where) for cell in cells) if text is not None]
 
 
@@ -265,48 +277,36 @@ def _text(value: Any, where: Path | str) -> str | None:
     try:
         return text_of(value)
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: the task {value!r} is not UTF-8; convert the table") from error
-
-
-def pq_names(path: Path) -> list[str]:
-    """Column names of a parquet file.
-
-    Raises:
-        UserError: the file is missing or not readable.
-    """
-    refuse_lfs_pointer(path)
-    try:
-        return pq.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is not a readable parquet file ({one_line(error)[:200]}); restore it") from error
+        raise UserError(f"{where}: the task {shown(value)} is not UTF-8; convert the table") from error
 
 
 def _fill(info: Info, template: str, **values: Any) -> Path:
     text = getattr(info, template)
     try:
+        for _, name, form, conversion in string.Formatter().parse(text):
+            if name is not None and (name not in values or conversion or not _FORM.fullmatch(form)):
+                raise ValueError(f"{{{name}}}")
         return Path(join(info.root, text.format(**values)))
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{info.root / INFO_PATH}: {template} {text!r} cannot be filled in ({error!r}); {info.version} knows "
-            f"{', '.join(values)}"
+            f"{info.root / INFO_PATH}: {template} {shown(text)} cannot be filled in ({one_line(error)}); "
+            f"{info.version} knows {', '.join(values)}"
         ) from error
 
 
-def _read_jsonl(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
+def _read_jsonl(path: Path, needed: tuple[str, ...], limits: LimitsConfig) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: the file is missing; the dataset is incomplete: fetch or write it again")
-    rows = []
-    # Not splitlines: a text may hold what that takes for the end of a line, as U+2028.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error}); restore it") from error
+    data = read_bytes(path, most_bytes=limits.table_bytes)
+    if is_lfs_pointer(data):
+        raise UserError(pointer_fault(path))
+    for count, (number, row, fault) in enumerate(json_lines(data, path, **limits.json), 1):
+        if fault:
+            line = "" if "UTF-8" in fault else f"line {number} "
+            raise UserError(f"{path}: {line}{fault}; restore it")
         if not isinstance(row, dict) or (missing := [name for name in needed if name not in row]):
             raise UserError(
                 f"{path}: line {number} lacks {missing[0] if isinstance(row, dict) else needed[0]!r}; restore it"
             )
-        rows.append(row)
-    return rows
+        refuse_many(count, path, limits)
+        yield row

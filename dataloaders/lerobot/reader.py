@@ -8,6 +8,7 @@ Shapes: T frames of an episode. Nothing of the lerobot package is needed.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,22 +17,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dataloaders.config import BelieveConfig
+from dataloaders.config import BelieveConfig, LimitsConfig
 from dataloaders.consistency import rows as row_checks
 from dataloaders.consistency import tables as table_checks
 from dataloaders.consistency.pictures import Pairing, check_parts, pair_rows
 from dataloaders.consistency.report import Contradiction, refuse
 from dataloaders.consistency.rows import Clock
+from dataloaders.files.tables import column_names, read_table
 from dataloaders.files.video import TOLERANCE_S, frame_times
+from dataloaders.files.video_file import check_frames
 from dataloaders.lerobot.columns import numbers, read_clock, whole_numbers
 from dataloaders.lerobot.episode import DatasetEpisode
 from dataloaders.lerobot.layout import (
     EpisodeEntry,
     VideoPlace,
-    pq_names,
     read_episodes,
     read_info,
-    read_table,
     read_tasks,
 )
 from kairos_train.basics.errors import UserError
@@ -43,6 +44,7 @@ class LeRobotDataset:
     Args:
         believe: which side is right where two sources in the dataset contradict each other.
         tolerance: seconds a row's timestamp may lie from its frame.
+        limits: of what its files may hold and name; the schema's defaults when None.
 
     Attributes: `version`; `fps` (float); `robot_type`; `features` (as in info.json); `tasks` (strings by task index);
     `camera_keys` (cameras with files or inline images, sorted: declared ones without are left out); `depth_keys` (those
@@ -52,10 +54,17 @@ class LeRobotDataset:
         UserError: the folder is not such a dataset, or a table of it is missing or malformed.
     """
 
-    def __init__(self, root: Path, *, believe: BelieveConfig | None = None, tolerance: float = TOLERANCE_S) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        believe: BelieveConfig | None = None,
+        tolerance: float = TOLERANCE_S,
+        limits: LimitsConfig | None = None,
+    ) -> None:
         self.root = Path(root)
-        self._believe, self._tolerance = believe or BelieveConfig(), tolerance
-        info = read_info(self.root)
+        self._believe, self._tolerance, self._limits = believe or BelieveConfig(), tolerance, limits or LimitsConfig()
+        info = read_info(self.root, self._limits)
         self.version, self.fps, self.robot_type, self.features = info.version, info.fps, info.robot_type, info.features
         self.tasks = read_tasks(info)
         self._entries = read_episodes(info)
@@ -178,6 +187,7 @@ class LeRobotDataset:
             _videos={key: place for key, place in entry.videos.items() if key in self.camera_keys},
             _images={key: rows[key] for key in self._image_keys},
             _root=self.root,
+            _limits=self._limits,
             _row_tasks=row_tasks,
             _pair=pair,
         )
@@ -193,7 +203,7 @@ class LeRobotDataset:
             column = whole_numbers(table, "episode_index", str(entry.data))
             found += row_checks.check_episode_index(where, entry.index, column, self._believe)
         else:
-            there = entry.data.is_file()
+            there = os.path.isfile(entry.data)
             mine = self._mine(entry.data, entry.index) if there else np.empty(0, np.int64)
             if len(mine) != entry.length and (files := self._elsewhere(entry)) != (entry.data,):
                 parts = [self._table(path).take(self._mine(path, entry.index)) for path in files]
@@ -207,6 +217,7 @@ class LeRobotDataset:
                 table = self._table(entry.data)
             together = len(mine) and np.diff(mine).max(initial=1) == 1
             table = table.slice(mine[0], len(mine)) if together else table.take(mine)
+        check_frames(entry.length, f"{entry.data}: episode {entry.index}", self._limits)
         if table.num_rows != entry.length or entry.length < 1:
             raise UserError(
                 f"{entry.data}: holds {table.num_rows} rows of episode {entry.index}, whose length is {entry.length} "
@@ -216,7 +227,7 @@ class LeRobotDataset:
 
     def _table(self, path: Path) -> pa.Table:
         if path not in self._tables:
-            self._tables = {path: read_table(path)}
+            self._tables = {path: read_table(path, self._limits)}
         return self._tables[path]
 
     def _mine(self, path: Path, episode: int) -> np.ndarray:
@@ -233,7 +244,7 @@ class LeRobotDataset:
         if self._rows_in is None:
             self._rows_in = defaultdict(list)
             for path in sorted({e.data for e in self._entries} | self._data_files()):
-                for number in self._episodes_in(path).tolist() if path.is_file() else ():
+                for number in self._episodes_in(path).tolist() if os.path.isfile(path) else ():
                     self._rows_in[number].append(path)
         return tuple(self._rows_in.get(entry.index, [entry.data]))
 
@@ -256,9 +267,9 @@ class LeRobotDataset:
 
     def _task_index(self, rows: pa.Table, entry: EpisodeEntry) -> np.ndarray | None:
         column = whole_numbers(rows, "task_index", str(entry.data))
-        if column is not None and (unknown := set(np.unique(column).tolist()) - set(self.tasks)):
+        if column is not None and (unknown := np.setdiff1d(column, list(self.tasks))).size:
             raise UserError(
-                f"{entry.data}: task_index {min(unknown)} is not in the table of tasks of {self.root}; restore it"
+                f"{entry.data}: task_index {unknown[0]} is not in the table of tasks of {self.root}; restore it"
             )
         return column
 
@@ -300,18 +311,18 @@ class LeRobotDataset:
     def _video(self, camera: str, path: Path) -> np.ndarray:
         """Seconds of a video's frames; neighbouring episodes share a file."""
         if camera not in self._videos or self._videos[camera][0] != path:
-            self._videos[camera] = (path, frame_times(path))
+            self._videos[camera] = (path, frame_times(path, limits=self._limits))
         return self._videos[camera][1]
 
     def _video_keys(self) -> list[str]:
         keys = sorted({key for entry in self._entries for key in entry.videos})
-        return [k for k in keys if any(e.videos[k].path.is_file() for e in self._entries if k in e.videos)]
+        return [k for k in keys if any(os.path.isfile(e.videos[k].path) for e in self._entries if k in e.videos)]
 
     def _inline_images(self) -> list[str]:
         declared = [key for key, feature in self.features.items() if feature["dtype"] == "image"]
         if not declared or not self._entries:
             return []
-        names = pq_names(self._entries[0].data)
+        names = column_names(self._entries[0].data)
         return [key for key in declared if key in names]
 
     def _unlisted(self) -> list[Path]:
@@ -324,9 +335,11 @@ class LeRobotDataset:
 
     def _episodes_in(self, path: Path) -> np.ndarray:
         """The numbers of the episodes that a file of several has rows of."""
-        if "episode_index" not in pq_names(path):
+        if "episode_index" not in column_names(path):
             return np.empty(0, np.int64)
-        return np.unique(whole_numbers(read_table(path, columns=["episode_index"]), "episode_index", str(path)))
+        return np.unique(
+            whole_numbers(read_table(path, self._limits, columns=["episode_index"]), "episode_index", str(path))
+        )
 
     def _data_files(self) -> set[Path]:
         """The parquet files that are there, wherever the table of episodes says that they are."""

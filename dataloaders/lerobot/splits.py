@@ -14,9 +14,11 @@ from typing import Any
 from dataloaders.lerobot.layout import INFO_PATH
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import read_json
+from kairos_train.basics.foreign_files import one_plain_line, shown
 
 TRAIN = "train"
-_RANGE = re.compile(r"\s*(\d*)\s*:\s*(\d*)\s*")
+_LONGEST_NOTE = 200  # characters of what a note takes from the dataset
+_RANGE = re.compile(r"\s*(\d{0,18})\s*:\s*(\d{0,18})\s*")
 
 
 def parse_episodes(text: str) -> list[tuple[int, int]]:
@@ -61,7 +63,9 @@ def choose_episodes(
 
 
 def _of_splits(root: Path, indices: Sequence[int], splits: Mapping[str, Any]) -> tuple[list[int], list[str]]:
-    everything, told = list(range(len(indices))), ", ".join(f"{name} {text}" for name, text in splits.items())
+    everything = list(range(len(indices)))
+    told = ", ".join(f"{name} {text}" for name, text in splits.items())
+    told = one_plain_line(told, _LONGEST_NOTE)
     if TRAIN not in splits:
         others = f"splits ({told}) and none is called {TRAIN}: all episodes are packed; --only-episodes names some"
         return everything, [f"{INFO_PATH} has {others}"] if splits else []
@@ -89,8 +93,8 @@ def _bounds(root: Path, text: Any) -> tuple[int, int | None]:
     match = _RANGE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise UserError(
-            f"{root / INFO_PATH}: the split {TRAIN} is {text!r} and no range as 0:80; fix it, or name the episodes "
-            "with --only-episodes"
+            f"{root / INFO_PATH}: the split {TRAIN} is {shown(text)} and no range as 0:80; fix it, or name the "
+            "episodes with --only-episodes"
         )
     return int(match[1] or 0), int(match[2]) if match[2] else None
 

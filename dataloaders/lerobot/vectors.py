@@ -11,7 +11,6 @@ Shapes: T frames of an episode, D dimensions.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from dataloaders.config import MIN_RANGE, WindowConfig
-from kairos_train.basics.errors import UserError
-from kairos_train.basics.foreign_files import read_text
+from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.foreign_files import parse_json, read_text, whole
 
 MODALITY_PATH = "meta/modality.json"
 _COLUMNS = {"state": "observation.state", "action": "action"}  # that modality.json means where it names none
+_MOST_DIMENSIONS = 100_000
 _SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 
 
@@ -40,14 +40,20 @@ def read_modality(root: Path) -> dict[str, tuple[str, int, int]]:
         return {}
     text = read_text(path)
     try:
-        groups = json.loads(text)
+        groups = parse_json(text)
         return {
-            f"{group}.{name}": (part.get("original_key", column), int(part["start"]), int(part["end"]))
+            f"{group}.{name}": (
+                str(part.get("original_key", column)),
+                whole(part["start"], "start"),
+                whole(part["end"], "end"),
+            )
             for group, column in _COLUMNS.items()
             for name, part in groups.get(group, {}).items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is not a table of parts with start and end ({error!r}); fix or remove it") from error
+        raise UserError(
+            f"{path}: is not a table of parts with start and end ({one_line(error)}); fix or remove it"
+        ) from error
 
 
 def columns_of(key: str, features: Mapping[str, Any], modality: Mapping[str, tuple[str, int, int]]) -> list[tuple]:
@@ -106,8 +112,10 @@ def stillness(
 
 
 def _width(feature: Mapping[str, Any]) -> int:
+    """Dimensions that the dataset announces; 0 where it says no number of them that a vector could have."""
     shape = feature.get("shape")
-    return math.prod(shape) if isinstance(shape, list | tuple) and all(isinstance(n, int) for n in shape) else 0
+    told = math.prod(shape) if isinstance(shape, list | tuple) and all(isinstance(n, int) for n in shape) else 0
+    return told if 0 < told <= _MOST_DIMENSIONS else 0
 
 
 def _runs(numbers: Sequence[int]) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dataloaders.config import LimitsConfig
+from dataloaders.files.npy import NPY_HEADER
 from dataloaders.loading.cache import ShardCache
 from dataloaders.loading.memory import Buffers
 from dataloaders.shards import MEMBER_NAME, CorruptData, ShardIndex, ShardInfo, check_size
@@ -25,8 +27,6 @@ KNOWN_SHARDS = 2048
 """Shards whose rows a reader remembers: 48 bytes per sample."""
 
 DIRECT = "latents.npy"
-NPY_HEADER = 128
-"""Bytes before the data in every .npy file of few dimensions."""
 
 _BLOCK = 512
 _END = bytes(_BLOCK)
@@ -60,11 +60,20 @@ class ShardReader:
 
     Args:
         skip: extension of a member that is not wanted and not read, as "mp4".
+        most_bytes: of a sample.
         cache: where the shards of a remote folder are kept.
     """
 
-    def __init__(self, index: ShardIndex, *, skip: str | None = None, cache: ShardCache | None = None) -> None:
+    def __init__(
+        self,
+        index: ShardIndex,
+        *,
+        skip: str | None = None,
+        cache: ShardCache | None = None,
+        most_bytes: int | None = None,
+    ) -> None:
         self.index, self.skip, self.cache = index, skip, cache
+        self.most_bytes = LimitsConfig().member_bytes if most_bytes is None else most_bytes
         self._rows: OrderedDict[int, _Rows] = OrderedDict()
         self._files: OrderedDict[int, int] = OrderedDict()
 
@@ -109,16 +118,16 @@ class ShardReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"index": self.index, "skip": self.skip, "cache": self.cache}
+        return {name: getattr(self, name) for name in ("index", "skip", "cache", "most_bytes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["index"], skip=state["skip"], cache=state["cache"])
+        self.__init__(**state)
 
     def _table(self, shard: int, info: ShardInfo) -> _Rows:
         if shard not in self._rows:
             if self.cache is None:  # which checks by itself
                 check_size(self.index.folder, info)
-            rows = _walk(self._file(shard, info), self.skip, info.samples)
+            rows = _walk(self._file(shard, info), self.skip, info.samples, self.most_bytes)
             if len(rows.ranges) != info.samples:
                 more = f" ({rows.problem})" if rows.problem else ""
                 rows.problem = f"holds {len(rows.ranges)} samples, the index says {info.samples}{more}"
@@ -140,7 +149,7 @@ class ShardReader:
         return self._files[shard]
 
 
-def _walk(file: int, skip: str | None, samples: int) -> _Rows:
+def _walk(file: int, skip: str | None, samples: int, most_bytes: int) -> _Rows:
     """Read the headers from the first to the end of the archive, or to the first that is none.
 
     A last row of which only the first members are there is left out. Members are sorted, so that rows end alike.
@@ -170,6 +179,9 @@ def _walk(file: int, skip: str | None, samples: int) -> _Rows:
             elif extension == DIRECT:
                 ranges[-1][4:] = at + _BLOCK, size
             ranges[-1][3] = at = end
+            if at - ranges[-1][0] > most_bytes:
+                reason = f"has members of more than {most_bytes:,} bytes, which data.limits.member_mb allows"
+                rows.bad.setdefault(len(ranges) - 1, (stem, reason))
             last = extension
     except ValueError as error:
         rows.problem = str(error)

@@ -7,22 +7,21 @@ C context width, A actions, da ds action and state dimensions.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from dataloaders.loading.access import NPY_HEADER, Apart
+from dataloaders.files.npy import read_npy
+from dataloaders.loading.access import Apart
 from dataloaders.loading.memory import Rows
 from dataloaders.shards import CorruptData, ShardIndex
 from dataloaders.windows import action_count
 from kairos_train.basics.errors import UserError, one_line
+from kairos_train.basics.foreign_files import parse_json, whole
 from kairos_train.basics.geometry import latent_frames, latent_sides
 
 Context = tuple[torch.Tensor, torch.Tensor]
@@ -141,7 +140,7 @@ def decode_sample(
     """
     key = raw["__key__"]
     try:
-        meta = json.loads(bytes(raw["json"]))
+        meta = parse_json(raw["json"])
         actions = state = None
         if index.action_dim:
             actions = _array(raw, "action.npy", (action_count(index.window), index.action_dim))
@@ -150,7 +149,7 @@ def decode_sample(
         contexts = {_variant(name): _array(raw, name, (None, None)) for name in raw if name.startswith("context")}
         if not isinstance(meta["text"], str):
             raise ValueError("its JSON has a text that is no text")
-        if actions is not None and not 0 <= int(meta["valid_actions"]) <= len(actions):
+        if actions is not None and whole(meta["valid_actions"], "valid_actions") > len(actions):
             raise ValueError("its JSON has valid_actions that do not fit")
         pictures = _frames(raw["mp4"], index, shape, frames_into) if with_frames else None
     except (ImportError, MemoryError):
@@ -223,7 +222,7 @@ def _actions(samples: Sequence[Sample], layout: BatchSchema | None) -> dict[str,
 
 def _array(raw: dict[str, Any], member: str, shape: tuple[int | None, ...]) -> np.ndarray:
     """Array of a .npy member whose shape fits (None: any), float16 or float32; pickled content is refused."""
-    value = _read_npy(raw[member])
+    value = read_npy(*stored) if isinstance(stored := raw[member], Apart) else read_npy(stored)
     if value.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, value.shape)):
         raise ValueError(f"{member} has shape {value.shape}, expected {shape}")
     if value.dtype not in (np.float16, np.float32):
@@ -241,45 +240,18 @@ def _finite(value: np.ndarray) -> bool:
     return not value.size or (int(value.view(np.int16).max()) < 0x7C00 and int(value.view(np.uint16).max()) < 0xFC00)
 
 
-def _read_npy(data: bytes | memoryview | Apart) -> np.ndarray:
-    """The array of a .npy file, without a copy."""
-    head = data.head if isinstance(data, Apart) else data[:NPY_HEADER]
-    dtype, shape, fortran, offset = _npy_header(bytes(head))
-    if isinstance(data, Apart):
-        data, offset = data.data, offset - len(head)
-        if offset:
-            raise ValueError("has a header of another length than 128 bytes")
-    count = math.prod(shape)
-    if len(data) - offset != count * dtype.itemsize:
-        raise ValueError(f"holds {len(data) - offset} bytes of data, its header says {count * dtype.itemsize}")
-    return np.frombuffer(data, dtype, count, offset).reshape(shape, order="F" if fortran else "C")
-
-
-@lru_cache(maxsize=1024)
-def _npy_header(head: bytes) -> tuple[np.dtype, tuple[int, ...], bool, int]:
-    """Type, shape, order and offset of the data, from a file's first bytes: they repeat from sample to sample."""
-    file = io.BytesIO(head)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("is a .npy file of a version other than 1.0")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject:
-        raise ValueError("holds pickled objects")
-    return dtype, shape, fortran, file.tell()
-
-
 def _frames(
     mp4: bytes | memoryview, index: ShardIndex, shape: tuple[int, int, int] | None, into: np.ndarray | None
 ) -> np.ndarray:
-    from dataloaders.files.video import decode_mp4
+    from dataloaders.files.video import decode_mp4, stored_shape
 
-    frames, window = decode_mp4(bytes(mp4), out=into), index.window
-    if shape is not None:
-        if frames.shape[:3] != tuple(shape):
-            raise ValueError(f"mp4 has frames of shape {frames.shape}, expected {(*shape, 3)}")
-    elif len(frames) != window.frames or frames.shape[1] != window.height or frames.shape[2] % window.width:
-        wanted = f"({window.frames}, {window.height}, n*{window.width}, 3)"
-        raise ValueError(f"mp4 has frames of shape {frames.shape}, expected {wanted}")
-    return frames
+    data, window = bytes(mp4), index.window
+    if shape is None:
+        shape = stored_shape(data)
+        if shape[:2] != (window.frames, window.height) or shape[2] % window.width:
+            wanted = f"({window.frames}, {window.height}, n*{window.width}, 3)"
+            raise ValueError(f"mp4 has frames of shape {(*shape, 3)}, expected {wanted}")
+    return decode_mp4(data, suffix=".mp4", out=np.empty((*shape, 3), np.uint8) if into is None else into)
 
 
 def _latents(raw: dict[str, Any], index: ShardIndex, shape: tuple[int, int, int] | None) -> np.ndarray:

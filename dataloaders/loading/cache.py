@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from dataloaders.files.urls import download, join
+from dataloaders.files.urls import TooLarge, download, join
 from dataloaders.shards import CorruptData, ShardIndex, ShardInfo
 from kairos_train.basics.files import locked, sha256_of
 
@@ -57,9 +57,11 @@ class ShardCache:
     def _fetch(self, index: ShardIndex, info: ShardInfo, path: Path) -> None:
         arriving = path.with_suffix(".new")
         try:
-            download(join(index.folder, info.name), arriving)
+            download(join(index.folder, info.name), arriving, most_bytes=info.bytes)
         except FileNotFoundError as error:
             raise CorruptData(info.name, "is missing", samples=info.samples) from error
+        except TooLarge as error:
+            raise CorruptData(info.name, str(error), samples=info.samples) from error
         except OSError as error:
             raise CorruptData(info.name, f"cannot be read ({error})", samples=info.samples) from error
         if (size := arriving.stat().st_size) != info.bytes:

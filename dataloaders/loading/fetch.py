@@ -27,12 +27,13 @@ ATTEMPTS = 64  # stand-ins tried before the data counts as unusable
 @dataclass(frozen=True)
 class Reading:
     """How samples are read: `seed` of the stand-ins, "stop" or "skip" on corrupt ones, whether clips are decoded, where
-    remote shards are kept."""
+    remote shards are kept, how many bytes a sample may have."""
 
     seed: int
     on_corrupt: str
     with_frames: bool
     cache: ShardCache
+    most_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,19 @@ class Fetcher(Dataset):
         self._rows = _KnownSizes()
         skip = None if reading.with_frames else "mp4"
         self.readers = [
-            ShardReader(index, skip=skip, cache=reading.cache if is_url(index.folder) else None) for index in indices
+            ShardReader(
+                index,
+                skip=skip,
+                cache=reading.cache if is_url(index.folder) else None,
+                most_bytes=reading.most_bytes,
+            )
+            for index in indices
         ]
 
     def __getitem__(self, request: BatchRequest) -> Item:
         findings: list[CorruptSample] = []
         if not request.slots:
-            folders = ", ".join(str(index.folder) for index in self.indices)
+            folders = ", ".join(index.place for index in self.indices)
             return Item(None, [], f"data.sources: {folders} are used up; raise max_epochs or lower train.steps")
         try:
             bucket = self._bucket(request.slots[0])
@@ -113,7 +120,7 @@ class Fetcher(Dataset):
         except CorruptData as error:
             if self.reading.on_corrupt == "stop":
                 raise refusal(index, error) from error
-            name = error.name if len(self.indices) == 1 else f"{index.folder}/{error.name}"
+            name = error.name if len(self.indices) == 1 else f"{index.place}/{error.name}"
             findings.append(CorruptSample(name, error.reason, error.samples))
         for attempt in range(ATTEMPTS):
             try:
@@ -122,7 +129,7 @@ class Fetcher(Dataset):
                 continue  # it will be found in its own place
             return replace(sample, meta=sample.meta | {"stands_in_for": name})
         raise UserError(
-            f"{index.folder}: no usable sample among {ATTEMPTS}, as {findings[-1].name}: {findings[-1].reason}; "
+            f"{index.place}: no usable sample among {ATTEMPTS}, as {findings[-1].name}: {findings[-1].reason}; "
             "restore or repack the shards"
         )
 
@@ -156,5 +163,5 @@ class Fetcher(Dataset):
 def refusal(index: ShardIndex, error: CorruptData) -> UserError:
     """What `on_corrupt=stop` says of a shard or sample."""
     return UserError(
-        f"{index.folder}/{error.name}: {error.reason}; restore or repack it, or leave it out with data.on_corrupt=skip"
+        f"{index.place}/{error.name}: {error.reason}; restore or repack it, or leave it out with data.on_corrupt=skip"
     )

@@ -90,7 +90,7 @@ class ShardLoader:
         self.index = self.indices[0]
         self.data, self.share, self.pin_memory, self._gather = data, share, pin_memory, gather
         cache = ShardCache(Path(data.cache_dir), int(data.cache_gb * 1e9))
-        self._reading = Reading(seed, data.on_corrupt, with_frames, cache)
+        self._reading = Reading(seed, data.on_corrupt, with_frames, cache, data.limits.member_bytes)
         self._order = {
             "seed": seed,
             "shuffle_buffer": data.shuffle_buffer,

@@ -42,6 +42,7 @@ def source_settings(data: DataConfig) -> SourceSettings:
         data.prompt_template,
         believe=data.believe,
         timestamp_tolerance=data.timestamp_tolerance,
+        limits=data.limits,
     )
 
 
@@ -74,7 +75,7 @@ def check_dataset(location: Path | str, data: DataConfig, *, processes: int = 1)
 
 def open_dataset(root: Path, data: DataConfig) -> LeRobotDataset:
     """A LeRobot dataset as a configuration has it read."""
-    return LeRobotDataset(root, believe=data.believe, tolerance=data.timestamp_tolerance)
+    return LeRobotDataset(root, believe=data.believe, tolerance=data.timestamp_tolerance, limits=data.limits)
 
 
 def check_episode(dataset: LeRobotDataset, number: int, window: WindowConfig) -> DatasetCheck:

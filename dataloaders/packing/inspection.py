@@ -7,8 +7,6 @@ beside them. Pictures are evenly spread over the whole.
 
 from __future__ import annotations
 
-import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,8 +16,9 @@ import numpy as np
 
 from dataloaders.config import MIN_RANGE, DataConfig
 from dataloaders.consistency.report import Contradicted, lines, read_report, report
+from dataloaders.files.npy import read_npy
 from dataloaders.files.urls import is_url
-from dataloaders.files.video import decode_mp4
+from dataloaders.files.video import decode_mp4, frame_times
 from dataloaders.lerobot.reader import LeRobotDataset
 from dataloaders.lerobot.splits import choose_episodes
 from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector, stillness
@@ -27,9 +26,11 @@ from dataloaders.packing.dataset_check import check_episode, open_dataset, sourc
 from dataloaders.packing.findings import Findings, Strip, Vector
 from dataloaders.shards import INDEX, CorruptData, ShardIndex, ShardInfo, read_index, read_shard
 from dataloaders.sources.base import Clip
-from dataloaders.sources.open import kind_of, open_source
+from dataloaders.sources.open import is_source_file, kind_of, open_source
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.files import new_folder
+from kairos_train.basics.foreign_files import parse_json
+from kairos_train.basics.secrets import redacted
 
 EPISODES = 1000
 WINDOWS = 2000  # about: whole shards
@@ -64,8 +65,9 @@ def inspect(location: Path | str, out: Path, *, data: DataConfig, samples: int =
 
 
 def _findings(location: Path | str, data: DataConfig, samples: int) -> Findings:
-    file = str(location).endswith((".jsonl", ".csv", ".tar"))
-    if (is_url(location) and not file) or (not is_url(location) and (Path(location) / INDEX).is_file()):
+    if (is_url(location) and not is_source_file(location)) or (
+        not is_url(location) and (Path(location) / INDEX).is_file()
+    ):
         return _of_shards(location, samples)
     if kind_of(location) == "lerobot":
         return _of_lerobot(Path(location), data, samples)
@@ -77,7 +79,7 @@ def _findings(location: Path | str, data: DataConfig, samples: int) -> Findings:
 
 def _of_shards(folder: Path | str, samples: int) -> Findings:
     index = read_index(folder)
-    found = Findings(f"shards {folder}")
+    found = Findings(redacted(f"shards {folder}"))
     source, size = index.source, sum(shard.bytes for shard in index.shards)
     found.facts.append(("samples", f"{index.samples:,} in {len(index.shards):,} shards, {size / 1e6:,.1f} MB"))
     origin = [str(source[key]) for key in ("dataset", "version", "robot_type") if source.get(key)]
@@ -112,17 +114,19 @@ def _shard_samples(found: Findings, index: ShardIndex, samples: int) -> None:
     numbers: dict[str, list[np.ndarray]] = {"action": [], "state": []}
     tasks, captions, scores = Counter(), Counter(), {}
     for number, raw in enumerate(_raw_samples(index, shards)):
-        meta = json.loads(raw["json"])
+        meta = parse_json(raw["json"])
         if number in shown:
-            pictures = decode_mp4(raw["mp4"], name=raw["__key__"])
-            found.strips.append(Strip(raw["__key__"], meta["text"], pictures[_spread(len(pictures), FRAMES)]))
+            given = {"name": raw["__key__"], "suffix": ".mp4"}
+            wanted = _spread(len(frame_times(raw["mp4"], **given)), FRAMES)
+            pictures = decode_mp4(raw["mp4"], indices=wanted, **given)
+            found.strips.append(Strip(raw["__key__"], meta["text"], pictures))
         tasks[meta.get("task", "")] += 1
         captions.update(list(meta.get("captions", {})) or ["(none)"])
         for name, value in meta.get("scores", {}).items():
             scores.setdefault(name, []).append(value)
         if index.action_dim:
-            numbers["action"].append(np.load(io.BytesIO(raw["action.npy"]))[: meta["valid_actions"]])
-            numbers["state"].append(np.load(io.BytesIO(raw["state.npy"])))
+            numbers["action"].append(read_npy(raw["action.npy"])[: meta["valid_actions"]])
+            numbers["state"].append(read_npy(raw["state.npy"]))
     of = f"{count:,} of {index.samples:,} samples"
     for name, values in numbers.items():
         if values:
@@ -248,7 +252,7 @@ def _lerobot_consistency(found: Findings, dataset: LeRobotDataset, data: DataCon
 
 def _of_clips(location: Path | str, data: DataConfig, samples: int) -> Findings:
     source = open_source(location, source_settings(data))
-    found = Findings(f"clips {location}")
+    found = Findings(redacted(f"clips {location}"))
     about = source.describe()
     found.facts += [
         (k.replace("_", " "), ", ".join(v) if isinstance(v, list) else str(v)) for k, v in about.items() if v

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from dataloaders.config import BelieveConfig, ClipConfig, WindowConfig
+from dataloaders.config import BelieveConfig, ClipConfig, LimitsConfig, WindowConfig
 from dataloaders.consistency.report import CONSISTENCY, Contradiction, report
 from dataloaders.files.workers import spread
 from dataloaders.packing.members import MemberEncoder, MemberWriter, half
@@ -80,6 +80,7 @@ def pack(
     only_episodes: Sequence[tuple[int, int]] | None = None,
     believe: BelieveConfig | None = None,
     timestamp_tolerance: float = 1e-4,
+    limits: LimitsConfig | None = None,
     shard_samples: int = 256,
     encoder: LoadEncoder | None = None,
     processes: int = 1,
@@ -99,6 +100,7 @@ def pack(
         only_episodes: for LeRobot, (first, end) of the episodes to pack, by their index; None: its own split `train`.
         believe: for LeRobot, which side is right where two sources within the dataset contradict each other.
         timestamp_tolerance: for LeRobot, seconds a row's timestamp may lie from its frame.
+        limits: of what the source's files may hold and name; the schema's defaults when None.
         shard_samples: most samples of a shard; the shards' sizes differ by one at most.
         encoder: makes the encoders whose latents and contexts are stored, as float16, in every process.
         processes: units packed at the same time.
@@ -121,6 +123,7 @@ def pack(
         only_episodes=None if only_episodes is None else tuple(only_episodes),
         believe=believe or BelieveConfig(),
         timestamp_tolerance=timestamp_tolerance,
+        limits=limits or LimitsConfig(),
     )
     _check_settings(out, shard_samples, processes, on_bad)
     opened = open_source(source, settings)

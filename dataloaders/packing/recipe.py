@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dataloaders.config import LimitsConfig
 from dataloaders.shards import INDEX, read_index
 from dataloaders.sources.base import Source, SourceSettings
 from kairos_train.basics.errors import UserError
@@ -28,14 +30,21 @@ def recipe_of(
         "clips": asdict(settings.clips) if source.sizes_differ else None,
         "prompt_template": settings.prompt_template,
         "encoders": encoders,
-        "options": options,
+        "options": options | _widened(settings.limits),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def _widened(limits: LimitsConfig) -> dict[str, Any]:
+    """The limits that are not the defaults: they decide what is left out."""
+    usual = asdict(LimitsConfig())
+    changed = {name: value for name, value in asdict(limits).items() if value != usual[name]}
+    return {"limits": changed} if changed else {}
+
+
 def files_digest(source: Source) -> str:
     """Hash of the sizes of the files that hold rows and pictures."""
-    sizes = [file.stat().st_size if file.is_file() else None for file in source.files]
+    sizes = [file.stat().st_size if os.path.isfile(file) else None for file in source.files]
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
@@ -54,7 +63,7 @@ def done_before(out: Path, recipe: str, source: Source) -> dict[str, Any]:
     if found.recipe != recipe:
         raise UserError(f"{out}: exists and was packed from another source or with other settings; {other}")
     packed = (out / INDEX).stat().st_mtime_ns
-    if late := next((file for file in source.files if file.is_file() and file.stat().st_mtime_ns > packed), None):
+    if late := next((file for file in source.files if os.path.isfile(file) and file.stat().st_mtime_ns > packed), None):
         raise UserError(
             f"{out}: was packed before {late} was written; {other}, or, if that file has the same content, `touch` "
             f"{out / INDEX}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -113,15 +114,15 @@ def _pack(unit: int, source: Source, writer: MemberWriter, file: io.BufferedWrit
         if not skip_bad:
             raise
         settled = [asdict(replace(c, believed=LEFT_OUT)) for c in getattr(error, "contradictions", ())]
-        return SpoolRecord(bad=[[f"{source.name}: unit {unit}", _reason(error)]], contradictions=settled)
+        return SpoolRecord(bad=[_line(Bad(f"{source.name}: unit {unit}", _reason(error)))], contradictions=settled)
     record = SpoolRecord(files=_signatures(found.files))
     for sample in _samples(found, skip_bad):
         if sample is None:  # an episode that cannot be read to its end counts as none
             return SpoolRecord(bad=record.bad, files=record.files)
-        if isinstance(sample, Bad):
-            record.bad.append([sample.name, sample.reason])
+        block = sample if isinstance(sample, Bad) else _block(sample, writer, skip_bad)
+        if isinstance(block, Bad):
+            record.bad.append(_line(block))
             continue
-        block = sample_block(sample.key, writer.members(sample))
         record.samples.append([file.tell(), len(block), *sample.frames.shape[:3]])
         file.write(block)
         record.frames += len(sample.frames)
@@ -142,6 +143,20 @@ def _pack(unit: int, source: Source, writer: MemberWriter, file: io.BufferedWrit
             record.numbers.append([file.tell(), len(data)])
             file.write(data)
     return record
+
+
+def _block(sample: Clip, writer: MemberWriter, skip_bad: bool) -> bytes | Bad:
+    """The tar entries of a sample; what no shard can hold raises unless it may be skipped."""
+    try:
+        return sample_block(sample.key, writer.members(sample))
+    except UserError as error:
+        if not skip_bad:
+            raise
+        return Bad(sample.key, str(error))
+
+
+def _line(bad: Bad) -> list[str]:
+    return [bad.name, bad.reason]
 
 
 def _samples(unit: Unit, skip_bad: bool) -> Iterator[Clip | Bad | None]:
@@ -168,7 +183,7 @@ def _reason(error: Exception) -> str:
 def _signatures(files) -> dict[str, list[int]]:
     out = {}
     for path in files:
-        if path.is_file():
+        if os.path.isfile(path):
             status = path.stat()
             out[str(path)] = [status.st_size, status.st_mtime_ns]
     return out

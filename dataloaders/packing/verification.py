@@ -165,8 +165,8 @@ def _look(folder: Path | str, index: ShardIndex, info: ShardInfo, decode: bool) 
     if is_url(folder):
         with tempfile.TemporaryDirectory() as here:
             try:
-                download(join(folder, info.name), Path(here) / info.name)
-            except OSError as error:
+                download(join(folder, info.name), Path(here) / info.name, most_bytes=info.bytes)
+            except (OSError, UserError) as error:
                 return _ShardVerdict([], 0, [ShardFault(info.name, str(error))])
             return _look(here, index, info, decode)
     path = Path(folder) / info.name

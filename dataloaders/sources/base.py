@@ -16,8 +16,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dataloaders.config import BelieveConfig, ClipConfig, WindowConfig
+from dataloaders.config import BelieveConfig, ClipConfig, LimitsConfig, WindowConfig
 from dataloaders.consistency.report import Contradiction
+from kairos_train.basics.foreign_files import one_plain_line
+from kairos_train.basics.secrets import redacted
+
+_LONGEST_NAME, _LONGEST_REASON = 240, 400  # characters
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,16 @@ class Clip:
 
 @dataclass(frozen=True)
 class Bad:
-    """A sample, or a part of a unit, that cannot be used."""
+    """A sample, or a part of a unit, that cannot be used, as lists and errors show it: each one line, without the
+    secrets of URLs, whatever the source calls itself."""
 
     name: str
     reason: str
+
+    def __post_init__(self) -> None:
+        for attribute, most in (("name", _LONGEST_NAME), ("reason", _LONGEST_REASON)):
+            text = one_plain_line(redacted(getattr(self, attribute)), most)
+            object.__setattr__(self, attribute, text)
 
 
 @dataclass
@@ -117,3 +127,4 @@ class SourceSettings:
     only_episodes: tuple[tuple[int, int], ...] | None = None  # LeRobot: (first, end) by episode index; None: its splits
     believe: BelieveConfig = field(default_factory=BelieveConfig)
     timestamp_tolerance: float = 1e-4  # seconds
+    limits: LimitsConfig = field(default_factory=LimitsConfig)

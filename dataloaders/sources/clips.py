@@ -20,17 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.config import ClipConfig
+from dataloaders.config import ClipConfig, LimitsConfig
 from dataloaders.files.images import read_image as stored_image
 from dataloaders.files.video import decode_mp4, frame_times
-from dataloaders.sources.base import Clip
+from dataloaders.files.video_file import check_frames
+from dataloaders.sources.base import Clip, SourceSettings
 from dataloaders.sources.rows import Row
 from dataloaders.windows import cover
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.geometry import PIXEL_MULTIPLE, whole_frames
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 
 
 def clip_size(height: int, width: int, clips: ClipConfig) -> tuple[int, int]:
@@ -56,15 +54,27 @@ def pieces(frames: int, clips: ClipConfig) -> tuple[list[tuple[int, int]], int]:
 
 
 def cut_video(
-    file: Path | bytes, row: Row, clips: ClipConfig, *, key: str, name: str, meta: dict, left_out: Counter[str]
+    file: Path | bytes,
+    row: Row,
+    settings: SourceSettings,
+    *,
+    suffix: str,
+    key: str,
+    name: str,
+    meta: dict,
+    left_out: Counter[str],
 ) -> Iterator[Clip]:
     """The samples of one video; frames that none of them shows are counted in `left_out`.
 
+    Args:
+        suffix: of the file's name, which says its format.
+
     Raises:
-        UserError: undecodable, an impossible start or end, too short for one sample.
+        UserError: undecodable, beyond a limit, an impossible start or end, too short for one sample.
     """
-    times = frame_times(file, name=name)
-    shown, fps = _shown(times, row, clips, name)
+    clips, given = settings.clips, {"name": name, "suffix": suffix, "limits": settings.limits}
+    times = frame_times(file, **given)
+    shown, fps = _shown(times, row, clips, name, settings.limits)
     found, rest = pieces(len(shown), clips)
     if not found:
         raise UserError(
@@ -72,10 +82,11 @@ def cut_video(
             f"data.clips.least_frames={clips.least_frames}; leave it out or lower that"
         )
     for number, (first, count) in enumerate(found):
-        pictures = decode_mp4(file, timestamps=shown[first : first + count], name=name)
         yield Clip(
             key=f"{key}-{number:06d}",
-            frames=cover(pictures, *clip_size(*pictures.shape[1:3], clips)),
+            frames=decode_mp4(
+                file, timestamps=shown[first : first + count], fit=lambda picture: _covered(picture, clips), **given
+            ),
             fps=fps,
             captions=row.captions,
             scores=row.scores,
@@ -84,16 +95,25 @@ def cut_video(
     left_out["frames"] += rest
 
 
-def read_image(data: bytes, row: Row, clips: ClipConfig, *, key: str, name: str, meta: dict) -> Clip:
-    """The sample of an image: one frame. Raises UserError when it cannot be decoded."""
-    picture = stored_image(data, name=name)
-    frames = cover(picture[None], *clip_size(*picture.shape[:2], clips))
-    return Clip(f"{key}-000000", frames, clips.fps, row.captions, dict(meta), scores=row.scores)
+def read_image(
+    data: bytes, row: Row, settings: SourceSettings, *, suffix: str, key: str, name: str, meta: dict
+) -> Clip:
+    """The sample of an image: one frame. Raises UserError when it cannot be decoded or is beyond a limit."""
+    picture = stored_image(data, name=name, suffix=suffix, limits=settings.limits)
+    frames = _covered(picture, settings.clips)[None]
+    return Clip(f"{key}-000000", frames, settings.clips.fps, row.captions, dict(meta), scores=row.scores)
 
 
-def _shown(times: np.ndarray, row: Row, clips: ClipConfig, name: str) -> tuple[np.ndarray, float]:
+def _covered(picture: np.ndarray, clips: ClipConfig) -> np.ndarray:
+    """A picture at the size of its samples."""
+    return cover(picture[None], *clip_size(*picture.shape[:2], clips))[0]
+
+
+def _shown(times: np.ndarray, row: Row, clips: ClipConfig, name: str, limits: LimitsConfig) -> tuple[np.ndarray, float]:
     """(seconds of the frames that are shown, their rate) of a video with frames at `times` (N,)."""
     period = float(np.median(np.diff(times))) if len(times) > 1 else 1 / clips.fps
+    if not period > 0:
+        raise UserError(f"{name}: most of its frames have the time of the one before; write it with times of their own")
     length = float(times[-1] - times[0]) + period
     end = length if row.end is None else row.end
     if not 0 <= row.start < end:
@@ -102,6 +122,7 @@ def _shown(times: np.ndarray, row: Row, clips: ClipConfig, name: str) -> tuple[n
         raise UserError(f"{name}: end={end:g} is behind the video's {length:.3f} s; fix the manifest")
     fps = min(clips.fps, 1 / period)
     count = int((min(end, length) - row.start) * fps + 1e-6)
+    check_frames(count, f"{name}: {min(end, length) - row.start:g} s at {fps:g} fps", limits)
     wanted = times[0] + row.start + np.arange(count) / fps
     if len(times) == 1:
         return np.repeat(times, min(count, 1)), fps

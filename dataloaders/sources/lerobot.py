@@ -6,6 +6,7 @@ folders, each with its own index and statistics; the loader mixes them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -25,19 +26,21 @@ from dataloaders.lerobot.reader import LeRobotDataset
 from dataloaders.lerobot.splits import choose_episodes
 from dataloaders.lerobot.vectors import columns_of, read_modality, read_vector, stillness
 from dataloaders.sources.base import Clip, SourceSettings, Unit
-from dataloaders.sources.rows import plain_name, read_captions
+from dataloaders.sources.rows import check_text, plain_name, read_captions, row_of
 from dataloaders.windows import (
     Window,
+    camera_places,
     check_dimensions,
     check_window,
     choose_cameras,
     compose,
+    cover,
     cut_actions,
     frame_indices,
-    picture_size,
     windows_of_runs,
 )
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.foreign_files import shown
 
 FRAME_CHUNK = 256  # raw frames decoded at once
 INSTRUCTION = "instruction"  # the variant that the task gives
@@ -63,7 +66,10 @@ class LeRobotSource:
                 f"data.prompt_template={settings.prompt_template!r}: must contain {{task}}, where the instruction goes"
             )
         self._root, self._window, self._template = root, window, settings.prompt_template
-        self._dataset = LeRobotDataset(root, believe=settings.believe, tolerance=settings.timestamp_tolerance)
+        self._limits = settings.limits
+        self._dataset = LeRobotDataset(
+            root, believe=settings.believe, tolerance=settings.timestamp_tolerance, limits=settings.limits
+        )
         modality = read_modality(root)
         self._parts: dict[str, list[tuple]] = {}
         for setting in ("state_key", "action_key"):
@@ -92,7 +98,7 @@ class LeRobotSource:
         if unasked:
             left_out = ", ".join(unasked)
             self._notes.append(f"depth is packed only where data.window.cameras names it: left out {left_out}")
-        self._captions = read_captions(settings.captions) if settings.captions else {}
+        self._captions = read_captions(settings.captions, settings.limits) if settings.captions else {}
         self.contradictions = [*self._dataset.contradictions, *self._check_captions()]
         refuse(self.contradictions, root)
         self.files = self._dataset.files(self._cameras)
@@ -181,7 +187,11 @@ class LeRobotSource:
     def _task(self, episode: DatasetEpisode, row: int, where: str) -> str:
         tasks = episode.tasks_at(row)
         if (task := choose_task(tasks)) is None:
-            raise UserError(f"{where}: has no task string (tasks={tasks}); add one to the dataset")
+            raise UserError(f"{where}: has no task string (tasks={shown(tasks)}); add one to the dataset")
+        try:
+            check_text(task, "its task", self._limits)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
         return task
 
     def _files(self, episode: DatasetEpisode) -> tuple[Path, ...]:
@@ -197,18 +207,15 @@ class LeRobotSource:
         if not windows:
             return
         window, numbers = self._window, unit.numbers
-        rows = [frame_indices(w.start, end, window) for w, end in windows]
-        needed = np.unique(np.concatenate(rows))
-        pictures = self._pictures(episode, needed, unit.contradictions)
         captions, scores = self._beside(episode)
-        for (w, end), shown in zip(windows, rows):
+        for (w, end), pictures in self._shown(episode, windows, unit.contradictions):
             task = tasks[w.start]
             meta = {"task": task, "episode": int(episode.index), "dataset": self.name, "fps": self.fps} | asdict(w)
             if "seed" in episode.columns and np.isfinite(episode.columns["seed"].flat[0]):
                 meta["seed"] = int(episode.columns["seed"].flat[0])
             yield Clip(
                 key=f"{self.name}-{episode.index:06d}-{w.start:06d}",
-                frames=pictures[np.searchsorted(needed, shown)],
+                frames=np.stack(pictures),
                 fps=self.fps / window.action_video_freq_ratio,
                 captions={INSTRUCTION: self._template.replace("{task}", task)} | captions,
                 scores=scores,
@@ -217,17 +224,42 @@ class LeRobotSource:
                 state=None if numbers is None else numbers[0][w.start][None].astype(np.float32),
             )
 
-    def _pictures(self, episode: DatasetEpisode, needed: np.ndarray, found: list[Contradiction]) -> np.ndarray:
-        """uint8 (len(needed), H, W, 3): each needed raw frame decoded once and composed at the window's size."""
-        size = picture_size(self._window, len(self._cameras))
-        out = np.empty((len(needed), *size, 3), dtype=np.uint8)
-        for first in range(0, len(needed), FRAME_CHUNK):
-            chunk = needed[first : first + FRAME_CHUNK]
-            views = [episode.frames(camera, chunk) for camera in self._cameras]
-            for camera, view in zip(self._cameras, views) if first == 0 else ():
-                found += check_picture_size(camera, self._dataset.features[camera], view.shape[1:3])
-            out[first : first + len(chunk)] = compose(views, self._window)
-        return out
+    def _shown(
+        self, episode: DatasetEpisode, windows: Sequence[tuple[Window, int]], found: list[Contradiction]
+    ) -> Iterator[tuple[tuple[Window, int], list[np.ndarray]]]:
+        """((window, end of its run), pictures of its frames) of all windows in their order.
+
+        Each frame is decoded once, about FRAME_CHUNK at a time, and held until no window can want it any more.
+        """
+        held: dict[int, np.ndarray] = {}
+        waiting: list[tuple[tuple[Window, int], list[int]]] = []
+        missing: set[int] = set()
+        checked: list[Contradiction] | None = found
+        for number, (w, end) in enumerate(windows, 1):
+            frames = frame_indices(w.start, end, self._window).tolist()
+            waiting.append(((w, end), frames))
+            missing.update(frame for frame in frames if frame not in held)
+            if len(missing) >= FRAME_CHUNK or number == len(windows):
+                held |= self._pictures(episode, sorted(missing), checked)
+                yield from ((place, [held[frame] for frame in shown]) for place, shown in waiting)
+                held = {frame: picture for frame, picture in held.items() if frame > w.start}
+                waiting, missing, checked = [], set(), None
+
+    def _pictures(
+        self, episode: DatasetEpisode, needed: Sequence[int], found: list[Contradiction] | None
+    ) -> dict[int, np.ndarray]:
+        """uint8 (H, W, 3) by raw frame: the pictures of all cameras, composed at the window's size.
+
+        Args:
+            found: takes what their sizes contradict; None: has been looked at.
+        """
+        views = []
+        for camera, place in zip(self._cameras, camera_places(self._window, len(self._cameras))):
+            sizes: list[tuple[int, int]] = []
+            views.append(episode.frames(camera, needed, fit=functools.partial(_fitted, place=place, sizes=sizes)))
+            if found is not None and sizes:
+                found += check_picture_size(camera, self._dataset.features[camera], sizes[0])
+        return dict(zip(needed, compose(views, self._window)))
 
     def _beside(self, episode: DatasetEpisode) -> tuple[dict[str, str], dict[str, float]]:
         """Further captions and the scores of an episode."""
@@ -237,9 +269,19 @@ class LeRobotSource:
                 captions[match[1]] = value.strip()
             if (match := _SCORE.fullmatch(name)) and not isinstance(value, str):
                 scores[match[1]] = float(value)
+        try:
+            row = row_of({"captions": captions, "scores": scores}, self._limits)
+        except ValueError as error:
+            raise UserError(f"{self._root}: episode {episode.index}: {error}") from error
         if (row := self._captions.get(episode.index)) is not None:
             captions, scores = captions | row.captions, scores | row.scores
         return {variant: text for variant, text in captions.items() if variant != INSTRUCTION}, scores
+
+
+def _fitted(picture: np.ndarray, *, place: tuple[int, int], sizes: list[tuple[int, int]]) -> np.ndarray:
+    """A picture at the size of its place; `sizes` takes its own."""
+    sizes.append(picture.shape[:2])
+    return cover(picture[None], *place)[0]
 
 
 def _unusable(name: str, value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataloaders.files.urls import is_url
+from dataloaders.files.urls import base_name, is_url, on_this_machine
 from dataloaders.sources.base import Source, SourceSettings
 from kairos_train.basics.errors import UserError
 
@@ -15,6 +15,7 @@ def open_source(location: Path | str, settings: SourceSettings) -> Source:
     Raises:
         UserError: it is none of these, or cannot be read.
     """
+    location = on_this_machine(location)
     kind = kind_of(location)
     if settings.captions is not None and kind != "lerobot":
         raise UserError(
@@ -37,9 +38,9 @@ def open_source(location: Path | str, settings: SourceSettings) -> Source:
 
 def is_source(location: Path | str) -> bool:
     """Whether a location holds something to be packed, not a folder of shards that was."""
-    text = str(location)
-    if is_url(location) or text.endswith((".jsonl", ".csv", ".tar")):
-        return text.endswith((".jsonl", ".csv", ".tar"))
+    location = on_this_machine(location)
+    if is_url(location) or is_source_file(location):
+        return is_source_file(location)
     folder = Path(location)
     return not (folder / "index.json").is_file() and (
         (folder / "meta").is_dir()
@@ -48,13 +49,16 @@ def is_source(location: Path | str) -> bool:
     )
 
 
+def is_source_file(location: Path | str) -> bool:
+    """Whether a location is by its name a manifest or a tar; the query of a signed URL is no part of that."""
+    return base_name(location).endswith((".jsonl", ".csv", ".tar"))
+
+
 def kind_of(location: Path | str) -> str:
     """lerobot, manifest or tars. Raises UserError when it is none of them."""
-    text = str(location)
-    if text.endswith((".jsonl", ".csv")):
-        return "manifest"
-    if text.endswith(".tar"):
-        return "tars"
+    location = on_this_machine(location)
+    if is_source_file(location):
+        return "tars" if base_name(location).endswith(".tar") else "manifest"
     if not is_url(location):
         folder = Path(location)
         if (folder / "meta").is_dir():

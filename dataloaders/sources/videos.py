@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from dataloaders.files.urls import is_url, join, parent, read_url, reason_of
+from dataloaders.files.images import IMAGES
+from dataloaders.files.places import place_of
+from dataloaders.files.urls import base_name, is_url, parent, read_url, reason_of
+from dataloaders.files.video_file import VIDEOS
 from dataloaders.sources.base import Bad, Clip, SourceSettings, Unit
-from dataloaders.sources.clips import IMAGES, VIDEOS, cut_video, read_image
+from dataloaders.sources.clips import cut_video, read_image
 from dataloaders.sources.rows import Row, plain_name, read_manifest
 from kairos_train.basics.errors import UserError
+from kairos_train.basics.secrets import redacted
 
 ROWS_PER_UNIT = 8
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
@@ -32,9 +36,9 @@ class VideoSource:
         path = location
         if not is_url(location) and Path(location).is_dir():
             path = next(Path(location) / name for name in MANIFESTS if (Path(location) / name).is_file())
-        self._path, self._folder, self._clips = path, parent(path), settings.clips
-        self._manifest = read_manifest(path)
-        self.name = plain_name(str(self._folder).rstrip("/").rpartition("/")[2])
+        self._path, self._folder, self._settings = path, parent(path), settings
+        self._manifest = read_manifest(path, settings.limits)
+        self.name = plain_name(redacted(str(self._folder)).rstrip("/").rpartition("/")[2])
         self.units = -(-len(self._manifest.rows) // ROWS_PER_UNIT)
         self.sizes_differ, self.fps, self.contradictions = True, settings.clips.fps, []
 
@@ -79,33 +83,21 @@ class VideoSource:
                 yield Bad(f"{self._path}: line {number}", str(error))
 
     def _clips_of(self, number: int, row: Row, left_out: Counter[str]) -> Iterator[Clip]:
-        place = _place(self._folder, row.path)
-        path = urlsplit(row.path).path if is_url(row.path) else row.path  # only URLs have a query
-        name, suffix = str(place), Path(path).suffix.lower()
+        limits = self._settings.limits
+        place = place_of(self._folder, row.path, limits)
+        name, suffix = str(place), Path(base_name(place)).suffix.lower()
         if suffix not in (*VIDEOS, *IMAGES):
             raise UserError(f"{name}: is no video or image by its name; use one of {', '.join((*VIDEOS, *IMAGES))}")
-        if not is_url(place) and not place.is_file():
+        if not is_url(place) and not os.path.isfile(place):
             raise UserError(f"{name}: no such file")
-        meta = {"dataset": self.name, "line": number, "path": row.path}
-        key = f"{self.name}-{number:06d}"
+        meta = {"dataset": self.name, "line": number, "path": redacted(row.path) if is_url(row.path) else row.path}
+        given = {"suffix": suffix, "key": f"{self.name}-{number:06d}", "name": name, "meta": meta}
         try:
-            if suffix in IMAGES:
-                yield read_image(read_url(place), row, self._clips, key=key, name=name, meta=meta)
-                return
-            file = read_url(place) if is_url(place) else place
+            whole = is_url(place) or suffix in IMAGES
+            file = read_url(place, most_bytes=limits.member_bytes) if whole else place
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({reason_of(error)})") from error
-        yield from cut_video(file, row, self._clips, key=key, name=name, meta=meta, left_out=left_out)
-
-
-def _place(folder: Path | str, path: str) -> Path | str:
-    """Where the file of a row is: a URL, or below the manifest's folder under any name that the file system takes."""
-    if is_url(path):
-        return path
-    if is_url(folder):
-        return join(folder, path)
-    if not path or "\0" in path or path.startswith("/") or ".." in path.split("/"):
-        raise UserError(
-            f"{folder}: the file name {path!r} leads out of the folder; names must be relative, without '..'"
-        )
-    return Path(folder) / path
+        if suffix in IMAGES:
+            yield read_image(file, row, self._settings, **given)
+        else:
+            yield from cut_video(file, row, self._settings, **given, left_out=left_out)

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import av
-
-from dataloaders.files.video import decode_mp4
+from dataloaders.files.video import read_through
 from evaluation.benchmarks.interface import VideoBenchmark, VideoJob, read_json
 from kairos_train.basics.errors import UserError
 
@@ -84,13 +82,11 @@ def video_fault(path: Path, made: dict[str, Any]) -> str:
         made: its folder's manifest: "frames", "height" and "width" must be those of the video; {} asks for none.
     """
     try:
-        with av.open(str(path)) as container:
-            codec = container.streams.video[0].codec_context.name if container.streams.video else "no video"
-        if codec != "h264":  # decord, which the judges read with, fails on others
-            return f"is {codec}, not H.264"
-        shape = decode_mp4(path).shape[:3]
-    except (av.FFmpegError, UserError) as error:
+        codec, shape = read_through(path)
+    except UserError as error:
         return f"cannot be decoded: {error}"
+    if codec != "h264":  # decord, which the judges read with, fails on others
+        return f"is {codec}, not H.264"
     wanted = tuple(made[key] for key in ("frames", "height", "width")) if made else shape
     return "" if shape == wanted else f"has {_told(shape)}; the manifest says {_told(wanted)}"
 

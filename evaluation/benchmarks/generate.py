@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from dataloaders.files.images import read_image
 from dataloaders.files.video_encoder import encode_mp4
 from dataloaders.windows import cover
 from evaluation.benchmarks.completeness import MANIFEST, missing_images, read_manifest, video_fault
@@ -103,12 +103,7 @@ def first_frame(path: Path, height: int, width: int) -> np.ndarray:
     Raises:
         UserError: no readable image.
     """
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except OSError as error:  # PIL.UnidentifiedImageError is one
-        raise UserError(f"{path}: cannot be read as an image ({error}); restore it") from error
-    return cover(pixels[None], height, width)[0]
+    return cover(read_image(path, name=str(path))[None], height, width)[0]
 
 
 def _video(predictor: Predictor, job: VideoJob, seed: int, chunks: int) -> np.ndarray:

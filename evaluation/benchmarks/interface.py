@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kairos_train.basics.errors import UserError
-from kairos_train.basics.foreign_files import refuse_lfs_pointer
+from kairos_train.basics.foreign_files import JSON_BYTES, finite, parse_json, read_bytes, refuse_lfs_pointer, shown
 
 LONGEST_NAME = 255  # bytes of a file name on the usual file systems
 
@@ -96,8 +95,8 @@ class PlainBenchmark:
 def read_json(path: Path, what: str) -> Any:
     """The content of a JSON file; UserError naming `what` it should be."""
     try:
-        return json.loads(read_text(path, what))
-    except json.JSONDecodeError as error:
+        return parse_json(read_text(path, what))
+    except ValueError as error:
         raise UserError(f"{path}: is no JSON ({error}); give {what}") from error
 
 
@@ -129,7 +128,7 @@ def read_text(path: Path, what: str) -> str:
         raise UserError(f"{path}: no such file; give {what}")
     refuse_lfs_pointer(path)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_bytes(path, most_bytes=JSON_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is no text in UTF-8; give {what}") from error
 
@@ -138,25 +137,25 @@ def text_field(entry: Any, field: str, where: str) -> str:
     """A field of a prompt list's entry; UserError unless it is a text with something in it."""
     value = entry.get(field) if isinstance(entry, dict) else None
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {field} is {value!r}; it must be a text")
+        raise UserError(f"{where}: {field} is {shown(value)}; it must be a text")
     return value
 
 
 def number(value: Any, where: str, low: float, high: float) -> float:
     """A finite number in [low, high]; UserError otherwise."""
     try:
-        found = float(value)
-    except (TypeError, ValueError):
+        found = finite(value, where)
+    except ValueError:
         found = float("nan")
-    if isinstance(value, bool) or not low <= found <= high:
-        raise UserError(f"{where}: is {value!r}; it must be a number from {low:g} to {high:g}")
+    if not low <= found <= high:
+        raise UserError(f"{where}: is {shown(value)}; it must be a number from {low:g} to {high:g}")
     return found
 
 
 def yes_or_no(value: Any, where: str) -> int:
     """1 or 0, also as a bool or in text; UserError otherwise."""
     if value not in (0, 1, "0", "1"):
-        raise UserError(f"{where}: is {value!r}; it must be 0 or 1")
+        raise UserError(f"{where}: is {shown(value)}; it must be 0 or 1")
     return int(value)
 
 

@@ -15,6 +15,8 @@ import math
 import os
 import reprlib
 import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -96,8 +98,9 @@ def read_bytes(path: Path | str, *, most_bytes: int) -> bytes:
         UserError: it is larger.
     """
     with open(path, "rb") as file:
-        data = file.read(most_bytes + 1)
-    if len(data) > most_bytes:
+        large = os.fstat(file.fileno()).st_size > most_bytes
+        data = b"" if large else file.read(most_bytes + 1)
+    if large or len(data) > most_bytes:
         raise UserError(f"{path}: has more than {most_bytes:,} bytes; restore it")
     return data
 
@@ -162,9 +165,9 @@ def parse_json(
     Raises:
         ValueError: no JSON, or beyond a limit; one line.
     """
-    data = bytes(data) if isinstance(data, memoryview) else data
     if len(data) > most_bytes:
-        raise ValueError(f"has {len(data):,} bytes of JSON, more than {most_bytes:,}")
+        raise ValueError(f"has more than {most_bytes:,} bytes of JSON")
+    data = bytes(data) if isinstance(data, memoryview) else data
     try:
         value = json.loads(data, parse_int=_parse_int, object_pairs_hook=_unique if unique else None)
     except RecursionError:
@@ -173,6 +176,36 @@ def parse_json(
     if sum(map(data.count, opened)) > depth and _deeper(value, depth):
         raise ValueError(f"is nested deeper than {depth}")
     return value
+
+
+def json_lines(
+    data: bytes, name: Path | str, *, most_bytes: int = JSON_BYTES, depth: int = JSON_DEPTH
+) -> Iterator[tuple[int, Any, str]]:
+    """(line number, value, "" or what is wrong with it) of every line of JSON lines that is not blank.
+
+    Args:
+        data: UTF-8, or what its byte order mark says.
+        name: what errors call it.
+        most_bytes, depth: of one line, as for `parse_json`.
+
+    Raises:
+        UserError: it is not in the encoding of its mark.
+    """
+    for number, line in enumerate(_lines(unmarked(data, name), most_bytes), 1):
+        value, fault = None, ""
+        try:
+            text = line if len(line) > most_bytes else line.decode()  # what has been cut has perhaps half a character
+            if not text.strip():
+                continue
+            value = parse_json(text, most_bytes=most_bytes, depth=depth)
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{line[error.start]:02x} in line {number}; Latin-1 or Windows-1252?"
+            fault = f"is not UTF-8 ({byte}); convert it to UTF-8"
+        except ValueError as error:
+            fault = f"is not JSON ({error})"
+            if b"\0" in line:
+                fault = "is not UTF-8 (it holds null bytes; UTF-16?); convert it to UTF-8"
+        yield number, value, fault
 
 
 def finite(value: Any, name: str) -> float:
@@ -197,25 +230,22 @@ def whole(value: Any, name: str) -> int:
         ValueError: as `finite` does.
     """
     known = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if known and finite(value, name) >= 0 and value <= _LARGEST and int(value) == value:
-        return int(value)
+    with suppress(ArithmeticError):  # of a Decimal that is no number
+        if known and 0 <= value <= _LARGEST and int(value) == value:
+            return int(value)
     raise ValueError(f"{name} is {shown(value)}; it must be a whole number of 0 or more")
 
 
-def plain_text(value: Any, name: str) -> str:
-    """A text that every encoding of Unicode can hold, its blanks and line breaks each one blank.
+def refuse_half_characters(text: str, name: str) -> None:
+    """Return unless a text holds what no encoding of Unicode can, as JSON may escape it.
 
     Raises:
-        ValueError: it is no text, or holds half a character; `name` is what errors call it.
+        ValueError: it does; `name` is what errors call it.
     """
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {shown(value)}; it must be a text")
-    text = " ".join(value.split())
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} holds half a character ({shown(text[error.start])})") from None
-    return text
 
 
 def shown(value: Any) -> str:
@@ -224,11 +254,24 @@ def shown(value: Any) -> str:
 
 
 def one_plain_line(text: str, most: int) -> str:
-    """`text` as a line of a list or log: printable, without line breaks, shortened in its middle beyond `most`
-    characters."""
-    if len(text) > most:
-        text = f"{text[: most - most // 4]} … {text[-(most // 4) :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    """`text` as a line of a list or log: printable, without line breaks, of up to `most` characters, 16 at least;
+    longer ones are shortened in the middle."""
+    if len(text) > 4 * most:
+        text = text[: 2 * most] + text[-2 * most :]
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    end = most // 4
+    return line if len(line) <= most else " ".join(f"{line[: most - end - 3]} … {line[-end:]}".split())
+
+
+def _lines(data: bytes, most: int) -> Iterator[bytes]:
+    """One at a time, too long ones cut behind `most` bytes. Not splitlines: a text may hold what that takes for the end
+    of a line."""
+    start = 0
+    while start <= len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        yield data[start : min(end, start + most + 1)]
+        start = end + 1
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,9 @@ class Habits:
         refuse: this many answers are 503 before the first good one.
         silent: this many answers take `silence_s` before their first byte.
         ranges: whether ranges are honoured.
+        redirect: every answer leads there.
         requests: (path, first byte asked for).
+        logins: what each request said of its user.
         sent: bytes of all bodies that were begun.
     """
 
@@ -34,8 +36,10 @@ class Habits:
     silence_s: float = 0.0
     ranges: bool = True
     tag: str = '"1"'
+    redirect: str | None = None
     requests: list[tuple[str, int]] = field(default_factory=list)
     sent: int = 0
+    logins: list[str | None] = field(default_factory=list)
 
 
 @contextmanager
@@ -49,6 +53,12 @@ def serving(folder: Path, habits: Habits | None = None) -> Iterator[tuple[str, H
             first = int(asked[1]) if asked else 0
             name = unquote(self.path.partition("?")[0]).lstrip("/")
             habits.requests.append((name, first))
+            habits.logins.append(self.headers.get("Authorization"))
+            if habits.redirect is not None:
+                self.send_response(302)
+                self.send_header("Location", habits.redirect)
+                self.end_headers()
+                return
             if habits.silent > 0:
                 habits.silent -= 1
                 time.sleep(habits.silence_s)
