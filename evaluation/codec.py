@@ -61,5 +61,5 @@ def moving_pixels(frames: np.ndarray) -> np.ndarray:
 
 
 def psnr_of(squared_errors: float, count: int) -> float | None:
-    """dB of so many squared errors' mean; None of none."""
+    """dB of the mean of `count` squared errors; None of none."""
     return None if count == 0 else 10 * math.log10(255**2 / max(squared_errors / count, 1e-5))
