@@ -10,6 +10,7 @@ A setting of whatever value of its type is a plain dataclass field. The comment 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
@@ -36,11 +37,20 @@ class ValueRule:
 LARGEST = 2**53
 """Above it floating point numbers skip integers; no count and no size of a run is larger."""
 
+
+def _is_meant(value: int | float) -> bool:
+    return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)
+
+
 POSITIVE = ValueRule(
-    lambda value: 0 < value <= LARGEST, "is not a positive number (of 2^53 at most); give one above 0", "above 0"
+    lambda value: value > 0 and _is_meant(value),
+    "is not a positive number (integers: 2^53 at most); give one above 0",
+    "above 0",
 )
 NOT_NEGATIVE = ValueRule(
-    lambda value: 0 <= value <= LARGEST, "is negative or not finite (2^53 at most); give 0 or more", "from 0 on"
+    lambda value: value >= 0 and _is_meant(value),
+    "is negative or not finite (integers: 2^53 at most); give 0 or more",
+    "from 0 on",
 )
 SECONDS = ValueRule(
     lambda value: 0 < value <= 10**9, "is no time above 0 and of 10^9 seconds at most; give one", "of seconds, above 0"

@@ -22,7 +22,11 @@ RULE_CASES = [
     ("values_are_legal", {"train.steps": 10**5000}, r"train\.steps=an integer of more than 4,300 digits is outside"),
     ("values_are_legal", {"model.num_layers": 4 * 10**9}, r"num_layers=4000000000 is outside \[1, 1024\]"),
     ("values_are_legal", {"model.video.dim": 2**20}, r"dim=1048576 is outside \[1, 131072\]"),
-    ("values_are_legal", {"train.samples": 10**400}, r"samples=10{79}… is not a positive number \(of 2\^53 at most\)"),
+    (
+        "values_are_legal",
+        {"train.samples": 10**400},
+        r"samples=10{79}… is not a positive number \(integers: 2\^53 at most\)",
+    ),
     ("values_are_legal", {"watch.stuck": 1e300}, r"stuck=1e\+300 is no time above 0 and of 10\^9 seconds at most"),
     ("values_are_legal", {"data.workers": 10**6}, r"data\.workers=1000000 is outside \[0, 1024\]"),
     ("values_are_legal", {"optimizer.lr": math.nan}, r"optimizer\.lr=nan is not a positive number"),
