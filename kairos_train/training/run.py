@@ -340,6 +340,8 @@ class Run:
                 raise explained from error
             outcome = next((name for kind, name in OUTCOMES.items() if isinstance(error, kind)), "error")
             self.events.write("stop", step=self.step, outcome=outcome, text="" if error is None else str(error))
+            if error is not None:
+                raise error  # through the watch, which tells the other ranks
 
     def close(self, *, failed: bool = False) -> None:
         """Wait for the checkpoint in flight, close files and loader processes, release the engine.

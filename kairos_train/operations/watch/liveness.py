@@ -87,6 +87,7 @@ class Liveness:
         self._missing: dict[int, tuple[int, float]] = {}  # dead neighbours -> rounds and time when first seen
         self._waiting_since: float | None = None  # stuck, and another rank looks into it
         self._finding: RunFault | None = None
+        self._asked: BaseException | None = None  # the error for which a finding has been waited for
         self._spoken = False  # this rank ends by an error of its own, whatever it looks like from elsewhere
         self._found, self._claimed, self._left = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
@@ -115,7 +116,8 @@ class Liveness:
         """
         if self._spoken:
             return None
-        if isinstance(error, RuntimeError) and _of_a_lost_peer(error) and self._exchange:
+        if isinstance(error, RuntimeError) and _of_a_lost_peer(error) and self._exchange and error is not self._asked:
+            self._asked = error
             self._found.wait(self._watch.silence + 2 * self._patience if wait is None else wait)
         if self._finding is None:
             return None
