@@ -56,6 +56,12 @@ MUTANTS = (
             "test_actions_have_a_timestep_noise_target_and_weight_of_their_own",
         ),
         (
+            "actions have a shift of 5 whatever the stage says",
+            "sigmas, weights = self._table(self.stage.action_shift)",
+            "sigmas, weights = self._table(5.0)",
+            "test_sigmas_come_from_the_shifted_tables_of_each_stream",
+        ),
+        (
             "actions are noised by the video's σ",
             "batch.action = _noisy(actions, action_noise, batch.action_sigma)",
             "batch.action = _noisy(actions, action_noise, batch.video_sigma)",
@@ -1573,6 +1579,53 @@ MUTANTS = (
             "test_a_tensor_is_interpolated_linearly_along_each_of_its_dimensions",
         ),
     ),
+    # --- conditions ---
+    *mutants(
+        "conditions",
+        "kairos_train/training/inputs/contexts.py",
+        "tests/unit/training/test_contexts.py",
+        (
+            "captions keep the shares of those that a sample lacks",
+            "name = pick({name: share / sum(own.values()) for name, share in own.items()}, draw)",
+            "name = pick(own, draw)",
+            "test_a_sample_with_some_of_the_captions_draws_among_those_by_their_shares",
+        ),
+        (
+            "the text encoder sees the last frame",
+            "images = batch.frames[some, 0].to(self._device) if picture else None",
+            "images = batch.frames[some, -1].to(self._device) if picture else None",
+            "test_only_text_and_image_to_video_sees_the_picture",
+        ),
+        (
+            "a caption's share stays as it begins",
+            "c.start if c.end is None else",
+            "c.start if True else",
+            "test_the_share_of_a_caption_changes_over_the_stage",
+        ),
+    ),
+    *mutants(
+        "conditions",
+        "kairos_train/training/inputs/feed.py",
+        "tests/unit/training/test_feed.py",
+        (
+            "the feed does not pass on how far the stage is",
+            "given = self._given(batch, latents, choices, progress=progress, source=source)",
+            "given = self._given(batch, latents, choices, progress=0.0, source=source)",
+            "test_captions_follow_the_progress_of_the_stage",
+        ),
+        (
+            "i2v has no empty prompt without dropout",
+            'if not (self.stage.conditions.get("i2v", 0) or dropped):',
+            "if not dropped:",
+            "test_i2v_alone_needs_the_empty_prompt",
+        ),
+        (
+            "every sample is normalised as the first source",
+            "sources = batch.source if source is None else [source] * len(batch.keys)",
+            "sources = [0] * len(batch.keys)",
+            "test_every_source_is_normalised_with_its_own_statistics_and_padded",
+        ),
+    ),
     # --- what is summed, over whom, in what ---
     *mutants(
         "sums",
@@ -1713,6 +1766,28 @@ MUTANTS = (
     ),
     *mutants(
         "run",
+        "kairos_train/training/dry_run.py",
+        "tests/e2e/test_bad_steps.py",
+        (
+            "the dry run is a step",
+            "refuses=lambda loss: True",
+            "refuses=lambda loss: False",
+            "test_a_bad_step_and_the_dry_run_change_nothing_but_their_own_step",
+        ),
+    ),
+    *mutants(
+        "run",
+        "kairos_train/training/engine/ownership.py",
+        "tests/unit/training/test_master_shards.py",
+        (
+            "copies are dealt by name, not by size",
+            "key=lambda name: (-sizes[name], name)",
+            "key=lambda name: name",
+            "test_copies_are_dealt_so_that_ranks_write_about_as_much",
+        ),
+    ),
+    *mutants(
+        "run",
         "kairos_train/training/run_state.py",
         "tests/unit/training/test_build_run.py",
         (
@@ -1726,6 +1801,24 @@ MUTANTS = (
         "run",
         "kairos_train/training/run.py",
         "tests/e2e/test_train.py",
+        (
+            "the best weights are those of the least video loss",
+            'return weighted_loss(self.feed.stage, losses["video"], losses.get("action"))',
+            'return losses["video"]',
+            "test_the_checkpoint_with_the_lowest_validation_loss_stays",
+        ),
+        (
+            "averaged weights are validated as raw ones",
+            'loss = self._validate("ema")',
+            'loss = self._validate("raw")',
+            "test_the_checkpoint_with_the_lowest_validation_loss_stays",
+        ),
+        (
+            "a step has the learning rate of the next",
+            "return lr_at(self.step, self.optimizer,",
+            "return lr_at(self.step + 1, self.optimizer,",
+            "test_the_checkpoint_with_the_lowest_validation_loss_stays",
+        ),
         (
             "the best weights are not kept",
             "self._asked.add(CHECKPOINT)",

@@ -16,7 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.resolve import resolve_best
 from kairos_train.cli import main
+from kairos_train.config.compose import load_saved
 from kairos_train.training.engine.deepspeed_internals import compiled_all_reduce
+from kairos_train.training.engine.optimizer import lr_at
+from kairos_train.training.step import weighted_loss
 
 pytestmark = pytest.mark.slow
 
@@ -205,6 +208,14 @@ def test_the_checkpoint_with_the_lowest_validation_loss_stays(train, tmp_path):
         train(run_dir, *settings, "optimizer.schedule=constant", f"train.steps={steps}")
         assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000002", f"step-{steps:08d}"]
         assert resolve_best(run_dir).name == "step-00000002"
+    config = load_saved(run_dir / "config.yaml")
+    rates = [lr_at(step, config.optimizer, 6) for step in range(6)]
+    assert [json.loads(line)["lr"] for line in losses(run_dir)] == pytest.approx(rates, rel=1e-6, abs=0)
+    told = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    averaged = {name: value for line in told if line["step"] == 2 for name, value in line.items() if "_ema/" in name}
+    total = weighted_loss(config.stage, averaged["validation_ema/video"], averaged["validation_ema/action"])
+    best = CheckpointReader(run_dir / "checkpoints/step-00000002").state["best"]
+    assert best == {"step": 2, "loss": pytest.approx(total)}
 
 
 def test_two_processes_train_resume_and_validate_like_one_run(shards, train, tmp_path):

@@ -65,6 +65,9 @@ def test_sigmas_come_from_the_shifted_tables_of_each_stream():
     assert torch.isin(batch.video_sigma, video).all()
     assert torch.isin(batch.action_sigma, action).all()
     assert batch.action_sigma.mean() > 0.7 > 0.3, "the action's shift of 5 pushes towards noise"
+    other = objective(action_shift=2.0).condition(step=0, **values)
+    assert torch.isin(other.action_sigma, schedule.shifted_sigmas(1000, 2.0).float()).all()
+    assert torch.equal(other.video_sigma, batch.video_sigma)
 
 
 def test_actions_have_a_timestep_noise_target_and_weight_of_their_own():

@@ -40,6 +40,7 @@ def sample(key="s", captions=TEXTS, picture=7, cached=False):
     primary = next(iter(captions), None)
     meta = {"text": captions.get(primary, ""), "captions": captions, "primary_caption": primary}
     frames = np.full((5, 2, 2, 3), picture, np.uint8)
+    frames[1:] = 99  # only the first one is shown
     contexts = {}
     for name, text in captions.items() if cached else ():
         stem = "" if name == primary else name
@@ -82,6 +83,22 @@ def test_the_share_of_a_caption_changes_over_the_stage():
     for progress in (0.0, 0.25, 0.75, 1.0):
         context, _ = chosen.of(batch, [choices(caption=draw) for draw in draws], progress=progress)
         assert (context[:, 0, 0] == 12).float().mean().item() == pytest.approx(1 - progress, abs=0.01)
+
+
+def test_a_sample_with_some_of_the_captions_draws_among_those_by_their_shares():
+    shares = [
+        CaptionShare("detailed", start=0.5),
+        CaptionShare("instruction", start=0.25),
+        CaptionShare("x", start=0.25),
+    ]
+    batch = collate([sample(), sample(captions={"instruction": "pick", "x": "other thing"})])
+    for draw, first, second in (
+        (0.4, "a long story", "pick"),
+        (0.6, "a long story", "other thing"),
+        (0.7, "pick", "other thing"),
+    ):
+        context, _ = contexts(shares).of(batch, [choices("t2v", draw)] * 2, progress=0.0)
+        assert context[:, 0, 0].tolist() == [len(first), len(second)]
 
 
 def test_a_sample_without_the_captions_of_the_schedule_gives_its_primary_one():

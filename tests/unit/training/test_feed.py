@@ -13,9 +13,11 @@ from dataloaders.packing.pack import pack
 from dataloaders.shards import ShardIndex, read_index
 from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.build import build_encoders
+from kairos_train.config.schema import CaptionShare
 from kairos_train.inference.normalization import from_statistics
 from kairos_train.model import WorldActionModel
 from kairos_train.training import validation
+from kairos_train.training.describe import sample_flops
 from kairos_train.training.inputs.sources import check_sources, held_out_source, rates_of
 from kairos_train.training.measure.telemetry import drop_later_lines
 from kairos_train.training.step import LossMeter
@@ -67,6 +69,28 @@ def test_every_step_draws_anew_and_the_same_step_the_same(shards):
     assert torch.equal(one.latents, same.latents)
     assert not torch.equal(one.video_sigma, other.video_sigma)
     assert not torch.equal(one.action, other.action)
+
+
+def test_captions_follow_the_progress_of_the_stage(shards):
+    captions = [CaptionShare("short", start=1.0, end=0.0), CaptionShare("long", start=0.0, end=1.0)]
+    feed, batch = feed_of(tiny_config(captions=captions), [read_index(shards)]), first_batch(shards)
+    batch = replace(batch, meta=[meta | {"captions": {"short": "a", "long": "b c d e"}} for meta in batch.meta])
+    lengths = [feed.condition(batch, step=0, progress=progress).context.shape[1] for progress in (0.0, 1.0)]
+    assert lengths[0] < lengths[1]
+
+
+def test_flops_are_of_the_tokens_frames_and_actions_that_there_are(shards):
+    config = tiny_config()
+    conditioned = feed_of(config, [read_index(shards)]).condition(first_batch(shards), step=0)
+    sizes = {"context_tokens": conditioned.context.shape[1], "actions": conditioned.action.shape[1]}
+    assert conditioned.flops == sample_flops(config.model, config.stage, conditioned.latents.shape[1:], **sizes)
+
+
+def test_i2v_alone_needs_the_empty_prompt(shards):
+    feed = feed_of(tiny_config(conditions={"i2v": 1.0}, cfg_dropout=0.0), [read_index(shards)])
+    conditioned = feed.condition(first_batch(shards), step=0)
+    assert torch.equal(conditioned.context[0, : len(feed.empty_context)], feed.empty_context)
+    assert feed_of(tiny_config(cfg_dropout=0.0), [read_index(shards)]).empty_context is None
 
 
 def test_shards_of_other_windows_or_sizes_are_refused(shards):

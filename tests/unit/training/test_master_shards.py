@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.writing import publish, write_part
 from kairos_train.training.engine.master_shards import MasterShards
-from kairos_train.training.engine.ownership import Ownership
+from kairos_train.training.engine.ownership import Ownership, deal
 from parallel.sharding import KINDS, SPLIT, Shard, ShardingTable
 from parallel.topology import Degrees, Topology
 
@@ -144,3 +144,11 @@ def test_a_checkpoint_of_any_layout_is_read_whole_and_in_any_other(model, writer
             expected, found = (lay_out(reader, rank, kinds, content, groups) for content in (values, blank))
             found.fill(lambda name, box: checkpoint.read("model", name, box), found.masters)
             assert all(torch.equal(a, b) for a, b in zip(found.masters, expected.masters, strict=True))
+
+
+def test_copies_are_dealt_so_that_ranks_write_about_as_much():
+    sizes = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 9}
+    dealt = deal(sizes, 2)
+    assert [sum(sizes[name] for name, rank in dealt.items() if rank == r) for r in range(2)] == [12, 12]
+    assert deal(dict(reversed(sizes.items())), 2) == dealt, "whatever the order in which ranks know them"
+    assert deal({}, 3) == {}
