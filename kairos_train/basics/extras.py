@@ -12,7 +12,7 @@ from kairos_train.basics.errors import UserError
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
-        *("deepspeed", "megatron", "hydra", "omegaconf", "antlr4", "yaml", "webdataset", "fsspec", "tensorboard"),
+        *("deepspeed", "megatron", "hydra", "omegaconf", "antlr4", "yaml", "braceexpand", "fsspec", "tensorboard"),
         *("av", "pyarrow", "matplotlib", "rich", "psutil", "scipy"),
     ),
     "encoders": ("transformers", "diffusers"),

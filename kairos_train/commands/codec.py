@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from kairos_train.basics.log import logger
 from kairos_train.commands.output import Result, Table
 from kairos_train.commands.parsing import command, count, group
 from kairos_train.config.codec_recipe import CodecRecipe
@@ -17,7 +17,7 @@ def run_codec_train(args: argparse.Namespace) -> Result:
 
     names = ("steps", "batch", "crop", "lr", "seed", "workers")
     recipe = CodecRecipe(**{name: getattr(args, name) for name in names})
-    about = train_codec(args.shards, args.out, recipe, say=lambda line: print(line, file=sys.stderr))
+    about = train_codec(args.shards, args.out, recipe, say=logger.info)
     weights = args.out / "model.safetensors"
     return Result(
         about,
