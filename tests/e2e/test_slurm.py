@@ -60,8 +60,8 @@ def site(tmp_path) -> list[str]:
 
 def submit(cluster: SlurmCluster, *words: object) -> list[tuple[str, Path]]:
     """Number and folder of each job."""
-    said = cluster.run(*command("submit", *words))
-    return [(number, Path(folder)) for number, folder in re.findall(r"^job (\d+) .*: (/.*)$", said, re.M)]
+    jobs = json.loads(cluster.run(*command("submit", *words)))["jobs"]
+    return [(str(job["job"]), Path(job["folder"])) for job in jobs]
 
 
 def ended(cluster: SlurmCluster, job: str, job_dir: Path, *, state: str = "COMPLETED") -> dict[str, str]:

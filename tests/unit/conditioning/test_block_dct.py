@@ -165,7 +165,7 @@ def _weight_free() -> EncodersConfig:
 def test_unknown_kinds_are_refused():
     config = _weight_free()
     config.video.kind = "wann"
-    with pytest.raises(UserError, match=r"encoders\.video\.kind: 'wann'.*choose wan or block_dct"):
+    with pytest.raises(UserError, match=r"encoders\.video\.kind: 'wann'.*choose wan, tiny_vae or block_dct"):
         build_encoders(config)
     config = _weight_free()
     config.text.kind = "t5"
