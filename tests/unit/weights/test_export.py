@@ -122,7 +122,7 @@ def test_bf16_weights_run_in_float32_on_a_cpu_unless_asked_otherwise(checkpoint,
 
 def test_model_card_says_what_it_is(exported):
     card = (exported / "README.md").read_text()
-    for words in ("40 steps", "EMA", "fp32", "4 episodes", "block_dct", "weight-free", "fingerprint", "Robot: {task}"):
+    for words in ("40 steps", "EMA", "fp32", "4 episodes", "block_dct", "of the demo", "fingerprint", "Robot: {task}"):
         assert words in card
 
 
