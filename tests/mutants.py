@@ -1974,6 +1974,52 @@ MUTANTS = (
             "test_actions_are_those_of_the_server",
         ),
     ),
+    # --- what commands show ---
+    *mutants(
+        "output",
+        "kairos_train/commands/output.py",
+        "tests/unit/commands/test_output.py",
+        (
+            "a pipe gets what is for a terminal",
+            "if as_json or (result.document is None and not sys.stdout.isatty()):",
+            "if as_json:",
+            "test_a_pipe_and_a_terminal_that_asks_for_it_get_the_same_json",
+        ),
+        (
+            "every rank prints the result",
+            'if int(os.environ.get("RANK", "0")):',
+            "if False:",
+            "test_other_ranks_show_nothing_and_give_the_exit_code",
+        ),
+    ),
+    *mutants(
+        "output",
+        "kairos_train/basics/progress.py",
+        "tests/unit/basics/test_progress.py",
+        (
+            "lines of progress come though something else reports",
+            "if now - heard.last < wait or done >= total:",
+            "if done >= total:",
+            "test_what_else_reports_needs_no_help",
+        ),
+        (
+            "a job of hours fills its log with progress",
+            "wait = min(2 * wait, LAST)",
+            "wait = FIRST",
+            "test_long_work_says_how_far_it_is_ever_more_rarely_and_what_it_took",
+        ),
+    ),
+    *mutants(
+        "output",
+        "kairos_train/config/origin.py",
+        "tests/unit/config/test_origin.py",
+        (
+            "an override is not said to have set its key",
+            'f"override {text}")',
+            "SCHEMA)",
+            "test_the_last_one_that_set_it_is_named",
+        ),
+    ),
 )
 
 

@@ -12,6 +12,9 @@ from kairos_train.basics.log import logger
 from kairos_train.commands.output import Result, Table
 from kairos_train.commands.parsing import command, config_of, count, group, location, with_overrides
 
+UNJUDGED = "data.validation_shards=null"
+"""For a run without held-out shards."""
+
 
 def run_data_simulate(args: argparse.Namespace) -> Result:
     from dataloaders.simulators.collect import simulate
@@ -74,7 +77,7 @@ def run_data_pack(args: argparse.Namespace) -> Result:
         look={"shards": args.out},
         then=[
             f"kairos-train data verify {args.out}",
-            f"kairos-train train {shlex.join(args.overrides)} data.shards={args.out} data.validation_shards=null",
+            f"kairos-train train {shlex.join([*args.overrides, f'data.shards={args.out}', UNJUDGED])}",
         ],
     )
 
@@ -85,7 +88,8 @@ def run_data_inspect(args: argparse.Namespace) -> Result:
     config = config_of(args, sections=READING)
     facts = inspect(args.source, args.out, data=config.data, samples=args.samples)
     page = args.out / "index.html"
-    return Result({"page": page, "facts": facts}, "\n".join(facts), look={"page": page})
+    then = [f"kairos-train data verify {args.source}"]
+    return Result({"page": page, "facts": facts}, "\n".join(facts), look={"page": page}, then=then)
 
 
 def run_data_verify(args: argparse.Namespace) -> Result:
@@ -102,7 +106,8 @@ def run_data_verify(args: argparse.Namespace) -> Result:
     lines = [f"{fault['name']}: {fault['reason']}" for fault in faults]
     lines += [f"its dataset: {note}" for note in verdict.notes]
     state = f"{said}: {len(faults)} faults" if faults else f"ok: {said}"
-    return Result(found, "\n".join([*lines, f"{args.shards}: {state}"]), code=1 if faults else 0)
+    then = [] if faults else [f"kairos-train train {shlex.join([*args.overrides, f'data.shards={args.shards}'])}"]
+    return Result(found, "\n".join([*lines, f"{args.shards}: {state}"]), then=then, code=1 if faults else 0)
 
 
 def _verify_source(args: argparse.Namespace) -> Result:
@@ -118,7 +123,8 @@ def _verify_source(args: argparse.Namespace) -> Result:
     counts = f"{len(contradictions)} contradictions, {checked.unresolved} of them unresolved, {len(faults)} faults"
     lines = [*(f"{fault['name']}: {fault['reason']}" for fault in faults), *contradictions]
     last = f"{args.shards}: {'ok: no contradictions' if good else counts} in {checked.units} units"
-    return Result(found, "\n".join([*lines, last]), code=0 if good else 1)
+    then = [f"kairos-train data pack {shlex.join([args.shards, '--out', 'shards', *args.overrides])}"] if good else []
+    return Result(found, "\n".join([*lines, last]), then=then, code=0 if good else 1)
 
 
 def add(commands: Any) -> None:

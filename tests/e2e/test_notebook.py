@@ -12,6 +12,7 @@ from support.commands import environment
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(DOCS.glob("*.ipynb")), ids=lambda path: path.name)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
     for name in {*os.environ} - {*environment()}:

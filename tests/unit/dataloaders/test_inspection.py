@@ -126,7 +126,7 @@ def test_the_command_prints_the_facts_and_where_the_page_is(dataset, tmp_path, c
     words = ["data", "inspect", str(dataset), "--out", str(tmp_path / "page"), "data=custom", "--samples", "2"]
     screen = on_a_terminal(monkeypatch, *words)
     assert "length: 4 episodes" in screen
-    assert screen.endswith(f"where to look\n  page  {tmp_path / 'page/index.html'}")
+    assert f"where to look\n  page  {tmp_path / 'page/index.html'}\n\nnext\n  kairos-train data verify " in screen
     assert cli.main(words) == 2
     assert "exists; remove it" in capsys.readouterr().err
 
