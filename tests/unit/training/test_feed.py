@@ -16,6 +16,7 @@ from kairos_train.conditioning.build import build_encoders
 from kairos_train.config.schema import CaptionShare
 from kairos_train.inference.normalization import from_statistics
 from kairos_train.model import WorldActionModel
+from kairos_train.model.flops import training_flops
 from kairos_train.training import validation
 from kairos_train.training.describe import sample_flops
 from kairos_train.training.inputs.sources import check_sources, held_out_source, rates_of
@@ -83,7 +84,14 @@ def test_flops_are_of_the_tokens_frames_and_actions_that_there_are(shards):
     config = tiny_config()
     conditioned = feed_of(config, [read_index(shards)]).condition(first_batch(shards), step=0)
     sizes = {"context_tokens": conditioned.context.shape[1], "actions": conditioned.action.shape[1]}
-    assert conditioned.flops == sample_flops(config.model, config.stage, conditioned.latents.shape[1:], **sizes)
+    shape = conditioned.latents.shape[1:]
+    assert conditioned.flops == sample_flops(config.model, config.stage, shape, **sizes)
+    for conditions, history in (({"ti2v": 0.5, "t2v": 0.5}, 1), ({"t2v": 1.0}, 0)):
+        stage, tokens = replace(config.stage, conditions=conditions), shape[2] // 2 * (shape[3] // 2)
+        counted = {"actions": sizes["actions"], "history": history}
+        assert sample_flops(config.model, stage, shape, **sizes) == training_flops(
+            config.model, shape[1], tokens, sizes["context_tokens"], **counted
+        )
 
 
 def test_i2v_alone_needs_the_empty_prompt(shards):

@@ -17,8 +17,10 @@ from support.model_factory import make_inputs, make_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kairos_train.basics.errors import MachineFault
+from kairos_train.config.schema import TrainConfig
 from kairos_train.model.activations import ActivationPolicy
 from kairos_train.model.gated_delta_net import GatedDeltaNet
+from kairos_train.training.describe import peak_flops
 from kairos_train.training.measure import decays
 from kairos_train.training.measure.block_norms import block_kind
 from kairos_train.training.measure.collective_times import CollectiveTimes
@@ -295,6 +297,11 @@ def test_losses_are_those_of_the_checkpoint_whatever_the_disk_made_of_the_file(t
     telemetry.close()
     open_telemetry(tmp_path / "run").close()
     assert path.read_text() == "", "a run that begins has none"
+
+
+def test_peak_flops_are_those_of_the_configuration_and_unknown_on_a_cpu():
+    assert peak_flops(TrainConfig(peak_tflops=123.0), CPU) == 123e12
+    assert peak_flops(TrainConfig(), CPU) is None
 
 
 def test_a_report_is_of_what_was_done_since_the_last_one(tmp_path, monkeypatch):
