@@ -26,8 +26,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from chaos_parts.attempt import STEPS, Attempt, finish
 from chaos_parts.compare import compare_runs
-from chaos_parts.faults import KINDS, STEPS, Attempt, FaultOutcome, finish, run_with_faults, small_disk
+from chaos_parts.faults import KINDS, FaultOutcome, run_with_faults, small_disk
 from chaos_parts.pack import EPISODES, make_shards, pack_through_kills
 
 FAULTS_PER_RUN = 5

@@ -1,59 +1,50 @@
 """What is done to a run of several processes, and how it is put back on its feet. Used by chaos.py and the tests.
 
-A run is a sequence of lives. Ranks are real processes, forked from one that has imported everything already (start-up
-is seconds of imports otherwise), each running `kairos-train train` with a launcher's environment. A fault comes at a
-step; the life ends, or goes on; the next life continues from the newest intact checkpoint.
+A run is a sequence of lives (attempt.py). A fault comes at a step; the life ends, or goes on; the next life continues
+from the newest intact checkpoint.
 
-    kill_rank      SIGKILL of one rank; the others must name it and end by themselves, with exit code 4
-    kill_all       SIGKILL of all at once
-    kill_in_save   SIGKILL of one or all while a checkpoint is being written
-    stop_rank      SIGSTOP of one rank; the others must find it stuck and end by themselves
-    disk_full      the run's file system takes no more for a while
-    corrupt        SIGKILL of all, then the newest checkpoint is truncated, has a bit flipped or loses a file
+    kill_rank        SIGKILL of one rank; the others must name it and end by themselves, with exit code 4
+    kill_all         SIGKILL of all at once
+    kill_in_save     SIGKILL of one or all while a checkpoint is being written
+    stop_rank        SIGSTOP of one rank; the others must find it stuck and end by themselves
+    stop_worker      SIGSTOP of one rank's loader process; the rank must say that its loader hangs, and all end
+    stop_store       SIGSTOP, for 20 s, of the process that holds a store: the launcher, without which the ranks go on,
+                     or rank 0, which holds the one of the watch; when it wakes up it must end as well
+    disk_full        the run's file system takes no more for a while
+    slow_disk        opening, reading, syncing and renaming files takes longer for a while
+    corrupt          SIGKILL of all, then the newest checkpoint is truncated, has a bit flipped or loses a file
+    unreadable_file  SIGKILL of all, then a file of the newest checkpoint cannot be opened
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
-import socket
+import stat
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chaos_parts.attempt import EVERY, RESTART, SLOW, STEPS, Attempt, steps_done
+
 from kairos_train.checkpoint.canonical import find_problem, list_checkpoints
 from kairos_train.operations.events import read_events
 
-RANKS = 4
-STEPS, EVERY = 30, 4  # optimiser steps of a run, and between two checkpoints
-KINDS = ("kill_rank", "kill_all", "kill_in_save", "stop_rank", "disk_full", "corrupt")
-STUCK = 10.0  # seconds without progress, for which a rank counts as stuck
-RESTART = 4  # exit code: a process, a machine or a disk failed
-PATIENCE = 120.0  # seconds for a life to come to where it must come
-TMPFS_MB = 48
-
-SETTINGS = (
-    "experiment=demo_push2d stage=joint model.video.dim=32 model.video.ffn_dim=64 model.video.gdn_key_dim=8 "
-    "model.video.gdn_value_dim=16 model.action.dim=32 model.action.ffn_dim=64 model.num_heads=2 "
-    "data.window.height=32 data.window.width=32 data.window.stride=1 data.validation_shards=null data.workers=1 "
-    f"train.micro_batch=2 train.steps={STEPS} train.checkpoint_every={EVERY} train.log_every=5 train.device=cpu "
-    "train.zero_stage=1 parallel.context=2 monitor.log_samples=true train.failed_checkpoints=1000 "
-    f"watch.heartbeat=0.2 watch.silence=4 watch.stuck={STUCK}"
-).split()
-PRELOAD = (
-    *("torch._dynamo", "torch.utils.tensorboard", "deepspeed", "deepspeed.runtime.zero.muon.original_muon"),
-    *("kairos_train.training.build_run", "kairos_train.training.loop", "kairos_train.commands.training"),
+KINDS = (
+    *("kill_rank", "kill_all", "kill_in_save", "stop_rank", "stop_worker", "stop_store"),
+    *("disk_full", "slow_disk", "corrupt", "unreadable_file"),
 )
-"""What a rank imports by and by, the optimisers' dependence on the compiler included: more than half of its start."""
+UNREADABLE = ("a folder", "a link to itself", "a socket", "without rights")
+"""What the place of a file may hold that opening it fails: EISDIR, ELOOP, ENXIO, EACCES (the last not for root)."""
+
+STORE_SECONDS = 20.0
+TMPFS_MB = 48
 
 
 @dataclass
@@ -77,100 +68,6 @@ class FaultOutcome:
     recovered: float | None = None
     exit_codes: list[int] = field(default_factory=list)
     named: bool | None = None
-
-
-class Attempt:
-    """The ranks of one run, from their start to their end."""
-
-    def __init__(self, run_dir: Path, settings: Sequence[str], *, ranks: int = RANKS) -> None:
-        self.settings, self.size = settings, ranks
-        self.run_dir, self.logs = run_dir, run_dir.parent / f"{run_dir.name}-logs"
-        self.logs.mkdir(exist_ok=True)
-        self.number = len(list(self.logs.glob("*-rank0.log")))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
-        words = ["train", *SETTINGS, f"run_dir={run_dir}", *settings]
-        port = _free_port()
-        self.begun = time.monotonic()
-        self.ranks = [
-            context.Process(target=_rank, args=(rank, ranks, port, words, str(self.log(rank)))) for rank in range(ranks)
-        ]
-        for process in self.ranks:
-            process.start()
-
-    def again(self) -> Attempt:
-        """The next life."""
-        return Attempt(self.run_dir, self.settings, ranks=self.size)
-
-    def log(self, rank: int) -> Path:
-        return self.logs / f"{self.number:03d}-rank{rank}.log"
-
-    def wait_for(self, condition: Callable[[], bool], *, seconds: float = PATIENCE) -> bool:
-        """Whether a condition came true while any rank lived.
-
-        Raises:
-            AssertionError: neither in that time: the run hangs.
-        """
-        end = time.monotonic() + seconds
-        while not condition():
-            if not any(process.is_alive() for process in self.ranks):
-                return condition()
-            if time.monotonic() > end:
-                texts = "\n".join(self.log(rank).read_text()[-1500:] for rank in range(self.size))
-                raise AssertionError(f"the run neither came there nor ended within {seconds} s\n{texts}")
-            time.sleep(0.002)
-        return True
-
-    def end(self) -> list[int]:
-        """Kill what is left, and take the exit codes."""
-        for process in self.ranks:
-            if process.is_alive():
-                process.kill()
-        for process in self.ranks:
-            process.join()
-        return [process.exitcode for process in self.ranks]
-
-    def wait(self, *, seconds: float = PATIENCE) -> list[int]:
-        """Wait for all ranks to end by themselves; their exit codes."""
-        end = time.monotonic() + seconds
-        for process in self.ranks:
-            process.join(max(0.0, end - time.monotonic()))
-        if any(process.is_alive() for process in self.ranks):
-            self.end()
-            texts = "\n".join(self.log(rank).read_text()[-1500:] for rank in range(self.size))
-            raise AssertionError(f"ranks did not end within {seconds} s\n{texts}")
-        return [process.exitcode for process in self.ranks]
-
-
-def _rank(rank: int, size: int, port: int, words: list[str], log: str) -> None:
-    """One rank: a launcher's environment, its output in a file, the command, its exit code."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1), os.dup2(file, 2)
-    os.environ |= {
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-    }
-    multiprocessing.set_start_method("fork", force=True)  # as in any other rank: loader workers end with their parent
-    sys.argv = ["kairos-train", *words]
-    runpy.run_module("kairos_train.cli", run_name="__main__")
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def steps_done(run_dir: Path) -> int:
-    """The last step of the run's losses; a line cut short does not count."""
-    path = run_dir / "losses.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def finish(life: Attempt) -> None:
-    """To the end of the run."""
-    codes = life.wait(seconds=300)
-    assert codes == [0] * life.size, f"{codes}\n{life.log(0).read_text()[-3000:]}"
 
 
 def run_with_faults(
@@ -239,6 +136,47 @@ def _stop_rank(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool
     return False
 
 
+def _stop_worker(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
+    rank = rng.randrange(life.size)
+    life.wait_for(lambda: bool(life.loaders(rank)))
+    begin = time.monotonic()
+    for worker in life.loaders(rank)[:1]:
+        outcome.detail = f"SIGSTOP of rank {rank}'s loader"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGSTOP)
+    life.wait_for(lambda: not any(process.is_alive() for process in life.ranks), seconds=60)
+    outcome.detected = time.monotonic() - begin
+    outcome.exit_codes = life.end()
+    outcome.named = _is_named(life, rank)
+    return False
+
+
+def _stop_store(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
+    if rng.random() < 0.5:
+        os.kill(life.store.pid, signal.SIGSTOP)
+        time.sleep(STORE_SECONDS)
+        os.kill(life.store.pid, signal.SIGCONT)
+        outcome.detail = f"SIGSTOP of the launcher for {STORE_SECONDS:g} s, {steps_done(life.run_dir)} steps behind it"
+        return any(process.is_alive() for process in life.ranks)
+    holder, *others = life.ranks
+    begin = time.monotonic()
+    os.kill(holder.pid, signal.SIGSTOP)
+    life.wait_for(lambda: not any(process.is_alive() for process in others), seconds=60)
+    outcome.detected = time.monotonic() - begin
+    time.sleep(max(0.0, begin + STORE_SECONDS - time.monotonic()))
+    os.kill(holder.pid, signal.SIGCONT)
+    outcome.exit_codes = life.wait(seconds=60)
+    outcome.detail = f"SIGSTOP of rank 0 for {STORE_SECONDS:g} s: exit codes {outcome.exit_codes}"
+    outcome.named = _is_named(life, 0) and outcome.exit_codes == [RESTART] * life.size
+    return False
+
+
+def _is_named(life: Attempt, lost: int) -> bool:
+    """Whether all ranks but one have said its number."""
+    others = [rank for rank in range(life.size) if rank != lost]
+    return all(re.search(rf"\brank {lost}\b", life.log(rank).read_text()) for rank in others)
+
+
 def _lose(life: Attempt, outcome: FaultOutcome, lost: int, number: signal.Signals) -> None:
     """Send a signal to one rank, and see what the others make of it."""
     outcome.detail = f"{number.name} of rank {lost}"
@@ -249,7 +187,7 @@ def _lose(life: Attempt, outcome: FaultOutcome, lost: int, number: signal.Signal
     life.wait_for(lambda: not any(life.ranks[rank].is_alive() for rank in others), seconds=60)
     outcome.detected = time.monotonic() - begin
     outcome.exit_codes = life.end()
-    outcome.named = all(re.search(rf"\brank {lost}\b", life.log(rank).read_text()) for rank in others)
+    outcome.named = _is_named(life, lost)
 
 
 def _kill_all(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
@@ -293,13 +231,29 @@ def _disk_full(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool
     return not ended
 
 
-def _corrupt(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
+def _slow_disk(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
+    """For a few steps, a checkpoint among them in most cases."""
+    begin, steps = steps_done(life.run_dir), rng.randint(2, EVERY + 1)
+    life.slow.touch()
+    life.wait_for(lambda: steps_done(life.run_dir) >= begin + steps)
+    life.slow.unlink()
+    outcome.detail = f"each call to it took {SLOW:g} s longer for {steps_done(life.run_dir) - begin} steps"
+    return any(process.is_alive() for process in life.ranks)
+
+
+def _newest_after_kill(life: Attempt, outcome: FaultOutcome) -> Path | None:
+    """The newest intact checkpoint, all ranks killed; None for the only one, without which a run does not go on."""
     outcome.exit_codes = life.end()
     intact = [path for path in list_checkpoints(life.run_dir / "checkpoints") if find_problem(path, deep=True) is None]
-    if len(intact) < 2:  # a run of which all are damaged does not go on
+    if len(intact) < 2:
         outcome.detail = "SIGKILL of all ranks (no second checkpoint yet)"
+        return None
+    return intact[-1]
+
+
+def _corrupt(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
+    if (path := _newest_after_kill(life, outcome)) is None:
         return False
-    path = intact[-1]
     how = rng.choice(["truncated", "bit flipped", "file lost"])
     file = rng.choice(sorted(path.iterdir()))
     content = bytearray(file.read_bytes())
@@ -314,13 +268,40 @@ def _corrupt(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
     return False
 
 
+def _unreadable_file(life: Attempt, outcome: FaultOutcome, rng: random.Random) -> bool:
+    if (path := _newest_after_kill(life, outcome)) is None:
+        return False
+    file, how = rng.choice(sorted(path.iterdir())), rng.choice(UNREADABLE[: 4 if os.geteuid() else 3])
+    make_unreadable(file, how)
+    outcome.detail = f"{path.name}/{file.name}: {how}"
+    return False
+
+
+def make_unreadable(file: Path, how: str) -> None:
+    """Leave something in the place of a file that cannot be opened as one; `how` is of UNREADABLE."""
+    if how == "without rights":
+        file.chmod(0)
+        return
+    file.unlink()
+    if how == "a folder":
+        file.mkdir()
+    elif how == "a link to itself":
+        file.symlink_to(file.name)
+    else:
+        os.mknod(file, 0o600 | stat.S_IFSOCK)
+
+
 INFLICT: dict[str, Callable[[Attempt, FaultOutcome, random.Random], bool]] = {
     "kill_rank": _kill_rank,
     "kill_all": _kill_all,
     "kill_in_save": _kill_in_save,
     "stop_rank": _stop_rank,
+    "stop_worker": _stop_worker,
+    "stop_store": _stop_store,
     "disk_full": _disk_full,
+    "slow_disk": _slow_disk,
     "corrupt": _corrupt,
+    "unreadable_file": _unreadable_file,
 }
 
 

@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from chaos_parts.faults import SETTINGS, FaultOutcome
+from chaos_parts.attempt import SETTINGS
+from chaos_parts.faults import FaultOutcome
 
 from kairos_train.basics.files import sha256_of
 

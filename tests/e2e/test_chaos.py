@@ -11,8 +11,9 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from chaos_parts.attempt import Attempt, finish, steps_done  # noqa: E402
 from chaos_parts.compare import compare_runs  # noqa: E402
-from chaos_parts.faults import KINDS, Attempt, finish, run_with_faults, small_disk, steps_done  # noqa: E402
+from chaos_parts.faults import KINDS, run_with_faults, small_disk  # noqa: E402
 from chaos_parts.pack import make_shards  # noqa: E402
 
 from kairos_train.operations.events import read_events  # noqa: E402
@@ -50,6 +51,7 @@ def begin(home: Path, name: str, ranks: int) -> Attempt:
     """Slow in its steps, so that a fault comes before its end however late this process is scheduled."""
     slow = f"faults.inject=[{{kind: slow, step: 1, steps: {STEPS[ranks]}, seconds: 0.2}}]"
     settings = [f"data.shards={home / 'shards'}", f"train.steps={STEPS[ranks]}", slow]
+    settings += ["data.timeout=60"] if ranks == 2 else []  # no loader is stopped there, and much else may be running
     return Attempt(home / f"{name}-{ranks}", settings, ranks=ranks)
 
 
@@ -69,10 +71,12 @@ def test_faults_leave_no_trace_in_losses_weights_and_samples(home, reference, ra
     assert (compared.lost, compared.repeated, compared.leftovers) == (0, 0, [])
     assert [outcome.kind for outcome in outcomes] == kinds
     by_kind = {outcome.kind: outcome for outcome in outcomes}
+    assert all(outcome.named is not False for outcome in outcomes), "every survivor names the rank that is lost"
     for kind in {"kill_rank", "stop_rank"} & by_kind.keys():
-        assert by_kind[kind].named, "every survivor names the rank that is lost"
         assert sorted(by_kind[kind].exit_codes) == [-signal.SIGKILL] + [4] * (ranks - 1)
     assert any(event["kind"] == "passed_over" for event in events), "the damaged checkpoint is told of"
+    if "stop_worker" in by_kind:
+        assert by_kind["stop_worker"].exit_codes == [4] * ranks
     if mounted:
         assert any("No space left" in event.get("error", "") + event.get("text", "") for event in events) or any(
             code == 4 for code in by_kind["disk_full"].exit_codes
