@@ -10,12 +10,15 @@ import argparse
 import errno
 import re
 import sys
+import traceback
 from collections.abc import Sequence
+from types import TracebackType
 
 from kairos_train import __version__
 from kairos_train.basics.errors import EXIT_CODES, MachineFault, UserError
 from kairos_train.basics.extras import missing_extra
 from kairos_train.basics.log import log_to_stderr
+from kairos_train.basics.secrets import redacted
 from kairos_train.commands import (
     benchmarks,
     closed_loop,
@@ -40,6 +43,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     log_to_stderr()
+    sys.excepthook = _show_traceback
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
         return show(args.run(args), as_json=args.json)
@@ -57,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does, without the secrets of URLs: messages of other packages hold what they were given."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -18,6 +18,7 @@ from dataloaders.config import BELIEVABLE, BelieveConfig
 from dataloaders.files.urls import join, read_url
 from kairos_train.basics.errors import UserError, one_line
 from kairos_train.basics.foreign_files import JSON_BYTES, decode_text, one_plain_line, parse_json
+from kairos_train.basics.secrets import redacted
 
 CONSISTENCY = "consistency.json"
 FORMAT = "kairos-consistency-1"
@@ -174,4 +175,4 @@ def announced(folder: Path | str) -> list[str]:
     if found is not None and found.get("unresolved"):
         first = next((line for line in lines(found) if line.endswith("believed: neither")), "")
         raise UserError(f"{folder}: its dataset contradicts itself: {first}; fix it or set data.believe and pack again")
-    return [f"{folder}: its dataset contradicts itself: {line}" for line in lines(found)]
+    return [f"{redacted(str(folder))}: its dataset contradicts itself: {line}" for line in lines(found)]

@@ -13,6 +13,7 @@ from typing import Any
 
 BUFFER = 1 << 20
 """Bytes that are read at once."""
+_ASCII = "".join(map(chr, range(0x21, 0x7F)))
 
 
 class ChangedFile(OSError):
@@ -108,7 +109,8 @@ def _without_login(url: str) -> tuple[str, str]:
     split = urllib.parse.urlsplit(url)
     login, _, host = split.netloc.rpartition("@")
     header = f"Basic {base64.b64encode(urllib.parse.unquote(login).encode()).decode()}" if login else ""
-    return urllib.parse.urlunsplit(split._replace(netloc=host)), header
+    bare = urllib.parse.urlunsplit(split._replace(netloc=host))
+    return urllib.parse.quote(bare, safe=_ASCII), header  # what is not ASCII, as browsers do
 
 
 def _opener() -> urllib.request.OpenerDirector:

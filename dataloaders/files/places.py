@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dataloaders.config import LimitsConfig
-from dataloaders.files.urls import LOCAL, REMOTE, is_url, join, on_this_machine, scheme_of
+from dataloaders.files.urls import LOCAL, REMOTE, is_url, join, on_this_machine, refuse_malformed, scheme_of
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.foreign_files import shown
 
@@ -29,6 +29,7 @@ def place_of(folder: Path | str, name: str, limits: LimitsConfig) -> Path | str:
     scheme = scheme_of(name)
     chained = "::" in name and not scheme.startswith("http")
     if scheme in REMOTE and not chained:
+        refuse_malformed(name)
         return name
     if scheme in LOCAL and not chained:
         return _inside(None, str(on_this_machine(name)), limits)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import io
 import os
+import re
 import shutil
 import time
 import urllib.parse
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO
 from dataloaders.files.http_files import BUFFER, ChangedFile, http_system
 from kairos_train.basics.errors import UserError, one_line
 from kairos_train.basics.files import replacing
+from kairos_train.basics.foreign_files import shown
 from kairos_train.basics.secrets import redacted
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
@@ -66,6 +68,26 @@ def on_this_machine(location: str | Path) -> str | Path:
     return Path(str(location).partition("://")[2]) if local else location
 
 
+def refuse_malformed(url: str) -> None:
+    """Return unless an http(s) URL is none; names in object stores may be any.
+
+    Raises:
+        UserError: it has no host or an impossible one, or characters that are to be written as %20 and the like.
+    """
+    if scheme_of(url) not in ("http", "https"):
+        return
+    try:
+        split = urllib.parse.urlsplit(url)
+        fault = "" if split.netloc else "has no host"
+        _ = split.port  # which is looked at here
+    except ValueError as error:
+        fault = one_line(error)
+    if re.search(r"[\x00-\x20\x7f]", url):
+        fault = "has a blank or control character, which is written as %20 or the like"
+    if fault:
+        raise UserError(f"{shown(redacted(url.split(maxsplit=1)[0]))}: is no URL ({fault}); fix it")
+
+
 def join(base: str | Path, name: str) -> str | Path:
     """The file `name` below the folder `base` (a path or URL; the query of a URL, as in signed ones, stays).
 
@@ -99,8 +121,11 @@ def parent(path: str | Path) -> str | Path:
 
 
 def base_name(path: str | Path) -> str:
-    """The last part of a path or URL."""
-    return Path(urllib.parse.unquote(urllib.parse.urlsplit(str(path)).path) if is_url(path) else path).name
+    """The last part of a path or URL; "" for a URL without a path."""
+    if not is_url(path):
+        return Path(path).name
+    place = re.split("[?#]", str(path).partition("://")[2])[0]
+    return Path(urllib.parse.unquote(place.partition("/")[2])).name
 
 
 def reason_of(error: OSError) -> str:
@@ -277,9 +302,10 @@ class _Reader(io.RawIOBase):
 def _file_system(url: str, patience: Patience, end: int | None) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the file's name in it."""
     scheme = scheme_of(url)
+    refuse_malformed(url)
     if scheme in ("http", "https"):
         return http_system(patience.timeout_s, end), url
-    if "::" in url:
+    if "::" in url:  # fsspec would open one through the other
         raise UserError(f"{url}: is an address made of several; give that of the file itself")
     from fsspec.core import url_to_fs
 

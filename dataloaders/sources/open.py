@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataloaders.files.urls import base_name, is_url, on_this_machine
+from dataloaders.files.urls import base_name, is_url, on_this_machine, refuse_malformed
 from dataloaders.sources.base import Source, SourceSettings
 from kairos_train.basics.errors import UserError
 
@@ -16,6 +16,8 @@ def open_source(location: Path | str, settings: SourceSettings) -> Source:
         UserError: it is none of these, or cannot be read.
     """
     location = on_this_machine(location)
+    if is_url(location):
+        refuse_malformed(str(location))
     kind = kind_of(location)
     if settings.captions is not None and kind != "lerobot":
         raise UserError(

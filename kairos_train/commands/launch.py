@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.log import logger
+from kairos_train.basics.secrets import redacted
 from kairos_train.commands.output import Result, Table
 from kairos_train.commands.parsing import command, count, with_overrides
 from kairos_train.launch.prepare import split_words
@@ -158,7 +159,9 @@ def _pack(args: argparse.Namespace) -> tuple[list[SlurmJob], Any]:
         raise UserError(f"--sources {args.sources}: no such file; write one with a source per line")
     lines = [line.strip() for line in args.sources.read_text(encoding="utf-8").splitlines()]
     sources = [line for line in lines if line and not line.startswith("#")]
-    outs = [str(args.out / re.sub(r"(?<=.)\.\w+$", "", re.split("[/\\\\]", s.rstrip("/"))[-1])) for s in sources]
+    outs = [
+        str(args.out / re.sub(r"(?<=.)\.\w+$", "", re.split("[/\\\\]", redacted(s).rstrip("/"))[-1])) for s in sources
+    ]
     if not sources:
         raise UserError(f"--sources {args.sources}: holds no source; write one per line")
     if twice := [out for out in outs if outs.count(out) > 1]:

@@ -10,8 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+from kairos_train.basics.secrets import redacted, redacted_values
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,6 +52,7 @@ def show(result: Result, *, as_json: bool) -> int:
     """Print a result on stdout, of rank 0 alone; returns its exit code."""
     if int(os.environ.get("RANK", "0")):
         return result.code
+    result = _redacted(result)
     if as_json or (result.document is None and not sys.stdout.isatty()):
         if result.content:
             print(json.dumps(result.content, indent=1, sort_keys=True, default=str), flush=True)
@@ -58,6 +61,20 @@ def show(result: Result, *, as_json: bool) -> int:
     else:
         _show_on_terminal(result)
     return result.code
+
+
+def _redacted(result: Result) -> Result:
+    """Without the secrets that addresses carry."""
+    table = result.table
+    if isinstance(table, Table):
+        table = Table(redacted_values(table.rows), table.columns)
+    return replace(
+        result,
+        content=redacted_values(result.content),
+        table=redacted(table) if isinstance(table, str) else table,
+        look=redacted_values(result.look),
+        then=redacted_values(result.then),
+    )
 
 
 def _show_on_terminal(result: Result) -> None:

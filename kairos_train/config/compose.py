@@ -34,6 +34,7 @@ from dataloaders.config import DataConfig, WindowConfig
 from kairos_train.basics.errors import UserError, one_line, shown
 from kairos_train.basics.files import write_whole
 from kairos_train.basics.plain import MISSING, from_dict
+from kairos_train.basics.secrets import redacted_values
 from kairos_train.basics.yaml_text import MAX_DEPTH, yaml_text
 from kairos_train.config.groups import SHIPPED, groups_of
 from kairos_train.config.keys import MAPPINGS, annotation_of, describe, nearest, type_of, walk
@@ -114,9 +115,14 @@ def check(config: Config, sections: Sequence[str] | None = None) -> None:
     _check_paths(config, sections)
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, in the order of the schema."""
-    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+def to_yaml(config: Config, *, secrets: bool = False) -> str:
+    """The resolved configuration as YAML, in the order of the schema.
+
+    Args:
+        secrets: with user, password and query of its URLs, for a process that opens them.
+    """
+    values = asdict(config) if secrets else redacted_values(asdict(config))
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def to_text(value: Any) -> str:
@@ -143,9 +149,9 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved configuration; the file appears complete or not at all."""
-    write_whole(path, to_yaml(config))
+def save_config(config: Config, path: str | Path, *, secrets: bool = False) -> None:
+    """Write the resolved configuration, as `to_yaml` gives it; the file appears complete or not at all."""
+    write_whole(path, to_yaml(config, secrets=secrets))
 
 
 def load_saved(path: str | Path, *, sections: Sequence[str] | None = None) -> Config:

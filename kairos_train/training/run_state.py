@@ -14,6 +14,7 @@ from dataloaders.config import DataConfig
 from dataloaders.loading.loader import ShardLoader
 from kairos_train.basics.errors import MachineFault, UserError
 from kairos_train.basics.log import logger
+from kairos_train.basics.secrets import redacted_values
 from kairos_train.checkpoint.canonical import CheckpointReader, find_latest, list_checkpoints
 from kairos_train.checkpoint.retention import prune
 from kairos_train.checkpoint.saver import Saver
@@ -101,7 +102,8 @@ def changed_settings(settings: Mapping[str, Any], reader: CheckpointReader) -> l
     Raises:
         UserError: one that is not; naming it.
     """
-    old, new = _leaves(asdict(load_saved(reader.path / "config.yaml"))), _leaves(settings)
+    # What is saved has no secrets; a signature that was renewed is no other setting.
+    old, new = (_leaves(redacted_values(s)) for s in (asdict(load_saved(reader.path / "config.yaml")), settings))
     changes = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     for key in changes:
         if on_resume(key) == "fixed":

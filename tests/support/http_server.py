@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Habits:
         silent: this many answers take `silence_s` before their first byte.
         ranges: whether ranges are honoured.
         redirect: every answer leads there.
+        secret: what nobody is answered without: `user` has it as a password, and it is in the query.
         requests: (path, first byte asked for).
         logins: what each request said of its user.
         sent: bytes of all bodies that were begun.
@@ -37,6 +39,7 @@ class Habits:
     ranges: bool = True
     tag: str = '"1"'
     redirect: str | None = None
+    secret: str | None = None
     requests: list[tuple[str, int]] = field(default_factory=list)
     sent: int = 0
     logins: list[str | None] = field(default_factory=list)
@@ -66,6 +69,13 @@ def serving(folder: Path, habits: Habits | None = None) -> Iterator[tuple[str, H
                 habits.refuse -= 1
                 self.send_error(503)
                 return
+            if habits.secret is not None:
+                login = f"Basic {b64encode(f'user:{habits.secret}'.encode()).decode()}"
+                if self.headers.get("Authorization") != login or habits.secret not in unquote(
+                    self.path.partition("?")[2]
+                ):
+                    self.send_error(403)
+                    return
             if not (folder / name).is_file():
                 self.send_error(404)
                 return

@@ -99,7 +99,7 @@ def report(deviations: list[Deviation], ranks: str) -> str:
 def _run(config: Config, steps: int, out: Path, *, ranks: int) -> None:
     """`ranks` processes that train `config` and leave the trace in `out`."""
     saved = out.with_suffix(".yaml")
-    save_config(config, saved)
+    save_config(config, saved, secrets=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", __spec__.name, str(saved), str(steps), str(out)]
     clean = {key: value for key, value in os.environ.items() if key not in LAUNCHER}

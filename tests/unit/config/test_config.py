@@ -315,6 +315,15 @@ def test_saved_configuration_reads_back_equal(tmp_path):
     assert "${" not in (tmp_path / "config.yaml").read_text()
 
 
+def test_saved_configuration_has_the_secrets_of_urls_for_those_alone_that_open_them(tmp_path):
+    config = load_config([DEMO, "data.shards='https://user:SECRET@host/shards?signature=SECRET'"])
+    save_config(config, tmp_path / "config.yaml", secrets=True)
+    assert load_saved(tmp_path / "config.yaml") == config
+    save_config(config, tmp_path / "config.yaml")
+    assert "SECRET" not in (tmp_path / "config.yaml").read_text()
+    assert load_saved(tmp_path / "config.yaml").data.shards == "https://host/shards"
+
+
 def test_a_file_of_an_earlier_version_has_defaults_for_what_it_does_not_say(tmp_path):
     text = to_yaml(load_config([DEMO]))
     start = text.index("  image_conditions:")

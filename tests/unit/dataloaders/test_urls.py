@@ -132,6 +132,42 @@ def test_a_download_appears_when_it_is_complete(folder, tmp_path):
     assert [p.name for p in target.parent.iterdir()] == ["copy.bin"]
 
 
+def test_a_user_and_a_password_are_told_to_their_own_server_alone(folder):
+    with serving(folder, Habits(secret="a/b c")) as (address, habits):
+        own = address.replace("http://", "http://user:a%2Fb%20c@")
+        assert read_url(f"{own}/data.bin?signature=a/b%20c", Patience(attempts=1)) == DATA
+        with (
+            serving(folder, Habits(redirect=f"{address}/data.bin")) as (other, first),
+            pytest.raises(PermissionError, match="403"),
+        ):
+            read_url(f"{other.replace('http://', 'http://user:secret@')}/data.bin", Patience(attempts=1))
+    assert first.logins[0].startswith("Basic ")
+    assert habits.logins[-1] is None
+
+
+def test_a_name_that_is_not_ascii_is_read(folder):
+    (folder / "é ü.bin").write_bytes(b"x")
+    with serving(folder) as (address, _):
+        assert read_url(join(address, "é ü.bin"), QUICK) == read_url(f"{address}/é%20ü.bin", QUICK) == b"x"
+
+
+@pytest.mark.parametrize(
+    ("url", "match"),
+    [
+        ("https://h/a b.mp4?sig=SECRET x", "'https://h/a': is no URL .has a blank"),
+        ("https://h/a?sig=SECRET\n", "'https://h/a': is no URL .has a blank or control"),
+        ("https://[h/a?sig=SECRET", "is no URL .Invalid IPv6"),
+        ("https://u:SECRET@h:port/a", "'https://h:port/a': is no URL .Port could not be cast"),
+        ("https:///a?SECRET", "'https:///a': is no URL .has no host"),
+    ],
+)
+def test_what_is_no_url_is_refused_without_its_secrets(url, match):
+    with pytest.raises(UserError, match=match) as caught:
+        open_url(url)
+    assert "SECRET" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_object_store_is_read_through_fsspec():
     with fsspec.open("memory://bucket/a.bin", "wb") as file:
         file.write(DATA)

@@ -1,6 +1,6 @@
 """What is held to be right before a run takes a device, and what it continues from."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +8,14 @@ import torch
 from support.settings import changed
 from support.tiny_export import random_weights, tiny_config
 
+from dataloaders.config import SourceConfig
 from kairos_train.basics.errors import UserError
+from kairos_train.checkpoint.canonical import CheckpointReader
 from kairos_train.checkpoint.writing import write_checkpoint
 from kairos_train.config.compose import to_yaml
 from kairos_train.config.schema import Config
 from kairos_train.training.build_run import check, confirm
-from kairos_train.training.run_state import checkpoints
+from kairos_train.training.run_state import changed_settings, checkpoints
 from parallel.topology import Topology
 
 ALONE = Topology.single(torch.device("cpu"))
@@ -54,6 +56,19 @@ def test_what_changed_is_reported_unless_it_is_silent(config):
         check(changed(config, {"stage.cfg_dropout": 0.2}))
     with pytest.raises(UserError, match=r"^train\.precision=fp32: the run in run_dir=.* was started with bf16"):
         check(changed(config, {"train.precision": "fp32"}))
+
+
+def test_a_signature_that_was_renewed_is_no_other_setting(config):
+    def settings(host: str, secret: str):
+        shards = f"https://user:{secret}@{host}/shards?signature={secret}"
+        return changed(config, {"data.shards": shards, "data.sources": [SourceConfig(shards=shards)]})
+
+    path = save(settings("a", "OLD"), 10)
+    assert "https://a/shards" in (path / "config.yaml").read_text()
+    assert "OLD" not in (path / "config.yaml").read_text()
+    assert changed_settings(asdict(settings("a", "NEW")), CheckpointReader(path)) == []
+    with pytest.raises(UserError, match=r"^data\.shards=https://b/shards: the run .* with https://a/shards; set that"):
+        changed_settings(asdict(settings("b", "NEW")), CheckpointReader(path))
 
 
 def test_a_checkpoint_with_a_wrong_byte_is_passed_over_once_all_ranks_can_look(config):
