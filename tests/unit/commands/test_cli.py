@@ -164,10 +164,15 @@ def test_a_stopped_run_is_one_line_with_its_own_exit_code(error, code, monkeypat
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_fault_of_the_project_keeps_its_traceback(monkeypatch):
+def test_a_fault_of_the_project_keeps_its_traceback_without_secrets(monkeypatch, capsys):
     def fail(args):
-        raise RuntimeError("a fault")
+        raise RuntimeError("a fault at https://user:SECRET@host/a?signature=SECRET")
 
     monkeypatch.setattr(training, "run_config", fail)
-    with pytest.raises(RuntimeError, match="a fault"):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(RuntimeError, match="a fault") as caught:
         cli.main(["config"])
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "RuntimeError: a fault at https://host/a"

@@ -124,6 +124,7 @@ def test_the_home_folder_is_meant_in_the_script_too(tmp_path, monkeypatch, capsy
     [
         ("", "holds no source"),
         ("a\nb/a\n", "two sources would be packed into out/a"),
+        ("https://h/a.tar?sig=SECRET\nhttps://u:SECRET@h/b/a.tar\n", "two sources would be packed into out/a;"),
         ("gone\n", "gone does not exist"),
     ],
 )
