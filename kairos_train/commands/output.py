@@ -58,7 +58,7 @@ def show(result: Result, *, as_json: bool) -> int:
             print(json.dumps(result.content, indent=1, sort_keys=True, default=str), flush=True)
     elif result.document is not None:
         print(result.document, end="" if result.document.endswith("\n") else "\n", flush=True)
-    else:
+    elif result.content or result.table is not None:  # a server that was stopped has nothing to show, and no rich
         _show_on_terminal(result)
     return result.code
 

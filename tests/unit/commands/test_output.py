@@ -2,6 +2,7 @@
 
 import ast
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,12 @@ def test_a_document_is_the_same_everywhere_but_for_json(shown, capsys):
     assert capsys.readouterr().out == "a: 1\n"
     show(document, as_json=True)
     assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_what_ends_without_a_result_needs_no_package_to_say_so(shown, monkeypatch):
+    """A server, where the project is installed with the extra `serve` alone."""
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert shown(Result()) == []
 
 
 def test_other_ranks_show_nothing_and_give_the_exit_code(monkeypatch, capsys):
