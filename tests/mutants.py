@@ -2020,6 +2020,107 @@ MUTANTS = (
             "test_the_last_one_that_set_it_is_named",
         ),
     ),
+    # --- strangers ---
+    *mutants(
+        "strangers",
+        "slurm/on_node.sh",
+        "tests/unit/launch/test_on_node.py",
+        (
+            "a node's code lies below another user's folder",
+            "((owner == root || owner == EUID))",
+            "((owner >= 0))",
+            "test_a_folder_of_another_user_is_refused",
+        ),
+        (
+            "a group may exchange a node's code",
+            "8#$mode & 8#22",
+            "8#$mode & 8#2",
+            "test_a_folder_that_others_may_write_to_needs_its_sticky_bit",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "kairos_train/config/compose.py",
+        "tests/unit/config/test_hostile_text.py",
+        (
+            "a saved configuration asks its reader's environment",
+            "value) if isinstance(value, str) else value",
+            "value) if value is None else value",
+            "test_a_saved_configuration_is_read_as_it_stands",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "kairos_train/basics/yaml_text.py",
+        "tests/unit/config/test_hostile_text.py",
+        (
+            "an alias counts as one value, whatever it stands for",
+            "found, anchor = values[event.anchor], None",
+            "found, anchor = 1, None",
+            "test_a_hostile_saved_configuration_is_refused_in_one_line[a bomb of merged mappings]",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "kairos_train/basics/pages.py",
+        "tests/unit/basics/test_pages.py",
+        (
+            "text in a page is HTML",
+            'return Html("".join(map(escape, pieces)))',
+            'return Html("".join(map(str, pieces)))',
+            "test_text_is_shown_as_it_is_wherever_it_stands",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "kairos_train/serving/admission.py",
+        "tests/unit/serving/test_admission.py",
+        (
+            "a flood of one address closes the sockets of another",
+            "if whose == most)",
+            "if whose)",
+            "test_the_sockets_of_one_address_go_before_those_of_another",
+        ),
+        (
+            "one client may have all connections",
+            "or same >= self._per_client",
+            "or same > self._most",
+            "test_a_client_has_no_more_connections_than_its_share",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "kairos_train/serving/run.py",
+        "tests/unit/serving/test_admission.py",
+        (
+            "a token that a group may read is taken",
+            "if about.st_mode & 0o077:",
+            "if about.st_mode & 0o007:",
+            "test_a_token_that_others_may_use_is_refused",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "kairos_train/basics/files.py",
+        "tests/unit/basics/test_files.py",
+        (
+            "folders of checkpoints are closed to a group that the umask lets in",
+            "    folder.mkdir()",
+            "    folder.mkdir(mode=0o755)",
+            "test_the_mode_of_a_folder_is_the_umasks",
+        ),
+    ),
+    *mutants(
+        "the watch",
+        "kairos_train/training/run.py",
+        "tests/unit/training/test_run_end.py",
+        (
+            "a rank that ends by an error says goodbye as if it had finished",
+            "raise error  # through the watch",
+            "pass  # through the watch",
+            "test_the_watch_around_a_run_learns_by_what_it_ends",
+        ),
+    ),
 )
 
 

@@ -128,5 +128,7 @@ def accepted(server: Running) -> float:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
     while not holds():
+        assert time.monotonic() < end, "it never came to that"
         time.sleep(0.02)
