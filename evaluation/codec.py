@@ -13,7 +13,6 @@ import numpy as np
 
 from dataloaders.shards import read_index
 from evaluation.held_out import spread_batches
-from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.interfaces import VideoEncoder
 
 MOVED = 10
@@ -25,7 +24,7 @@ def reconstruction(codec: VideoEncoder, shards: Path, *, windows: int = 64, batc
 
     Args:
         codec: encodes and decodes.
-        shards: folder of windows that hold frames.
+        shards: folder of windows.
         windows: how many, spread evenly over the shards.
 
     Returns:
@@ -33,13 +32,11 @@ def reconstruction(codec: VideoEncoder, shards: Path, *, windows: int = 64, batc
         where none does).
 
     Raises:
-        UserError: the shards hold no frames, or are damaged.
+        UserError: the shards are damaged.
     """
     index, total, moving = read_index(shards), [0.0, 0], [0.0, 0]
     count = 0
     for batch in spread_batches(index, count=windows, batch_size=batch_size, with_frames=True):
-        if batch.frames is None:
-            raise UserError(f"{shards}: holds no frames; pack the dataset without --drop-frames")
         recorded = batch.frames.numpy()
         error = squared_error(codec.decode(codec.encode(batch.frames)).cpu().numpy(), recorded)
         mask = moving_pixels(recorded)

@@ -2121,6 +2121,122 @@ MUTANTS = (
             "test_the_watch_around_a_run_learns_by_what_it_ends",
         ),
     ),
+    # --- the learned codec, and foresight ---
+    *mutants(
+        "tiny vae",
+        "kairos_train/conditioning/tiny_vae.py",
+        "tests/unit/conditioning/test_tiny_vae.py",
+        (
+            "a latent frame sees later ones",
+            "before = nn.functional.pad(y, (0, 0, 0, 0, 0, 0, 2, 0))",
+            "before = nn.functional.pad(y, (0, 0, 0, 0, 0, 0, 0, 2))",
+            "test_no_latent_frame_and_no_picture_depends_on_later_ones",
+        ),
+        (
+            "latents are not scaled",
+            "return (latents - self.mean.view(1, -1, 1, 1, 1)) / self.std.view(1, -1, 1, 1, 1)",
+            "return latents - self.mean.view(1, -1, 1, 1, 1)",
+            "test_latents_are_normalised_by_the_weights_own_mean_and_spread",
+        ),
+    ),
+    *mutants(
+        "tiny vae",
+        "kairos_train/training/codec.py",
+        "tests/unit/conditioning/test_tiny_vae.py",
+        (
+            "a resumed training draws other crops",
+            'self.generator.set_state(state["generator"])',
+            "pass",
+            "test_training_that_was_stopped_goes_on_as_if_it_never_had",
+        ),
+        (
+            "a resumed training draws other noise",
+            'torch.set_rng_state(state["random"])',
+            "pass",
+            "test_training_that_was_stopped_goes_on_as_if_it_never_had",
+        ),
+        (
+            "a resumed training begins its average anew",
+            'self.step, self.seconds, self.average = state["step"], state["seconds"], state["average"]',
+            'self.step, self.seconds = state["step"], state["seconds"]',
+            "test_training_that_was_stopped_goes_on_as_if_it_never_had",
+        ),
+        (
+            "the last weights are kept, not the average",
+            "model.load_state_dict(self.average)",
+            "model.load_state_dict(self.model.state_dict())",
+            "test_what_is_kept_is_the_average_of_the_weights",
+        ),
+    ),
+    *mutants(
+        "foresight",
+        "evaluation/world.py",
+        "tests/unit/evaluation/test_world.py",
+        (
+            "what moves is asked of the frame before",
+            "moving = (np.abs(recorded[i, frame] - last) > MOVED).any(-1)",
+            "moving = (np.abs(recorded[i, frame] - recorded[i, frame - 1].astype(np.int16)) > MOVED).any(-1)",
+            "test_copy_and_codec_are_counted_over_all_windows_on_all_and_on_moving_pixels",
+        ),
+        (
+            "the gap is of the model's error",
+            "float((copy - model) / (copy - codec))",
+            "float((copy - model) / copy)",
+            "test_gain_and_gap_compare_squared_errors_on_moving_pixels",
+        ),
+        (
+            "windows count beyond their episode",
+            'if given - 1 + h < meta.get("valid_frames", len(recorded[i]))',
+            "if given - 1 + h < len(recorded[i])",
+            "test_copy_and_codec_are_counted_over_all_windows_on_all_and_on_moving_pixels",
+        ),
+        (
+            "noise depends on the place in the batch",
+            "seeds=[window_seed(seed, key) for key in batch.keys]",
+            "seeds=[seed + i for i in range(len(batch.keys))]",
+            "test_the_noise_of_a_window_does_not_depend_on_the_batching",
+        ),
+    ),
+    # --- Ctrl-C, and what killed commands leave ---
+    *mutants(
+        "stopping",
+        "kairos_train/operations/stopping.py",
+        "tests/unit/operations/test_stopping.py",
+        (
+            "the second Ctrl-C changes nothing",
+            "signal.signal(number, signal.SIG_DFL)",
+            "pass",
+            "test_ctrl_c_is_noted_and_said_and_the_second_ends_the_process_at_once",
+        ),
+    ),
+    *mutants(
+        "stopping",
+        "dataloaders/loading/prefetch.py",
+        "tests/unit/dataloaders/test_loader_damage.py",
+        (
+            "Ctrl-C ends the loader's processes",
+            "signal.signal(signal.SIGINT, signal.SIG_IGN)",
+            "pass",
+            "test_ctrl_c_is_for_the_training_process_whose_workers_go_on",
+        ),
+    ),
+    *mutants(
+        "stopping",
+        "kairos_train/basics/files.py",
+        "tests/unit/basics/test_files.py",
+        (
+            "what a living process writes is removed",
+            'if process.isdigit() and not Path("/proc", process).exists():',
+            "if process.isdigit():",
+            "test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not",
+        ),
+        (
+            "what a killed process left stays",
+            'if process.isdigit() and not Path("/proc", process).exists():',
+            "if False:",
+            "test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not",
+        ),
+    ),
 )
 
 

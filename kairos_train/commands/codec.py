@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
     """Add the subcommands."""
     codec = group(commands, "codec", "the small learned video codec, for demos on a CPU")
     train = command(codec, "train", run_codec_train, "train it on packed windows; repeat the command to go on")
-    train.add_argument("shards", nargs="+", type=Path, metavar="SHARDS", help="folders of windows with frames")
+    train.add_argument("shards", nargs="+", type=Path, metavar="SHARDS", help="folders of windows")
     train.add_argument("--out", type=Path, required=True, help="new folder for model.safetensors and codec.json")
     recipe = CodecRecipe()
     train.add_argument("--steps", type=count, default=recipe.steps, help="optimiser steps")
@@ -62,6 +62,6 @@ def add(commands: Any) -> None:
     train.add_argument("--workers", type=count, default=recipe.workers, help="loader processes per folder")
 
     evaluate = command(codec, "evaluate", run_codec_evaluate, "PSNR of reconstructions, beside the block DCT")
-    evaluate.add_argument("shards", nargs="+", type=Path, metavar="SHARDS", help="folders of windows with frames")
+    evaluate.add_argument("shards", nargs="+", type=Path, metavar="SHARDS", help="folders of windows")
     evaluate.add_argument("--weights", type=Path, required=True, help="model.safetensors of `codec train`")
     evaluate.add_argument("--windows", type=count, default=64, help="of each folder")

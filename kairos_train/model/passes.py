@@ -6,6 +6,7 @@ A actions, N context tokens, D width, H heads, E head width, M video keys, Fk fr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class ActionContext:
     mask: Tensor | None
 
 
-class VideoPass:
+class VideoPass(ABC):
     """Frames on their way through the video stream, layer by layer; a subclass says what their tokens attend to.
 
     Args:
@@ -67,17 +68,17 @@ class VideoPass:
         self.x, left = self.stream.activations.run(run, self.x, self.modulation, context, weights=block)
         return left
 
+    @abstractmethod
     def attend(
         self, layer: attention.Attention, spec: WindowSpec, h: Tensor, state: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
         """Windowed self-attention of h (B, F, l, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def recur(
         self, layer: GatedDeltaNet, h: Tensor, state: RecurrentState | None
     ) -> tuple[Tensor, RecurrentState | None]:
         """The recurrence over h (B, F, l, D)."""
-        raise NotImplementedError
 
     def finish(self) -> Tensor:
         """Velocities of the frames (B, C, F, H, W)."""

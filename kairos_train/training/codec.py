@@ -1,4 +1,4 @@
-"""Training of the small video codec (`kairos_train.conditioning.tiny_vae`) on packed windows with frames.
+"""Training of the small video codec (`kairos_train.conditioning.tiny_vae`) on packed windows.
 
 Each step takes random crops of random parts of the windows of every source in equal numbers. The loss is the squared
 and, less, the absolute error of the decoded pixels, more where a pixel differs from the clip's first frame (robots are
@@ -11,8 +11,9 @@ Shapes: B crops, T frames, F latent frames, H W pixels.
 from __future__ import annotations
 
 import math
+import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from torch import Tensor
 from dataloaders.config import DataConfig
 from dataloaders.loading.cursor import LoaderShard
 from dataloaders.loading.loader import ShardLoader
-from kairos_train.basics.errors import UserError
+from kairos_train.basics.errors import UserError, one_line
 from kairos_train.basics.files import describe_file, new_folder, replacing, write_json
-from kairos_train.basics.geometry import TIME_STRIDE
+from kairos_train.basics.geometry import SPACE_STRIDE, TIME_STRIDE
 from kairos_train.conditioning.tiny_vae import NOISE, TinyAutoencoder, to_pixels
 from kairos_train.config.codec_recipe import CodecRecipe
 
@@ -37,23 +38,33 @@ MEASURED = 20  # batches from which the latents' mean and spread are taken
 
 
 def train_codec(
-    shards: Sequence[Path], out: Path, recipe: CodecRecipe, *, say: Any = print, say_every: int = 100
+    shards: Sequence[Path],
+    out: Path,
+    recipe: CodecRecipe,
+    *,
+    say: Callable[[str], object] = print,
+    say_every: int = 100,
 ) -> dict[str, Any]:
     """Train a codec and write `model.safetensors` and `codec.json` into the new folder `out`.
 
-    The state of an unfinished training is in `out` with `.training.pt` behind its name; the same call goes on from it
+    The state of an unfinished training is beside `out`, as NAME.training.pt; the same call goes on from it
     exactly as if it had never stopped, and removes it at the end.
 
     Args:
-        shards: folders of windows that hold frames.
+        shards: folders of windows.
         say: takes a line of progress every `say_every` steps.
 
     Returns:
         What codec.json holds.
 
     Raises:
-        UserError: `out` exists; shards without frames; a state of other shards or another recipe.
+        UserError: `out` exists; a recipe that cannot be trained by, or windows of fewer than 5 frames; a state that
+            cannot be read, or is of other shards or another recipe.
     """
+    if recipe.crop % SPACE_STRIDE:
+        raise UserError(f"--crop {recipe.crop}: must be a multiple of {SPACE_STRIDE}")
+    if not 0 < recipe.lr < math.inf:
+        raise UserError(f"--lr {recipe.lr}: must be above 0 and finite")
     if out.exists():
         raise UserError(f"--out {out}: exists; name a new folder")
     started = time.monotonic()
@@ -112,7 +123,7 @@ class _Training:
             data = DataConfig(shards=str(folder), workers=recipe.workers)
             loader = ShardLoader(data, LoaderShard(count, 1, 0, 1), seed=recipe.seed)
             window = loader.index.window
-            if min(window.height, window.width) < 8 or window.frames <= TIME_STRIDE:
+            if window.frames <= TIME_STRIDE:
                 raise UserError(f"{folder}: its windows are of {window.frames} frames; the codec needs 5 or more")
             self.loaders.append(loader)
 
@@ -169,7 +180,10 @@ class _Training:
             )
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path}: cannot be read ({one_line(error)}); remove it to begin again") from error
         if state["recipe"] != vars(self.recipe) or len(state["loaders"]) != len(self.loaders):
             raise UserError(f"{path}: is of another training ({state['recipe']}); repeat its command, or remove it")
         for loader, position in zip(self.loaders, state["loaders"]):

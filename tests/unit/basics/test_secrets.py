@@ -35,6 +35,7 @@ def test_other_text_stays(text):
 
 @pytest.mark.parametrize("kind", EXIT_CODES)
 def test_errors_hold_no_secret_in_any_process(kind):
+    # Loader processes send their errors by pickle, which makes them anew from their arguments.
     error = kind("https://h/a?sig=SECRET: is bad")
     assert str(error) == str(pickle.loads(pickle.dumps(error))) == "https://h/a: is bad"
     assert one_line(OSError("https://u:SECRET@h\nis bad")) == "https://h is bad"

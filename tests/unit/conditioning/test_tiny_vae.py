@@ -13,7 +13,7 @@ from kairos_train.basics.errors import UserError
 from kairos_train.conditioning.interfaces import VideoEncoder
 from kairos_train.conditioning.tiny_vae import TinyAutoencoder, TinyVAE
 from kairos_train.config.codec_recipe import CodecRecipe
-from kairos_train.training.codec import train_codec
+from kairos_train.training.codec import _Training, train_codec
 
 RECIPE = CodecRecipe(steps=4, batch=2, crop=16, workers=0, save_every=1)
 
@@ -115,6 +115,14 @@ def test_training_that_was_stopped_goes_on_as_if_it_never_had(shards, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["halves", "whole"]
 
 
+def test_what_is_kept_is_the_average_of_the_weights(shards):
+    training = _Training([shards], RECIPE)
+    training.average = {name: torch.full_like(value, 0.25) for name, value in training.average.items()}
+    kept = training.finish()
+    assert all((parameter == 0.25).all() for parameter in kept.parameters())
+
+
+@pytest.mark.slow
 def test_training_lowers_the_error_and_measures_the_latents(shards, tmp_path):
     lines: list[str] = []
     recipe = replace(RECIPE, steps=60, save_every=1000)
@@ -136,7 +144,25 @@ def test_a_state_of_another_training_is_refused(shards, tmp_path):
         train_codec([shards], tmp_path / "codec", replace(RECIPE, steps=3), say=stop, say_every=2)
     with pytest.raises(UserError, match="is of another training"):
         train_codec([shards], tmp_path / "codec", RECIPE)
+    (tmp_path / "codec.training.pt").write_bytes(b"PK no state")
+    with pytest.raises(UserError, match=r"codec.training.pt: cannot be read \(.*; remove it to begin again"):
+        train_codec([shards], tmp_path / "codec", RECIPE)
     (tmp_path / "codec.training.pt").unlink()
     (tmp_path / "codec").mkdir()
     with pytest.raises(UserError, match="exists; name a new folder"):
         train_codec([shards], tmp_path / "codec", RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"crop": 20}, "--crop 20: must be a multiple of 8"),
+        ({"lr": 0.0}, "--lr 0.0: must be above 0"),
+        ({"lr": float("nan")}, "--lr nan: must be above 0"),
+        ({"batch": 1}, "--batch 1: must hold a crop of each of 2 folders"),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_by_is_refused(shards, tmp_path, change, said):
+    with pytest.raises(UserError, match=said):
+        train_codec([shards, shards], tmp_path / "codec", replace(RECIPE, **change))
+    assert not list(tmp_path.iterdir())
