@@ -56,10 +56,11 @@ test-quick-data: setup
 test-quick-rest: setup
 	$(PYTEST) $(QUICK) tests/unit tests/e2e --ignore=$(DATA)
 
-test-nightly: test mutants ## everything: full grids of layouts, parity of all of them, a hundred faults
+test-nightly: test mutants ## everything: full grids of layouts, parity of all of them, a hundred faults, files of strangers
 	$(PYTEST) -m nightly --timeout 3600 tests
 	$(BIN)/python benchmarks/parity.py
 	$(BIN)/python benchmarks/chaos.py --faults 100 --seed 0
+	$(BIN)/python benchmarks/attack.py
 
 test-unit: setup
 	$(PYTEST) tests/unit --ignore=$(DATA)

@@ -2237,6 +2237,180 @@ MUTANTS = (
             "test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not",
         ),
     ),
+    # --- files of strangers ---
+    *mutants(
+        "strangers",
+        "kairos_train/basics/foreign_files.py",
+        "tests/unit/basics/test_foreign_values.py",
+        (
+            "the depth of JSON is not looked at",
+            "return any(isinstance(part, list | dict) for part in level)",
+            "return False",
+            "test_json_beyond_the_limits_is_refused",
+        ),
+        (
+            "a number of 400 digits is a whole one",
+            "return int(digits) if len(digits) <= _DIGITS else float(digits)",
+            "return int(digits)",
+            "test_numbers_of_hundreds_of_digits_are_what_other_readers_make_of_them",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "kairos_train/basics/secrets.py",
+        "tests/unit/basics/test_secrets.py",
+        (
+            "passwords are shown",
+            '_LOGIN.sub(r"\\1", text)',
+            "text",
+            "test_a_login_and_a_query_are_cut_out",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "kairos_train/config/compose.py",
+        "tests/unit/config/test_config.py",
+        (
+            "a saved configuration has the secrets of URLs",
+            "values = asdict(config) if secrets else redacted_values(asdict(config))",
+            "values = asdict(config)",
+            "test_saved_configuration_has_the_secrets_of_urls_for_those_alone_that_open_them",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "kairos_train/training/run_state.py",
+        "tests/unit/training/test_build_run.py",
+        (
+            "a renewed signature is another setting",
+            "_leaves(redacted_values(s))",
+            "_leaves(s)",
+            "test_a_signature_that_was_renewed_is_no_other_setting",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "dataloaders/files/video_file.py",
+        "tests/unit/dataloaders/test_hostile_clips.py",
+        (
+            "FFmpeg chooses the format",
+            "with av.open(source, format=form, options=allowed)",
+            "with av.open(source, options=allowed)",
+            "test_each_bad_row_is_one_line_and_the_others_are_packed",
+        ),
+        (
+            "every frame is asked for its display matrix",
+            "if frame.rotation not in self.turns:",
+            "if True:",
+            "test_frames_are_not_kept_until_python_looks_for_circles",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "dataloaders/files/images.py",
+        "tests/unit/dataloaders/test_hostile_clips.py",
+        (
+            "Pillow chooses the format",
+            "formats=[form] if form else _UNNAMED",
+            "formats=None",
+            "test_each_bad_row_is_one_line_and_the_others_are_packed",
+        ),
+        (
+            "an image may have any number of pixels",
+            "if image.width * image.height > most:",
+            "if False:",
+            "test_each_bad_row_is_one_line_and_the_others_are_packed",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "dataloaders/files/places.py",
+        "tests/unit/dataloaders/test_hostile_clips.py",
+        (
+            "links to folders are followed",
+            "place = Path(os.path.realpath(path.parent))",
+            "place = path.parent",
+            "test_each_bad_row_is_one_line_and_the_others_are_packed",
+        ),
+        (
+            "addresses made of several are opened",
+            "if scheme in REMOTE and not chained:",
+            "if scheme in REMOTE:",
+            "test_each_bad_row_is_one_line_and_the_others_are_packed",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "dataloaders/files/http_files.py",
+        "tests/unit/dataloaders/test_urls.py",
+        (
+            "a password goes along with a redirection",
+            "request.add_unredirected_header(",
+            "request.add_header(",
+            "test_a_user_and_a_password_are_told_to_their_own_server_alone",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "dataloaders/files/tar_samples.py",
+        "tests/unit/dataloaders/test_hostile_clips.py",
+        (
+            "headers may stand in a row without end",
+            " or self.reads > _HEADER_READS",
+            "",
+            "test_each_bad_tar_is_one_line_and_what_is_before_it_is_packed",
+        ),
+        (
+            "sparse members are read",
+            "if isinstance(members, dict) and member.issparse():",
+            "if False:",
+            "test_each_bad_tar_is_one_line_and_what_is_before_it_is_packed",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "dataloaders/files/tables.py",
+        "tests/unit/dataloaders/test_hostile_robots.py",
+        (
+            "texts that repeat count once",
+            "size += sum(map(_decoded_bytes, batch.columns))",
+            "size += batch.nbytes",
+            "test_a_bad_episode_is_one_line_and_the_other_is_packed",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "dataloaders/loading/access.py",
+        "tests/unit/dataloaders/test_hostile_robots.py",
+        (
+            "a sample of a shard may have any size",
+            "if at - ranges[-1][0] > most_bytes:",
+            "if False:",
+            "test_a_hostile_sample_is_one_line_and_another_is_trained_on",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "dataloaders/packing/spool.py",
+        "tests/unit/dataloaders/test_hostile_clips.py",
+        (
+            "a sample that no shard can hold ends a packing that may skip",
+            "return Bad(sample.key, str(error))",
+            "raise",
+            "test_a_sample_that_no_shard_can_hold_is_skipped_alone",
+        ),
+    ),
+    *mutants(
+        "strangers",
+        "dataloaders/sources/clips.py",
+        "tests/unit/dataloaders/test_hostile_clips.py",
+        (
+            "pictures are held at their full size",
+            "fit=lambda picture: _covered(picture, clips), **given",
+            "**given",
+            "test_large_pictures_are_held_one_at_a_time",
+        ),
+    ),
 )
 
 

@@ -109,6 +109,18 @@ def zeros(count: int) -> pa.Table:
     return pa.table({"timestamp": pa.array(np.zeros(count))})
 
 
+def many_zeros(count: int) -> Damage:
+    """As `zeros`, of more rows than should be in memory here."""
+
+    def damage(root: Path) -> None:
+        part = zeros(10_000_000)
+        with pq.ParquetWriter(data_file(root, 1), part.schema, compression="zstd") as writer:
+            for _ in range(count // part.num_rows):
+                writer.write_table(part)
+
+    return damage
+
+
 def vector_of_zeros(count: int) -> pa.Array:
     """One row of many numbers, and others of one."""
     offsets = pa.array([0, count, *range(count + 1, count + FRAMES)], pa.int32())

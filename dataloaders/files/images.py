@@ -7,6 +7,7 @@ old video formats store pixels that are not square, and some pictures have 16 bi
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,8 +21,13 @@ from kairos_train.basics.foreign_files import holds_lfs_pointer, is_lfs_pointer,
 IMAGES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 """What a file is called -> Pillow's name of the only format that it is read as."""
 
+Turn = Callable[[np.ndarray], np.ndarray]
+"""A picture as it is stored -> as it is shown."""
+
 _UNNAMED = sorted({*IMAGES.values(), "TIFF"})  # depth is stored in the last
-_TURNS = {  # (a, b, c, d) of a display matrix, x' = a x + c y and y' = b x + d y -> what shows the picture so
+_TURNS: dict[
+    tuple, Turn
+] = {  # (a, b, c, d) of a display matrix, x' = a x + c y and y' = b x + d y -> what shows the picture so
     (1, 0, 0, 1): lambda p: p,
     (0, 1, -1, 0): lambda p: np.rot90(p, 3),
     (-1, 0, 0, -1): lambda p: np.rot90(p, 2),
@@ -99,16 +105,19 @@ def _format(source: bytes | Path, suffix: str | None, name: str) -> str | None:
     return None if suffix is None else IMAGES[suffix.lower()]
 
 
-def frame_pixels(frame: av.VideoFrame, aspect: Fraction | None, *, name: str, most_pixels: int) -> np.ndarray:
+def frame_pixels(
+    frame: av.VideoFrame, aspect: Fraction | None, turn: Turn, *, name: str, most_pixels: int
+) -> np.ndarray:
     """A decoded frame as it is meant to be shown; more than 8 bits per channel are scaled.
 
     Args:
         aspect: width over height of a stored pixel; None: square. The shorter side is stretched.
+        turn: of `display_turn`.
         name: what errors call the video.
         most_pixels: of the picture that is shown.
 
     Raises:
-        UserError: it has more pixels, or is to be shown at an angle that is no multiple of 90 degrees.
+        UserError: it has more pixels.
     """
     width, height = frame.width, frame.height
     if aspect and aspect != 1:
@@ -118,17 +127,24 @@ def frame_pixels(frame: av.VideoFrame, aspect: Fraction | None, *, name: str, mo
             f"{name}: is shown at {width}x{height}, more than data.limits.video_pixels={most_pixels}; scale it down or "
             "raise that"
         )
-    picture = frame.to_ndarray(format="rgb24", width=width, height=height)
+    return np.ascontiguousarray(turn(frame.to_ndarray(format="rgb24", width=width, height=height)))
+
+
+def display_turn(frame: av.VideoFrame, *, name: str) -> Turn:
+    """How a frame's display matrix has it shown. PyAV keeps a frame that is asked for it, until Python looks for
+    circles: ask one for all.
+
+    Raises:
+        UserError: at an angle that is no multiple of 90 degrees; `name` is what it calls the video.
+    """
     data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return picture
-    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].astype(np.float64)
+    a, b, _, c, d = np.zeros(5) if data is None else np.frombuffer(data, np.int32)[:5].astype(np.float64)
     if not (scale := max(abs(a), abs(b), abs(c), abs(d))):
-        return picture
+        return _TURNS[1, 0, 0, 1]
     turn = tuple(round(v) if abs(v - round(v)) < 1e-3 else None for v in np.array([a, b, c, d]) / scale)
     if turn not in _TURNS:
         raise UserError(
             f"{name}: its display matrix turns or shears the picture by no multiple of 90 degrees ({a:g} {b:g} {c:g} "
             f"{d:g}); write the picture as it is to be shown"
         )
-    return np.ascontiguousarray(_TURNS[turn](picture))
+    return _TURNS[turn]

@@ -13,14 +13,14 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
 import numpy as np
 
 from dataloaders.config import LimitsConfig
-from dataloaders.files.images import frame_pixels
+from dataloaders.files.images import Turn, display_turn, frame_pixels
 from kairos_train.basics.errors import UserError
 from kairos_train.basics.foreign_files import is_lfs_pointer, pointer_fault, refuse_lfs_pointer
 
@@ -28,6 +28,7 @@ VIDEOS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", ".webm": "webm", ".a
 """What a file is called -> FFmpeg's name of the only format that it is read as."""
 
 _ALLOCATION = 1 << 28  # bytes that FFmpeg may ask for at once: the index of a file may promise what is not in it
+_LARGE, _FEW_THREADS = 1 << 22, 4  # pixels of a picture from which so few decode: each thread holds frames of its own
 
 Fit = Callable[[np.ndarray], np.ndarray]
 """What is kept of a picture uint8 (H, W, 3): another one, of the same size for all of a video."""
@@ -46,6 +47,7 @@ class Video:
         run_up: key frames that are decoded before the needed one; None: all. With any, one thread decodes, so that an
             error belongs to the packet that was given.
         size: (height, width) of its pictures, from the first one on.
+        turns: how they are shown, by the angle that each frame tells.
     """
 
     container: av.container.InputContainer
@@ -56,14 +58,17 @@ class Video:
     limits: LimitsConfig
     fit: Fit | None
     size: tuple[int, int] | None = None
+    turns: dict[float, Turn] = field(default_factory=dict)
 
     def seconds(self, pts: int) -> float:
         return float(pts * self.stream.time_base)
 
     def picture(self, time: float, frame: av.VideoFrame) -> np.ndarray:
         """What is kept of a frame."""
+        if frame.rotation not in self.turns:
+            self.turns[frame.rotation] = display_turn(frame, name=self.name)
         aspect, most = self.stream.sample_aspect_ratio, self.limits.video_pixels
-        shown = frame_pixels(frame, aspect, name=self.name, most_pixels=most)
+        shown = frame_pixels(frame, aspect, self.turns[frame.rotation], name=self.name, most_pixels=most)
         height, width = self.size = self.size or shown.shape[:2]
         if shown.shape[:2] != self.size:
             other = f"{shown.shape[1]}x{shown.shape[0]}"
@@ -101,8 +106,8 @@ def opened(
         with av.open(source, format=form, options=allowed) as container:
             stream = _video_stream(container, name, limits)
             stream.thread_type = "AUTO"
-            if run_up != 0:
-                stream.codec_context.thread_count = 1
+            if run_up != 0 or stream.width * stream.height > _LARGE:
+                stream.codec_context.thread_count = 1 if run_up != 0 else _FEW_THREADS
             # Without the first, damage is painted over in silence; the second holds for what the header hides.
             stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(limits.video_pixels)}
             # AVI knows the rate and the order of decoding alone: what FFmpeg makes of them is wrong with B-frames.

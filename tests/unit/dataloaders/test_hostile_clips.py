@@ -1,5 +1,7 @@
 """Manifests and tars that want memory or what lies elsewhere: one line each in quarantine, all others are packed."""
 
+import functools
+import gc
 import json
 import re
 import sys
@@ -8,14 +10,17 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import fsspec
 import numpy as np
 import pytest
 from support.http_server import Habits, serving
 from support.packed_samples import packed_samples
+from support.toy_datasets import toy_encoder
 from support.toy_videos import write_manifest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
+from attack_parts import cases
 from attack_parts import clips as hostile
 
 from dataloaders.config import ClipConfig, LimitsConfig, WindowConfig
@@ -32,15 +37,6 @@ from kairos_train.basics.errors import UserError
 CLIPS = ClipConfig(fps=10.0, short_side=64, aspects=[1.0], most_frames=9, least_frames=5)
 LIMITS = LimitsConfig(image_pixels=10_000, video_pixels=20_000, frames=1000, member_mb=0.2, json_mb=0.1)
 
-GUESSED = {
-    "a list of files": (hostile.concatenation("list.mkv"), "no matroska file as its name says"),
-    "a list of addresses": (hostile.playlist("list.mov"), "no mov file as its name says"),
-    "a session": (hostile.named("session.mp4", hostile.SESSION), "no mp4 file as its name says"),
-    "Matroska called MP4": (hostile.named("a.mp4", lambda: hostile.encoded("matroska")), "no mp4 file as its"),
-    "PostScript called JPEG": (hostile.named("a.jpg", lambda: hostile.image("EPS")), "no JPEG file, as its name says"),
-    "GIF called PNG": (hostile.named("a.png", lambda: hostile.image("GIF")), "it is no PNG file, as its name says"),
-    "TIFF called WebP": (hostile.named("a.webp", lambda: hostile.image("TIFF")), "no WEBP file, as its name says"),
-}
 LARGE = {
     "large pictures": (
         hostile.named("b.mp4", lambda: hostile.encoded(height=256)),
@@ -75,67 +71,9 @@ LARGE = {
         "30,000 characters, more",
     ),
 }
-NONSENSE = {
-    "deep JSON": (hostile.line(hostile.nested(30_000)), "is not JSON .is nested deeper than 32"),
-    "400 digits of a start": (
-        hostile.line('{"path": "good.mp4", "start": %s}' % ("1" * 400)),
-        "start is inf; it must be",
-    ),
-    "5000 digits of an end": (
-        hostile.line('{"path": "good.mp4", "end": -%s}' % ("1" * 5000)),
-        "end is -inf; it must be",
-    ),
-    "400 digits of a score": (
-        hostile.line('{"path": "good.mp4", "end": 0.8, "scores": {"a": %s}}' % ("1" * 400)),
-        "score a is inf; it must be a number",
-    ),
-    "a start that is no number": (
-        hostile.line('{"path": "good.mp4", "start": NaN}'),
-        "start is nan; it must be a number",
-    ),
-    "300 characters of a name": (hostile.line({"path": f"{'x' * 300}.mp4"}), "no such file"),
-    "300 characters of a variant": (
-        hostile.line({"path": "good.mp4", "end": 0.7, "captions": {"x" * 300: "x"}}),
-        "must be called by up to 32 lower-case letters",
-    ),
-    "half a character": (
-        hostile.line('{"path": "good.mp4", "end": 0.8, "caption": "\\ud800"}'),
-        "holds half a character",
-    ),
-    "half a character of a name": (hostile.line('{"path": "\\ud800.mp4"}'), "no such file"),
-    "a null character": (hostile.line('{"path": "a\\u0000.mp4"}'), "leads out of the folder"),
-    "a path of lists": (hostile.line({"path": [["x" * 1000] * 10] * 5}), "path is .*it must be a text"),
-}
-ELSEWHERE = {
-    "file://": (hostile.address("file"), "leads out of the folder; .*data.limits.allowed_roots"),
-    "local://": (hostile.address("local"), "leads out of the folder; .*data.limits.allowed_roots"),
-    "a linked folder": (hostile.linked, "leads out of the folder; .*data.limits.allowed_roots"),
-    "a chain": (hostile.line({"path": "simplecache::file:///etc/a.mp4"}), "address that is not made of several"),
-    "a chain from afar": (hostile.line({"path": "s3://a/b.mp4::file:///etc/b.mp4"}), "that is not made of several"),
-    "memory://": (hostile.line({"path": "memory://a/b.mp4"}), "data.limits.allowed_roots has its beginning"),
-}
-ENTRIES = {
-    "a list of files": (
-        hostile.entry("b.mkv", b"ffconcat version 1.0\nfile private.mp4\n") + hostile.entry("b.txt", b"x"),
-        "no matroska file as its name says",
-    ),
-    "a sparse member": (hostile.sparse("b.mp4", 1 << 40) + hostile.entry("b.txt"), "b: has a sparse member mp4"),
-    "a sparse member by its description": (
-        hostile.pax(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 40)})
-        + hostile.entry("b.mp4", b"0\n" + bytes(510)),
-        "b: has a sparse member mp4",
-    ),
-    "an exabyte": (hostile.entry("b.mp4", b"x", size=hostile.EXABYTE), "b.mp4 does not end in the file"),
-    "more than files can have": (hostile.entry("b.mp4", b"x", size=1 << 80), "b.mp4 does not end in the file"),
-    "60 digits of a size": (hostile.pax(size="9" * 60) + hostile.entry("b.mp4", b"x"), "does not end in the file"),
-    "descriptions in a row": (hostile.pax(comment="x") * 2000 + hostile.entry("b.mp4"), "headers of a member are too"),
-    "a long description": (hostile.entry("p", b"x", size=1 << 40, kind=b"x"), "headers of a member are too long"),
-    "a long name": (hostile.entry("p", b"x" * 300_000, kind=b"L") + hostile.entry("b.mp4"), "headers of a member are"),
+
+ENTRIES = cases.ENTRIES | {
     "large members": (hostile.entry("b.mp4", bytes(300_000)) + hostile.entry("b.txt"), "b: has members of more than"),
-    "deep JSON": (
-        hostile.entry("b.mp4", b"x") + hostile.entry("b.json", hostile.nested(30_000).encode()),
-        "its json or txt cannot be used .is nested deeper than 32",
-    ),
     "a long text": (hostile.entry("b.mp4", b"x") + hostile.entry("b.txt", b"x" * 150_000), "its txt has 150,000 bytes"),
 }
 
@@ -152,19 +90,19 @@ def greys(samples) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    "cases", [GUESSED, LARGE, NONSENSE, ELSEWHERE], ids=["guessed", "large", "nonsense", "elsewhere"]
+    "rows", [cases.GUESSED, LARGE, cases.NONSENSE, cases.ELSEWHERE], ids=["guessed", "large", "nonsense", "elsewhere"]
 )
-def test_each_bad_row_is_one_line_and_the_others_are_packed(tmp_path, cases):
-    source = hostile.manifest(tmp_path / "set", [row for row, _ in cases.values()])
+def test_each_bad_row_is_one_line_and_the_others_are_packed(tmp_path, rows):
+    source = hostile.manifest(tmp_path / "set", [row for row, _ in rows.values()])
     samples, lines = packed(source, tmp_path / "out", on_bad="skip")
     assert [sample.meta["path"] for sample in samples] == ["good.mp4"]
     assert greys(samples) == {40}, "nothing else is shown"
-    assert len(lines) == len(cases)
-    for (name, (_, match)), (number, line) in zip(cases.items(), enumerate(lines, 2)):
+    assert len(lines) == len(rows)
+    for (name, (_, match)), (number, line) in zip(rows.items(), enumerate(lines, 2)):
         assert re.search(rf"manifest\.jsonl: line {number}: .*(?:{match})", line), f"{name}: {line}"
         assert line.isprintable()
         assert len(line) < 700
-    with pytest.raises(UserError, match=next(iter(cases.values()))[1]):
+    with pytest.raises(UserError, match=next(iter(rows.values()))[1]):
         packed(source, tmp_path / "stopped")
 
 
@@ -199,6 +137,29 @@ def test_large_pictures_are_held_one_at_a_time(tmp_path):
         tracemalloc.stop()
     assert clip.frames.shape == (81, 64, 128, 3)
     assert peak < 20e6
+
+
+def test_a_sample_that_no_shard_can_hold_is_skipped_alone(tmp_path):
+    """48 characters of the dataset's name and 32 of a variant's are more than a tar has for both."""
+    row = hostile.line({"path": "good.mp4", "end": 0.8, "captions": {"a": "x", "x" * 32: "x"}})
+    source = hostile.manifest(tmp_path / ("set" * 20), [row])
+    encoder = functools.partial(toy_encoder, sees=True)
+    samples, (line,) = packed(source, tmp_path / "out", on_bad="skip", encoder=encoder)
+    assert [sample.meta["path"] for sample in samples] == ["good.mp4"]
+    assert re.search(r"-000002-000000: .* is no plain name of up to 100 characters", line)
+    with pytest.raises(UserError, match="is no plain name of up to 100 characters"):
+        packed(source, tmp_path / "stopped", encoder=encoder)
+
+
+def test_frames_are_not_kept_until_python_looks_for_circles():
+    data = hostile.encoded(frames=30)
+    gc.collect()
+    gc.disable()
+    try:
+        decode_mp4(data)
+        assert sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()) <= 2
+    finally:
+        gc.enable()
 
 
 def test_limits_are_settings(tmp_path):

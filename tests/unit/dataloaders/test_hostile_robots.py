@@ -19,8 +19,8 @@ from support.packed_samples import packed_samples
 from support.toy_shards import toy_key, toy_loader, toy_members, write_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
+from attack_parts import cases, robots
 from attack_parts import clips as hostile
-from attack_parts import robots
 
 from dataloaders.config import LimitsConfig, WindowConfig
 from dataloaders.files.npy import read_npy
@@ -32,8 +32,6 @@ from kairos_train.basics.errors import UserError
 
 WINDOW = WindowConfig(frames=5, action_video_freq_ratio=1, stride=2, height=32, width=32)
 LIMITS = LimitsConfig(table_mb=1, episodes=20, json_mb=0.2)
-VECTORS = {name: {"dtype": "float32", "shape": [10**12]} for name in ("observation.state", "action")}
-CAMERA = {robots.CAMERA: {"dtype": "video", "shape": [64, 96, 3]}}
 
 
 def many_episodes(root: Path) -> None:
@@ -64,39 +62,9 @@ EPISODES = {
     ),
     "a picture behind a linked folder": (robots.linked_picture, "'link/private.png' leads out of the folder"),
 }
-DATASETS = {
-    "deep JSON": (
-        robots.info(x="JSON:" + hostile.nested(30_000)),
-        r"info\.json: is not JSON .is nested deeper",
-    ),
-    "a deep line": (
-        robots.episode(x="JSON:" + hostile.nested(30_000)),
-        r"episodes\.jsonl: line 2 is not JSON",
-    ),
-    "a rate of 400 digits": (robots.info(fps="JSON:" + "1" * 400), "fps is inf; it must be a positive number"),
-    "a length of 400 digits": (robots.episode(length="JSON:" + "1" * 400), "length is inf; it must be a whole number"),
-    "chunks of 400 digits": (
-        robots.info(chunks_size="JSON:" + "1" * 400),
-        "chunks_size is inf; it must be",
-    ),
-    "a split of 5000 digits": (
-        robots.info(splits={"train": "0:" + "9" * 5000}),
-        "split train is .* no range as 0:80",
-    ),
-    "a name of a gigabyte": (robots.info(data_path="data/{episode_index:01000000000d}.parquet"), "cannot be filled in"),
-    "a name of an attribute": (robots.info(data_path="data/{episode_index.__class__}.parquet"), "cannot be filled in"),
-    "a camera of 300 characters": (
-        robots.info(features=VECTORS | {"x" * 300: CAMERA[robots.CAMERA]}),
-        "has no camera",
-    ),
-    "tasks that are none": (robots.episode(tasks=5), "tasks is 5; it must be a list of texts"),
-    "a hollow table of episodes": (
-        robots.hole("meta/episodes.jsonl", 1 << 43),
-        r"episodes\.jsonl: has more than 1",
-    ),
-    "a hollow info": (robots.hole("meta/info.json", 1 << 43), r"info\.json: has more than 16,000,000 bytes"),
+
+DATASETS = cases.DATASETS | {
     "many episodes": (many_episodes, r"more than data\.limits\.episodes=20 entries"),
-    "a linked folder of videos": (robots.linked_videos, r"leads out of the folder; .*data\.limits\.allowed_roots"),
 }
 
 
@@ -133,7 +101,7 @@ def test_a_bad_dataset_is_refused_in_one_line(tmp_path, name):
 
 def test_what_is_announced_but_not_there_costs_nothing(tmp_path):
     """A billion dimensions, of which notes would list those that never move."""
-    source = robots.dataset(tmp_path / "set", robots.info(features=VECTORS | CAMERA, robot_type=["x" * 1000]))
+    source = robots.dataset(tmp_path / "set", robots.info(features=cases.FEATURES, robot_type=["x" * 1000]))
     assert packed(source, tmp_path / "out") == []
     assert read_index(tmp_path / "out").source["robot_type"] is None
 
