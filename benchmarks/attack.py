@@ -81,6 +81,7 @@ def attacks() -> list[Attack]:
     # Whether a header that cannot be read is of the sample before, nobody knows.
     add("tar", cases.ENTRIES, "tars", "pack_source", _tar, lambda says: 2 - ("headers of a member" in says))
     add("robot", cases.EPISODES, "robots", "pack_source", _robot, lambda says: None)
+    add("robot", cases.TABLES, "robots", "pack_source", _robot, lambda says: None)
     add("robot", cases.DATASETS, "robots", "pack_source", _robot, lambda says: 0)
     add("shards", MEMBERS, "shards", "verify_shards", _shards, lambda says: 0)
     add("afar", AFAR, "afar", "pack_from_afar", _rows, lambda says: 1)

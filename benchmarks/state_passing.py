@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import state_passing_rivals as rivals
-from benchmarks.state_passing_rivals import HeadAllToAll, Sizes, StatePassing
+from benchmarks.state_passing_parts import rivals
+from benchmarks.state_passing_parts.rivals import HeadAllToAll, Sizes, StatePassing
 from benchmarks.step_time import keep_freed_memory
 from kairos_train.model.hooks import SingleDevice
 from kairos_train.model.initialise import initialise

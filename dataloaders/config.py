@@ -51,14 +51,16 @@ class ClipConfig:
 class LimitsConfig:
     """What files of others may hold and name; others are refused, and left out with `--on-bad skip` (ours).
 
-    With the defaults no file takes more than a gigabyte of memory, whatever it says of itself.
+    With the defaults, a small file takes no more than a gigabyte of memory, whatever it says of itself. What is really
+    there may cost more: a row of a manifest about a kilobyte.
     """
 
     image_pixels: int = setting(8192 * 8192, POSITIVE)  # of an image
     video_pixels: int = setting(4096 * 4096, POSITIVE)  # of a frame of a video, stored and as it is shown
     frames: int = setting(2_000_000, POSITIVE)  # of a video file; at 30 fps, 18 hours
     member_mb: float = setting(512.0, POSITIVE)  # of a sample's members in a tar, and of a video or image by URL
-    table_mb: float = setting(480.0, POSITIVE)  # of a parquet file in memory, of a manifest, of a file of JSON lines
+    # of a parquet file in memory, where texts and inline images count twice; of a manifest, of a file of JSON lines
+    table_mb: float = setting(320.0, POSITIVE)
     episodes: int = setting(500_000, POSITIVE)  # of a LeRobot dataset
     text_characters: int = setting(20_000, POSITIVE)  # of a caption
     json_mb: float = setting(16.0, POSITIVE)  # of one JSON value, like a line of a manifest

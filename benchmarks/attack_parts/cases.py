@@ -169,3 +169,9 @@ EPISODES = {
     "a score of 400 digits": (robots.episode(score_a="JSON:" + "1" * 400), "score a is inf; it must be a number"),
     "a picture behind a linked folder": (robots.linked_picture, "'link/private.png' leads out of the folder"),
 }
+TABLES = {
+    "as large as texts may be": (robots.column("x", lambda: robots.other_texts(17_000_000), compression="zstd"), None),
+    "as long as a vector may be": (robots.column("x", lambda: robots.vector_of_zeros(39_000_000)), "different lengths"),
+    "as many episodes as may be": (robots.many_episodes(499_999), "promises 2 episodes"),
+}
+"""Of robots, which the limits let pass: what they cost."""

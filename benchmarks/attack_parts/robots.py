@@ -96,6 +96,16 @@ def episode(**changes: Any) -> Damage:
     return damage
 
 
+def many_episodes(count: int) -> Damage:
+    """A table of episodes that are not there but for the first two."""
+
+    def damage(root: Path) -> None:
+        row = '{"episode_index": %d, "length": 9, "tasks": ["push"]}\n'
+        (root / "meta/episodes.jsonl").write_text("".join(row % number for number in range(count)))
+
+    return damage
+
+
 def hole(name: str, size: int) -> Damage:
     """A file that is one hole."""
     return lambda root: hollow(name, size)(root)
@@ -131,6 +141,11 @@ def one_text(count: int, length: int) -> pa.Table:
     """Rows of one text, which the file has once."""
     texts = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), ["x" * length])
     return pa.table({"timestamp": pa.array(np.zeros(count)), "note": texts})
+
+
+def other_texts(length: int) -> pa.Array:
+    """A text of its own in each row; each is one letter."""
+    return pa.array([chr(97 + row) * length for row in range(FRAMES)])
 
 
 def list_of_one_text(count: int, length: int) -> pa.Array:

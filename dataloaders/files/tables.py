@@ -21,6 +21,7 @@ from kairos_train.basics.foreign_files import refuse_lfs_pointer
 
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12}  # bytes; at least
 _INDEX = 4  # bytes of a text while it is a number in a dictionary
+_TEXT = 2  # how often a text counts: it is in a dictionary, and out of it
 _ROWS = 4096  # that are Python objects at a time
 
 
@@ -105,7 +106,7 @@ def _least(file: pq.ParquetFile, wanted: Sequence[int]) -> int:
     groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
     chunks = [group.column(i) for group in groups for i in wanted]
     texts = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.physical_type not in _WIDTHS)
-    return texts + sum(chunk.num_values * _WIDTHS.get(chunk.physical_type, _INDEX) for chunk in chunks)
+    return _TEXT * texts + sum(chunk.num_values * _WIDTHS.get(chunk.physical_type, _INDEX) for chunk in chunks)
 
 
 def _without_dictionaries(kind: pa.DataType) -> pa.DataType:
@@ -120,12 +121,12 @@ def _without_dictionaries(kind: pa.DataType) -> pa.DataType:
 
 
 def _decoded_bytes(array: pa.Array) -> int:
-    """Bytes of an array without dictionaries."""
+    """Bytes that an array costs without dictionaries."""
     if pa.types.is_struct(array.type):
         return sum(map(_decoded_bytes, array.flatten()))
     if pa.types.is_dictionary(array.type) and array.type.value_type in (pa.string(), pa.binary()):
         lengths = pc.cast(pc.binary_length(array.dictionary), pa.int64())
-        return array.indices.nbytes + (pc.sum(lengths.take(array.indices)).as_py() or 0)
+        return array.indices.nbytes + _TEXT * (pc.sum(lengths.take(array.indices)).as_py() or 0)
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        return array.nbytes + _decoded_bytes(array.flatten())
+        return 8 * len(array) + _decoded_bytes(array.flatten())
     return array.nbytes

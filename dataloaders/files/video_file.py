@@ -28,7 +28,7 @@ VIDEOS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov", ".webm": "webm", ".a
 """What a file is called -> FFmpeg's name of the only format that it is read as."""
 
 _ALLOCATION = 1 << 28  # bytes that FFmpeg may ask for at once: the index of a file may promise what is not in it
-_LARGE, _FEW_THREADS = 1 << 22, 4  # pixels of a picture from which so few decode: each thread holds frames of its own
+_LARGE, _FEW_THREADS = 1 << 22, 2  # pixels of a picture from which so few decode: each thread holds frames of its own
 
 Fit = Callable[[np.ndarray], np.ndarray]
 """What is kept of a picture uint8 (H, W, 3): another one, of the same size for all of a video."""

@@ -48,7 +48,7 @@ class Clip:
     scores: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Bad:
     """A sample, or a part of a unit, that cannot be used, as lists and errors show it: each one line, without the
     secrets of URLs, whatever the source calls itself."""

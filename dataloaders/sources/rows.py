@@ -45,7 +45,7 @@ MOST_FIELDS = 100
 """Names of fields that mean nothing here which are told."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One line of a manifest, or what stands for it elsewhere.
 
